@@ -1,4 +1,4 @@
-"""Batches of one worker: torch's DataLoader over the sampler's plan of the whole run."""
+"""Batches of a worker: torch's DataLoader over the sampler's plan of the whole run."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,64 +30,64 @@ from distplat.strategies.task import Task
 from distplat.strategies.torch_compat import tree_leaves
 
 SAMPLES = "of the data set: "
-"""Begins a note at an error of the user's: the samples that were read, or put together."""
+"""Prefix of the note about sample ids that is added to errors of user code."""
 _SHOWN = 8
 
 Collate = Callable[[list[Any]], Any]
-"""Makes a batch of samples."""
+"""Combines samples into a batch."""
 
 
 class SampleRun(NamedTuple):
-    """Samples that follow each other in an epoch's order: those of a micro-batch."""
+    """Consecutive samples of an epoch's order that form a micro-batch."""
 
     seed: int
-    """Of the epoch; each sample's own is mixed from it and the sample's position."""
+    """Seed of the epoch; a sample's seed is derived from it and the sample's position."""
     first: int
-    """Position of the first sample."""
+    """Position of the first sample in the epoch."""
     ids: list[int]
-    """In the data set."""
+    """Indices in the data set."""
     marked: bool = False
-    """Whether the position of a stream before it is wanted, too."""
+    """Whether to return a stream's position before these samples, too."""
     batch: int | None = None
-    """In the data set, the first sample of all ranks' batch; None: nobody compares it."""
+    """Index of the global batch's first sample, to compare ranks by; None: not compared."""
 
 
 class FilteredBatch(NamedTuple):
-    """A batch of which the task's `collate` was given samples that are None, to leave them out."""
+    """A batch from which the task's `collate` dropped samples."""
 
     batch: Any
     samples: int
-    """The others."""
+    """Number of samples in the batch."""
 
 
-def samples_of(batch: Any, given: Sequence[Any]) -> int:
+def count_samples(batch: Any, samples: Sequence[Any]) -> int:
     """
-    Say how many samples a batch is of: a `collate` may leave some out.
+    Return the number of samples in a batch, because a `collate` may drop samples.
 
-    It may leave out those that are None, or any others of which the batch has a row for each. It
-    may as well put others in their place, or make a batch of nothing but None: then the batch has
-    as many as were given.
+    Dropped samples are those that are None, and others if each remaining one has a row in the
+    batch. A `collate` may also replace samples, or build a batch of None only: then all samples
+    count.
 
     Args:
-        batch: what `collate` has given.
-        given: what it was given.
+        batch: return value of `collate`.
+        samples: argument of `collate`.
     """
-    known = [one for one in given if one is not None]
-    lengths = {len(one) for one in tree_leaves(batch) if isinstance(one, Tensor) and one.dim()}
-    if known and len(lengths) == 1 and 0 < min(lengths) < len(known):
+    present = [sample for sample in samples if sample is not None]
+    lengths = {len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()}
+    if present and len(lengths) == 1 and 0 < min(lengths) < len(present):
         rows = min(lengths)
-        return rows if _are_rows(batch, rows, known) else len(known)
-    filled = len(given) in lengths and len(known) not in lengths
-    return len(given) if filled or not known else len(known)
+        return rows if _are_rows(batch, rows, present) else len(present)
+    replaced = len(samples) in lengths and len(present) not in lengths
+    return len(samples) if replaced or not present else len(present)
 
 
 def _are_rows(batch: Any, rows: int, samples: Sequence[Any]) -> bool:
-    """Whether a batch has so many samples: each row is like a field of one, and all are alike."""
-    shapes = [[getattr(one, "shape", ()) for one in tree_leaves(sample)] for sample in samples]
-    parts = [one for one in tree_leaves(batch) if not isinstance(one, Tensor) or one.dim()]
+    """Return whether each of a batch's `rows` rows is shaped like a field of the samples."""
+    shapes = [[getattr(leaf, "shape", ()) for leaf in tree_leaves(sample)] for sample in samples]
+    parts = [leaf for leaf in tree_leaves(batch) if not isinstance(leaf, Tensor) or leaf.dim()]
     if all(getattr(part, "shape", None) in shapes[0] for part in parts):
         return False  # a list of samples, or lists of their fields
-    return all(one == shapes[0] for one in shapes) and all(
+    return all(shape == shapes[0] for shape in shapes) and all(
         isinstance(part, Tensor) and len(part) == rows and part.shape[1:] in shapes[0]
         for part in parts
     )
@@ -95,11 +95,11 @@ def _are_rows(batch: Any, rows: int, samples: Sequence[Any]) -> bool:
 
 def unpack_batch(batch: Any, samples: int) -> tuple[Any, int]:
     """
-    Give a batch, and the samples whose mean its loss is.
+    Return a batch, and the number of samples over which its loss is averaged.
 
     Args:
-        batch: as a loader gave it.
-        samples: that were read for it.
+        batch: output of a loader.
+        samples: number of samples that were read for the batch.
     """
     return (batch.batch, batch.samples) if isinstance(batch, FilteredBatch) else (batch, samples)
 
@@ -107,7 +107,7 @@ def unpack_batch(batch: Any, samples: int) -> tuple[Any, int]:
 def sample_runs(
     sampler: Sampler, step: int, rank: int, parts: int, *, marked: bool = False
 ) -> Iterator[SampleRun]:
-    """Give the samples of each micro-batch of a rank's step, and where they are in the epoch."""
+    """Yield the samples of each micro-batch of a rank's step, with their positions in the epoch."""
     seed = epoch_seed(sampler.seed, sampler.epoch_of(step))
     first = sampler.first_position(step, rank)
     batch = sampler.position(step) if sampler.stream else None
@@ -123,10 +123,10 @@ def make_sampler(
     Build the run's sampler.
 
     Args:
-        job: the run.
-        data: the training samples.
-        replicas: copies of the model, which each take a part of the batch; None: one per worker.
-        order: the task's own; None: as the job says.
+        job: the job.
+        data: the training data.
+        replicas: copies of the model, which each get a part of the batch; None: one per worker.
+        order: order of the task's sampler; None: the job's order.
 
     Raises:
         ValueError: the data set is too small for one batch.
@@ -144,7 +144,7 @@ def make_sampler(
 
 
 def total_steps(job: Job, sampler: Sampler) -> int:
-    """Give the number of updates in the run; `UNBOUNDED` where only its time ends it."""
+    """Return the number of steps of the run; `UNBOUNDED` if only its time limit ends it."""
     if job.steps is not None:
         return job.steps
     return UNBOUNDED if job.epochs is None else job.epochs * sampler.steps_per_epoch
@@ -160,15 +160,15 @@ def micro_batches(
     collate: Collate | None = None,
 ) -> Iterator[Any]:
     """
-    Give the collated micro-batches of one rank, in the order in which its steps want them.
+    Return the collated micro-batches of one rank, in the order of its steps.
 
     Args:
-        job: how the data is loaded.
-        data: the training samples.
-        sampler: says which are whose.
-        rank: number among those that the sampler cuts the batch for.
-        steps: in this order.
-        parts: micro-batches of a step.
+        job: has the settings of the loader.
+        data: the training data.
+        sampler: assigns samples to ranks.
+        rank: rank among those for which the sampler splits the batch.
+        steps: steps to read, in this order.
+        parts: number of micro-batches per step.
         collate: see `collate_of`.
     """
     every, total = job.checkpoint.period(sampler.steps_per_epoch), total_steps(job, sampler)
@@ -182,11 +182,11 @@ def micro_batches(
 
 
 def note_positions(data: Dataset[Any], batches: Iterator[Any]) -> Iterator[Any]:
-    """Give batches, and have their stream note what came with them."""
-    return _noted(data, batches) if isinstance(data, StreamSamples) else batches
+    """Return the batches; a stream records the positions that come with its batches."""
+    return _recorded(data, batches) if isinstance(data, StreamSamples) else batches
 
 
-def _noted(stream: StreamSamples, batches: Iterator[Any]) -> Iterator[Any]:
+def _recorded(stream: StreamSamples, batches: Iterator[Any]) -> Iterator[Any]:
     for batch in batches:
         if isinstance(batch, StreamItem):
             stream.note(batch)
@@ -196,18 +196,18 @@ def _noted(stream: StreamSamples, batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def fingerprint_of_batch(data: Dataset[Any]) -> int:
-    """Give the fingerprint of the batch that was read last, of a stream; 0: it has none."""
+    """Return the fingerprint of a stream's last batch; 0: the data is not a stream."""
     return data.fingerprint if isinstance(data, StreamSamples) else 0
 
 
 def one_batch(data: Dataset[Any], ids: list[int], collate: Collate | None = None) -> Any:
-    """Give some samples, collated."""
+    """Return a batch of some samples."""
     batch = Samples(data, collate).__getitems__(SampleRun(0, 0, ids))
     return unpack_batch(batch, len(ids))[0]
 
 
 class _RunSampler:
-    """A torch `batch_sampler` that gives other runs each time that it is gone through."""
+    """A torch `batch_sampler` whose runs can be replaced between iterations."""
 
     runs: Iterable[SampleRun] = ()
 
@@ -217,13 +217,13 @@ class _RunSampler:
 
 class Loader:
     """
-    A torch loader of plans, in this process or by processes that leave nothing behind.
+    DataLoader of plans, in this process or in loader processes that leave no files or semaphores.
 
     Args:
-        job: how the data is loaded.
-        data: the samples.
+        job: has the settings of the loader.
+        data: the data set.
         collate: see `collate_of`.
-        persistent: whether there are several plans, one after the other: processes live on.
+        persistent: keep the loader processes between plans.
     """
 
     def __init__(
@@ -241,17 +241,17 @@ class Loader:
         self._loader = DataLoader(
             Samples(data, collate),
             batch_sampler=self._plan,  # type: ignore[arg-type]
-            collate_fn=sendable,  # batches are made where their samples are read
+            collate_fn=sendable,  # `Samples` collates in the process that reads the samples
             num_workers=count,
             prefetch_factor=job.data.prefetch_factor if count else None,
             multiprocessing_context=self._context,
             pin_memory=_pins(job),
             persistent_workers=persistent and count > 0,
-            generator=torch.Generator(),  # the global one is not to be drawn from
+            generator=torch.Generator(),  # torch would draw a seed from the global generator
         )
 
     def batches(self, plan: Iterable[SampleRun]) -> Iterator[Any]:
-        """Begin to read; the batches of a plan in order. Those of the one before have been read."""
+        """Start reading a plan and return its batches in order; the previous plan is exhausted."""
         self._plan.runs = plan
         batches = iter(self._loader)
         if self._context is not None:
@@ -260,7 +260,7 @@ class Loader:
 
 
 def _pins(job: Job) -> bool:
-    """Say whether batches are put into page-locked memory."""
+    """Return whether batches are copied to pinned memory."""
     if job.data.pin_memory is not None:
         return job.data.pin_memory
     return job.scaling.use_gpu and job.data.num_workers > 0
@@ -268,40 +268,40 @@ def _pins(job: Job) -> bool:
 
 class EvalLoader:
     """
-    Reads evaluation data, as often as there are evaluations.
+    Loader of evaluation data, reused by all evaluations.
 
     Args:
-        job: how the data is loaded.
-        task: may make batches.
+        job: has the settings of the loader.
+        task: the task, whose `collate` is used.
     """
 
     def __init__(self, job: Job, task: Task) -> None:
         self._job, self._task = job, task
-        self._kept: tuple[Dataset[Any], Loader] | None = None
+        self._persistent: tuple[Dataset[Any], Loader] | None = None
 
     def batches(self, data: Dataset[Any], ids: range, size: int) -> Iterator[tuple[Any, int]]:
-        """Give the collated batches of some samples, `size` or fewer in each, and the numbers."""
+        """Yield collated batches of at most `size` samples, with their numbers of samples."""
         seed = evaluation_data_seed(self._job.seed)
         groups = [ids[i : i + size] for i in range(0, len(ids), size)]
         plan = [SampleRun(seed, group.start, [*group]) for group in groups]
-        return zip(self._planned(data, plan), map(len, groups), strict=True)
+        return zip(self._batches_of_plan(data, plan), map(len, groups), strict=True)
 
-    def _planned(self, data: Dataset[Any], plan: Iterable[SampleRun]) -> Iterator[Any]:
+    def _batches_of_plan(self, data: Dataset[Any], plan: Iterable[SampleRun]) -> Iterator[Any]:
         if not self._job.data.persistent_workers:
             return Loader(self._job, data, collate_of(self._task)).batches(plan)
-        if self._kept is None or self._kept[0] is not data:
+        if self._persistent is None or self._persistent[0] is not data:
             loader = Loader(self._job, data, collate_of(self._task), persistent=True)
-            self._kept = data, loader
-        return self._kept[1].batches(plan)
+            self._persistent = data, loader
+        return self._persistent[1].batches(plan)
 
 
 class Samples(Dataset[Any]):
     """
-    The user's data, read run by run, each sample with global generators of its own seed.
+    The user's data set, read in runs; the global generators are seeded before each sample.
 
     Args:
-        data: the samples. Its own `__getitems__` is used if it has one; then a whole run has the
-            seed of its first sample. A `Subset` is looked through.
+        data: the data set. If it has `__getitems__`, that method reads a run, with the seed of the
+            run's first sample. A `Subset` is unwrapped.
         collate: see `collate_of`.
     """
 
@@ -310,48 +310,50 @@ class Samples(Dataset[Any]):
         self._collate = collate
 
     def __getstate__(self) -> dict[str, Any]:
-        """Go to a loader process, the classes of a script with it."""
+        """Pickle for a loader process; classes of a script are pickled by value."""
         return {"_data": ByValue(self._data), "_collate": ByValue(self._collate)}
 
     def __getitems__(self, run: SampleRun) -> Any:
-        """Give the batch of a run's samples."""
-        draws = may_draw(self._data)
-        if not draws and self._collate is None:
-            with _naming(run.ids):
+        """Return the batch of a run."""
+        uses_random = may_use_random(self._data)
+        if not uses_random and self._collate is None:
+            with _noting_ids(run.ids):
                 return collated(self._read(self._data, run.ids))
-        # In this process dropout goes on as if no data had been read.
+        # In the training process, reading data must not affect the random numbers of dropout.
         with preserve_rng_state() if get_worker_info() is None else nullcontext():
-            with _errors_that_travel():
+            with _picklable_errors():
                 if isinstance(self._data, StreamSamples):
                     return self._of_stream(self._data, run)
-                with _naming(run.ids):
-                    samples = self._read_seeded(run) if draws else self._read(self._data, run.ids)
-                    return self._together(samples, run)
+                with _noting_ids(run.ids):
+                    samples = (
+                        self._read_seeded(run) if uses_random else self._read(self._data, run.ids)
+                    )
+                    return self._collated(samples, run)
 
     def _of_stream(self, data: StreamSamples, run: SampleRun) -> Any:
         read = data.read(run.ids[0], len(run.ids), mark=run.marked, look_at=run.batch)
-        batch = self._together(read.batch, run)
+        batch = self._collated(read.batch, run)
         return batch if run.batch is None else read._replace(batch=batch)
 
-    def _together(self, samples: list[Any], run: SampleRun) -> Any:
+    def _collated(self, samples: list[Any], run: SampleRun) -> Any:
         if self._collate is None:
             return collated(samples)
         seed_quickly(collate_seed(run.seed, run.first))
         batch = self._collate(samples)
-        kept = samples_of(batch, samples)
-        return FilteredBatch(batch, kept) if kept < len(samples) else batch
+        count = count_samples(batch, samples)
+        return FilteredBatch(batch, count) if count < len(samples) else batch
 
     def _read(self, data: Any, ids: list[int]) -> list[Any]:
-        many = getattr(data, "__getitems__", None)
-        if many is not None:
-            samples: list[Any] = many(list(ids))
+        get_items = getattr(data, "__getitems__", None)
+        if get_items is not None:
+            samples: list[Any] = get_items(list(ids))
             return samples
         return [data[index] for index in ids]
 
     def _read_seeded(self, run: SampleRun) -> list[Any]:
         data: Any = self._data
         ids: list[int] = run.ids
-        while type(data) is Subset:  # its own __getitems__ would read all samples with one seed
+        while type(data) is Subset:  # its __getitems__ would read all samples with one seed
             data, ids = data.dataset, [data.indices[index] for index in ids]
         if hasattr(data, "__getitems__"):
             seed_sample(run.seed, run.first)
@@ -363,23 +365,23 @@ class Samples(Dataset[Any]):
                 seed_sample(run.seed, position)
                 samples.append(data[index])
         except Exception as error:
-            _name(error, [index])
+            _note_ids(error, [index])
             raise
         return samples
 
 
 @contextmanager
-def _naming(ids: Sequence[int]) -> Iterator[None]:
-    """Have an error say of which samples it is."""
+def _noting_ids(ids: Sequence[int]) -> Iterator[None]:
+    """Add a note with the sample ids to an error of the block."""
     try:
         yield
     except Exception as error:
-        _name(error, ids)
+        _note_ids(error, ids)
         raise
 
 
-def _name(error: Exception, ids: Sequence[int]) -> None:
-    """Note samples at an error, unless it has a note of fewer."""
+def _note_ids(error: Exception, ids: Sequence[int]) -> None:
+    """Add a note with sample ids to an error, unless it has a more specific one."""
     if not any(note.startswith(SAMPLES) for note in getattr(error, "__notes__", ())):
         what = "sample" if len(ids) == 1 else "samples"
         more = ", ..." if len(ids) > _SHOWN else ""
@@ -387,8 +389,8 @@ def _name(error: Exception, ids: Sequence[int]) -> None:
 
 
 @contextmanager
-def _errors_that_travel() -> Iterator[None]:
-    """Have the worker understand the errors of a loader process: not of a class of a script."""
+def _picklable_errors() -> Iterator[None]:
+    """Replace errors of a loader process whose class the worker cannot import."""
     try:
         yield
     except Exception as error:
@@ -398,14 +400,14 @@ def _errors_that_travel() -> Iterator[None]:
 
 
 def collate_of(task: Task) -> Collate | None:
-    """Give a task's own `collate`; None: batches are made by torch's rules."""
+    """Return the task's `collate`; None: the task uses torch's `default_collate`."""
     return None if type(task).collate is Task.collate else task.collate
 
 
-def may_draw(data: Any) -> bool:
-    """Say whether reading a sample may run code of the user's: seeding costs 7 us a sample."""
+def may_use_random(data: Any) -> bool:
+    """Return whether reading a sample may draw random numbers; seeding costs 7 us per sample."""
     while type(data) is Subset:
         data = data.dataset
     if type(data) is ConcatDataset:
-        return any(may_draw(part) for part in data.datasets)
+        return any(may_use_random(part) for part in data.datasets)
     return type(data) not in (TensorDataset, list, tuple, range)

@@ -92,7 +92,7 @@ class StepExchange:
         if scale is not None:
             local = replace(local, weight=local.weight * scale.value)  # scaled like the gradients
         total = self._strategy.exchange(index, local)
-        if scale is not None and scale.passed(step, total):
+        if scale is not None and scale.update(step, total):
             return replace(total, skip=True)
         return self._steps.decide(total, step, self._flat.name)
 

@@ -1,22 +1,22 @@
 """
-What a loss may be: what a task and its model make of a batch, in training and in evaluation.
+Losses of a batch, in training and evaluation: terms with weights, and the loss scale of float16.
 
-A loss may be several terms, each a mean over something else. Their weights are known before any
-forward:
+A loss may have several terms with different denominators. The denominators are known before the
+first forward of a step:
 
-    each rank    micro-batches of the step ── weights() ──▶ {term: weight}, summed
-    all ranks    the sums of all, in rank order
-    then         forward, {term: sum} ──▶ the sums over these weights, added up
+    each rank    sums weights(batch) -> {term: weight} over its micro-batches
+    all ranks    sum these mappings in rank order
+    then         the loss is the sum over all terms of loss(batch)[term] / weight
 
-The scale of losses in float16, whose small gradients would be zero, is as torch's `GradScaler`:
+The loss scale of float16, in which small gradients would underflow, follows torch's `GradScaler`:
 
-    every rank    loss x scale, backward: gradients are that much larger
-    all ranks     the control record's weight is that much larger, too: what divides the sum of the
-                  gradients gives what it would have been
-    then          NaN or infinity on any rank: the step is left out, and the scale halved;
-                  none in 2000 steps: the scale is doubled
+    each rank    multiplies the loss by the scale before backward, and so the gradients
+    all ranks    multiply the control record's weight by the scale, too, so that the division of the
+                 summed gradients removes the scale
+    then         NaN or infinity on any rank: the step is skipped and the scale halved;
+                 2000 steps without: the scale is doubled
 
-All ranks look at the same sum of records, so they have the same scale.
+All ranks see the same summed record, so that all have the same scale.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ from distplat.strategies.task import Task, has_step, method_of, targets_of
 
 
 class Terms(NamedTuple):
-    """What a loss of several terms is divided by."""
+    """Denominators of a loss with several terms."""
 
     totals: Mapping[str, float]
-    """By term."""
+    """Denominator of each term."""
     samples: int
-    """Of all micro-batches that these are the weights of."""
+    """Number of samples in the micro-batches over which the weights are summed."""
 
 
 class TermWeights:
     """
-    One rank's part in the weights of a step, in one attempt.
+    Sums the weights of a step's loss terms over all ranks, during one attempt.
 
     Args:
-        task: has `weights`.
-        make_group: makes the group of all ranks, or gives it; every rank calls it, or none.
-        world: ranks that make a step together; 1: each by itself.
+        task: task with the method `weights`.
+        make_group: returns the group of all ranks; called by all ranks or by none.
+        world: number of ranks that train a step together; 1: each rank trains on its own.
     """
 
     def __init__(
@@ -69,37 +69,37 @@ class TermWeights:
         self._group: Collective | None = None
 
     def of_step(
-        self, batches: Sequence[Any], samples: int, of_all: int, device: torch.device
+        self, batches: Sequence[Any], samples: int, all_samples: int, device: torch.device
     ) -> Terms:
         """
-        Add up the weights of a step; every rank calls this, also one without samples.
+        Sum the weights of a step; all ranks call this, also those without samples.
 
         Args:
-            batches: this rank's.
-            samples: of them.
-            of_all: samples of the step.
-            device: of the model.
+            batches: micro-batches of this rank.
+            samples: number of samples in these batches.
+            all_samples: number of samples of the step.
+            device: device of the model.
 
         Raises:
-            ValueError: the task gave something else than weights.
+            ValueError: `weights` did not return a mapping of names to weights.
             CollectiveError: a rank is missing.
         """
-        own_weights = _added(weights_of(self._task, batch) for batch in batches)
+        local = _sum_mappings(weights_of(self._task, batch) for batch in batches)
         if self._world == 1:
-            return Terms(own_weights, samples)
+            return Terms(local, samples)
         if self._group is None:
             group = self._make_group()
-            assert group is not None, "strategies whose ranks keep step have a group, or make one"
+            assert group is not None, "synchronous strategies have a group, or create one"
             self._group = group.subgroup("term-weights", range(group.world))
-        return Terms(_added(gather_values(own_weights, self._group, device)), of_all)
+        return Terms(_sum_mappings(gather_values(local, self._group, device)), all_samples)
 
 
 def weights_of(task: Task, batch: Any) -> dict[str, float]:
     """
-    Ask a task for the weights of a batch.
+    Return the weights of a batch.
 
     Raises:
-        ValueError: it gave something else; says what.
+        ValueError: `weights` did not return a mapping of names to weights.
     """
     weights = method_of(task, "weights")(batch)
     if not isinstance(weights, Mapping) or not all(isinstance(name, str) for name in weights):
@@ -109,8 +109,8 @@ def weights_of(task: Task, batch: Any) -> dict[str, float]:
     return {name: checked_weight(task, weight, "weights") for name, weight in weights.items()}
 
 
-def _added(parts: Any) -> dict[str, float]:
-    """Add mappings up, in their order."""
+def _sum_mappings(parts: Any) -> dict[str, float]:
+    """Sum mappings by key, in the given order."""
     total: dict[str, float] = {}
     for part in parts:
         for name, weight in part.items():
@@ -119,7 +119,7 @@ def _added(parts: Any) -> dict[str, float]:
 
 
 Figures = Mapping[str, tuple[float, float]]
-"""By name: a sum, and the weight that it is divided by once all batches are added up."""
+"""By name: a sum and its weight, which divides the total over all batches."""
 
 
 @dataclass(frozen=True)
@@ -127,20 +127,20 @@ class LossTerm:
     """One micro-batch's term of the step's loss."""
 
     value: Tensor
-    """Scalar: the mean over the samples, or the sum."""
+    """Scalar: a mean over samples, or a sum."""
     factor: float
-    """What `value` counts by in the sum over the step: the samples, or 1 for a sum."""
+    """Factor of `value` in the sum over the step: the number of samples for a mean, 1 for a sum."""
     weight: float
-    """What the sum is to be divided by."""
+    """Contribution to the divisor of the step's sum."""
     weighted: bool = False
-    """Whether loss() or step() gave the weight."""
+    """Whether loss() or step() returned the weight."""
 
 
 class BatchResult(NamedTuple):
-    """What a task and its model make of a batch."""
+    """Outputs, targets and loss of a batch."""
 
     outputs: Any
-    """What `metrics` gets: what `forward` gave, or what `step` gave."""
+    """Return value of `forward` or `step`, which `metrics` receives."""
     targets: Any
     term: LossTerm
 
@@ -152,14 +152,14 @@ def run_batch(
     Run the whole model on a micro-batch.
 
     Args:
-        task: the user's.
-        model: whole.
-        batch: as `collate` gave it, on the model's device.
-        samples: of the micro-batch.
-        terms: what the terms of the loss are divided by; None: it is one.
+        task: the user's task.
+        model: the unsharded model.
+        batch: output of `collate`, on the model's device.
+        samples: number of samples in the micro-batch.
+        terms: denominators of the loss terms; None: the loss is a single term.
 
     Raises:
-        ValueError: the task's `forward` does not take such a batch, or the loss is none.
+        ValueError: `forward` does not accept such a batch, or the loss is invalid.
     """
     outputs = task.step(model, batch) if has_step(task) else task.forward(model, batch)
     targets = targets_of(task, batch)
@@ -170,25 +170,25 @@ def loss_term(
     task: Task, outputs: Any, targets: Any, samples: int, terms: Terms | None = None
 ) -> LossTerm:
     """
-    Give the task's loss of one micro-batch, by its `loss`, or as its `step` has given it.
+    Return the loss of one micro-batch: the value of `loss`, or the return value of `step`.
 
     Args:
-        task: the user's.
-        outputs: what the model gave, or `step`.
-        targets: as loaded.
-        samples: of the micro-batch.
+        task: the user's task.
+        outputs: outputs of the model, or return value of `step`.
+        targets: targets of the batch.
+        samples: number of samples in the micro-batch.
         terms: see `run_batch`.
 
     Raises:
-        ValueError: it is neither a scalar nor (sum, weight).
+        ValueError: the loss is neither a scalar nor (sum, weight).
     """
     if has_step(task):
         method, value = "step", checked_step(task, outputs)
     else:
         method, value = "loss", task.loss(outputs, targets)
     if terms is not None:
-        together = _together(task, method, value, outputs, terms.totals)
-        return LossTerm(together, float(terms.samples), float(samples))
+        total = _sum_terms(task, method, value, outputs, terms.totals)
+        return LossTerm(total, float(terms.samples), float(samples))
     if isinstance(value, tuple) and len(value) == 2:
         if isinstance(value[1], Tensor) and value[1].requires_grad:
             where = f"{method_location(task, method)}{method}()"
@@ -201,10 +201,10 @@ def loss_term(
     return LossTerm(loss, float(samples), float(samples))
 
 
-def _together(
+def _sum_terms(
     task: Task, method: str, value: Any, outputs: Any, totals: Mapping[str, float]
 ) -> Tensor:
-    """Divide each term of a loss by its weight, and add them up; one without weight is nothing."""
+    """Divide each term of a loss by its weight and sum them; a term without weight counts 0."""
     where = f"{method_location(task, method)}{method}()"
     if not isinstance(value, Mapping) or value.keys() != totals.keys():
         wanted = ", ".join(map(repr, totals))
@@ -220,45 +220,45 @@ def _together(
 
 
 class EvalBatch(NamedTuple):
-    """What an evaluation batch gives."""
+    """Metrics of an evaluation batch."""
 
     figures: Figures
     kept: Mapping[str, Any]
-    """The task's metrics with state, by name."""
+    """Metrics with state, by name."""
 
 
-def evaluate_batch(task: Task, made: BatchResult, samples: int) -> EvalBatch:
+def evaluate_batch(task: Task, result: BatchResult, samples: int) -> EvalBatch:
     """
-    Give loss and metrics of one evaluation batch.
+    Return loss and metrics of one evaluation batch.
 
     Raises:
-        ValueError: one of them is no number; names it.
+        ValueError: a metric is not a number; names the metric.
     """
-    term = made.term
+    term = result.term
     figures = {"loss": (float(term.value) * term.factor, term.weight)}
-    means, kept = checked_metrics(task, made.outputs, made.targets)
+    means, kept = checked_metrics(task, result.outputs, result.targets)
     for name, mean in means.items():
         figures[name] = mean * samples, float(samples)
     return EvalBatch(figures, kept)
 
 
 LOSS_SCALE = "loss_scale"
-"""Fact of a checkpoint: the scale, and the steps since it was changed."""
+"""Key in a checkpoint's state: the scale, and the number of steps since its last change."""
 
 FIRST_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000
-"""Both are torch's. A scale is a power of two: to divide by it loses nothing."""
+"""Values of torch's `GradScaler`. Dividing by a power of two is exact."""
 
 
 class LossScale:
     """
-    One rank's scale, through all attempts of a run.
+    One rank's loss scale, through all attempts of a run.
 
     Args:
-        flat: what is trained.
+        flat: the flat model.
 
     Raises:
-        SpecError: parameters are in float16 themselves, where an update is lost.
+        SpecError: a parameter is in float16 itself, where small updates underflow.
     """
 
     def __init__(self, flat: FlatModel) -> None:
@@ -267,61 +267,61 @@ class LossScale:
             text = f"the parameter {half[0]!r} is in float16, which small updates do not change"
             hint = "have model() make it in float32: forwards run in float16 all the same"
             raise SpecError(Problem(("precision",), text, hint))
-        self._now = (FIRST_SCALE, 0)  #: the scale, and steps since it was changed
-        self._after = {0: self._now}  #: by version: of the last one, and the one before
+        self._now = (FIRST_SCALE, 0)  #: the scale, and steps since its last change
+        self._after = {0: self._now}  #: by version, for the last two versions
 
     @classmethod
     def of(cls, job: Job, flat: FlatModel) -> LossScale | None:
-        """Give a job's; None: it trains in another precision."""
+        """Return the loss scale of a job; None: another precision than fp16."""
         return cls(flat) if job.precision == "fp16" else None
 
     @property
     def value(self) -> float:
-        """What a loss is multiplied by in this step."""
+        """Factor of the loss in this step."""
         return self._now[0]
 
     def load(self, version: int, saved: tuple[float, int]) -> None:
-        """Begin from a checkpoint."""
+        """Load the state of a checkpoint."""
         self._now = saved
         self._after = {version: saved}
 
     def saved(self, version: int) -> tuple[float, int]:
-        """Give what a checkpoint of a version needs."""
+        """Return the state for a checkpoint of a version."""
         return self._after.get(version, self._now)
 
     def sync(self, version: int, group: Collective | None, device: torch.device) -> None:
         """
-        Have what the others have; every rank calls this when an attempt begins.
+        Adopt the newest scale of all ranks; all ranks call this at the start of an attempt.
 
         Args:
-            version: with which it begins.
-            group: all ranks; None: there is one.
-            device: of the model.
+            version: version of the parameters at the start.
+            group: group of all ranks; None: there is a single rank.
+            device: device of the model.
         """
-        known = [self._after]
+        by_rank = [self._after]
         if group is not None and group.world > 1:
-            every = gather_values(list(self._after.items()), group, device)
-            known = [{step: (one[0], one[1]) for step, one in pairs} for pairs in every]
-        there = {step: one for after in reversed(known) for step, one in after.items()}
-        # Servers may have made a step of whose outcome no worker was told: that of the one before.
-        near = max((step for step in there if step <= version), default=None)
-        self.load(version, there[near] if near is not None else (FIRST_SCALE, 0))
+            gathered = gather_values(list(self._after.items()), group, device)
+            by_rank = [{step: (scale[0], scale[1]) for step, scale in pairs} for pairs in gathered]
+        scales = {step: scale for after in reversed(by_rank) for step, scale in after.items()}
+        # Servers may have applied a step whose outcome reached no worker: use the step before.
+        newest = max((step for step in scales if step <= version), default=None)
+        self.load(version, scales[newest] if newest is not None else (FIRST_SCALE, 0))
 
-    def passed(self, step: int, total: StepControl) -> bool:
+    def update(self, step: int, total: StepControl) -> bool:
         """
-        Learn how a step came out; say whether the scale was too large for it.
+        Update the scale after a step; return whether the step's gradients overflowed.
 
         Args:
-            step: from 0.
-            total: the records of all ranks, summed.
+            step: step, from 0.
+            total: sum of all ranks' control records.
         """
         scale, steps = self._now
         overflow = total.non_finite > 0 and scale > 1.0
         if overflow:
             self._now = scale / 2, 0
         elif total.finite:
-            grown = steps + 1 >= GROWTH_INTERVAL
-            self._now = (scale * 2, 0) if grown else (scale, steps + 1)
-        self._after = {n: one for n, one in self._after.items() if n == step}
+            grows = steps + 1 >= GROWTH_INTERVAL
+            self._now = (scale * 2, 0) if grows else (scale, steps + 1)
+        self._after = {n: scale for n, scale in self._after.items() if n == step}
         self._after[step + 1] = self._now
         return overflow

@@ -1,5 +1,5 @@
 """
-The three global generators of random numbers: python's `random`, numpy's and torch's, seeded alike.
+Seeding of the global random number generators of Python, numpy and torch.
 
     before the task's module, its class, `model()`,     the job's seed, on every rank
     `train_data()`, `eval_data()`
@@ -28,10 +28,10 @@ def seed_all(seed: int) -> None:
     """
     Seed the global generators of python, numpy and torch, those of all CUDA devices too.
 
-    A seed below 2^32 is given to each of them as it is, as most training scripts do.
+    A seed below 2^32 is used for each generator unchanged, as in most training scripts.
     """
     if torch.accelerator.current_accelerator() is None:
-        # A build for CPUs alone: torch.manual_seed would format a stack for devices it has not.
+        # In a CPU build, torch.manual_seed would format a stack trace for absent devices.
         torch.default_generator.manual_seed(seed)
     else:
         torch.manual_seed(seed)
@@ -39,89 +39,89 @@ def seed_all(seed: int) -> None:
 
 
 _OURS = 1 << 62
-"""torch's generator of the CPU draws by the lower 32 bits of its seed, and remembers all of it."""
+"""torch's CPU generator uses the lower 32 bits of its seed, but reports all of them."""
 
 _ASIDE = 0x5EED_F00D
-"""The others remember none: loops often seed them by a small number, which may be the job's."""
+"""The other generators do not report their seed. Loops often use small seeds, as the job may."""
 
 _BLOCK = 624 << 10
 _SEARCHED = 40 * _BLOCK
-"""Numbers that numpy or python may have drawn since they were seeded: 25 M, about 80 ms."""
+"""Maximum count of numbers drawn since seeding that `_is_reached` finds: 25 M, about 80 ms."""
 
 
 def seed_function(seed: int) -> None:
-    """Do as `seed_all`, so that it can be told later what a loop has seeded itself."""
+    """Seed like `seed_all`, so that later seeding by the user's loop can be detected."""
     seed_all(seed)
     torch.default_generator.manual_seed(seed ^ _OURS)
     _seed_others(seed ^ _ASIDE)
 
 
-def seeded_itself(seed: int) -> bool:
-    """Say whether somebody has seeded torch after `seed_function`."""
+def user_seeded(seed: int) -> bool:
+    """Return whether user code has seeded torch after `seed_function`."""
     return torch.default_generator.initial_seed() != seed ^ _OURS
 
 
 def seed_again(seed: int) -> None:
-    """Seed again those generators that nobody has seeded since `seed_function`."""
+    """Seed again the generators that user code has not seeded since `seed_function`."""
     _seed_unseeded(seed, seed ^ _OURS, seed ^ _ASIDE)
 
 
 def seed_rank(seed: int, step: int, rank: int) -> None:
     """
-    Have each rank draw other numbers from now on, as far as nobody has seeded.
+    Seed each rank differently, except for generators that user code has seeded.
 
     Args:
-        seed: as `seed_function` got it.
-        step: that comes next.
-        rank: this one.
+        seed: argument of `seed_function`.
+        step: next step.
+        rank: this rank.
     """
-    own = step_seed(seed, step, rank)
-    _seed_unseeded(seed, own, own)
+    rank_seed = step_seed(seed, step, rank)
+    _seed_unseeded(seed, rank_seed, rank_seed)
 
 
 def _seed_unseeded(before: int, seed: int, others: int) -> None:
     """
-    Seed torch's generator, unless a loop has done so; then those of the others that it has not.
+    Seed torch's generator unless user code has; then those of numpy and Python likewise.
 
-    Who has seeded torch alone keeps all three as they are: ranks that draw alike, as they began.
+    If user code has seeded torch, all three generators stay as they are, equal on all ranks.
     """
-    if seeded_itself(before):
+    if user_seeded(before):
         return
-    of_numpy, of_python = _untouched(before ^ _ASIDE)
+    numpy_untouched, python_untouched = _untouched(before ^ _ASIDE)
     _seed_torch(seed)
-    if of_numpy:
+    if numpy_untouched:
         np.random.seed(_folded(others))
-    if of_python:
+    if python_untouched:
         random.seed(others)
 
 
 def _untouched(seed: int) -> tuple[bool, bool]:
-    """Say whether numpy's and python's generators only went on since `_seed_others`."""
+    """Return whether numpy's and Python's generators were only drawn from since `_seed_others`."""
     first: Any = np.random.RandomState(_folded(seed)).get_state(legacy=False)
     now: Any = np.random.get_state(legacy=False)
-    of_numpy = now["bit_generator"] == "MT19937"
-    of_numpy = of_numpy and _comes_to(first["state"]["key"], now["state"]["key"])
-    keys = (one.getstate()[1][:-1] for one in (random.Random(seed), random))
-    return of_numpy, _comes_to(*(np.array(key, np.uint32) for key in keys))
+    numpy_untouched = now["bit_generator"] == "MT19937"
+    numpy_untouched = numpy_untouched and _is_reached(first["state"]["key"], now["state"]["key"])
+    keys = (generator.getstate()[1][:-1] for generator in (random.Random(seed), random))
+    return numpy_untouched, _is_reached(*(np.array(key, np.uint32) for key in keys))
 
 
-def _comes_to(key: NDArray[np.uint32], later: NDArray[np.uint32]) -> bool:
-    """Say whether a Mersenne Twister comes from one state to another by at most `_SEARCHED`."""
+def _is_reached(key: NDArray[np.uint32], later: NDArray[np.uint32]) -> bool:
+    """Return whether a Mersenne Twister gets from one state to another in `_SEARCHED` draws."""
     if np.array_equal(key, later):
         return True
     twister = np.random.MT19937()
     twister.state = {"bit_generator": "MT19937", "state": {"key": key, "pos": len(key)}}
-    # A state's words are the numbers that it draws, before their bits are mixed.
-    wanted = [_mixed_bits(int(word)) for word in later[:2]]
+    # The words of a state are the numbers that it draws, before tempering.
+    expected = [_mixed_bits(int(word)) for word in later[:2]]
     for _ in range(_SEARCHED // _BLOCK):
         drawn = twister.random_raw(_BLOCK).reshape(-1, len(key))
-        if (drawn[:, :2] == wanted).all(1).any():
+        if (drawn[:, :2] == expected).all(1).any():
             return True
     return False
 
 
 def _mixed_bits(word: int) -> int:
-    """Give the number that a Mersenne Twister draws of a word of its state."""
+    """Temper a word of a Mersenne Twister's state into the number that it draws."""
     word ^= word >> 11
     word ^= word << 7 & 0x9D2C5680
     word ^= word << 15 & 0xEFC60000
@@ -129,28 +129,28 @@ def _mixed_bits(word: int) -> int:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed what forward and backward of a step draw, dropout for one."""
+    """Seed the random numbers of a step's forward and backward, such as dropout."""
     seed_quickly(step_seed(seed, step, rank))
 
 
 def seed_evaluation(seed: int, rank: int) -> None:
-    """Seed what the model draws in an evaluation."""
+    """Seed the random numbers of the model in an evaluation."""
     seed_quickly(evaluation_seed(seed, rank))
 
 
 def seed_sample(base: int, position: int) -> None:
     """
-    Seed what the data set draws for one sample; about 7 us.
+    Seed the random numbers of the data set for one sample; takes about 7 us.
 
     Args:
-        base: of the epoch, or of all evaluations.
-        position: of the sample in the epoch's order.
+        base: seed of the epoch, or of all evaluations.
+        position: position of the sample in the epoch's order.
     """
     seed_quickly(derive_seed(base, position))
 
 
 def seed_quickly(seed: int) -> None:
-    """Do as `seed_all`, but look only for CUDA among the devices: a twentieth of the time."""
+    """Seed like `seed_all`, but only CPU and CUDA: 20 times faster."""
     _seed_torch(seed)
     _seed_others(seed)
 
@@ -176,48 +176,49 @@ def _seed_others(seed: int) -> None:
 
 def _folded(seed: int) -> int:
     """
-    Give the 32 bits that numpy takes.
+    Return 32 bits of a seed, for numpy.
 
-    With the lower ones alone of a long seed it would begin in the very state of torch's generator,
-    which is a Mersenne Twister too.
+    The lower bits alone would start numpy in the state of torch's generator, which is a Mersenne
+    Twister, too.
     """
     return (seed ^ (seed >> 32)) & _BITS_32
 
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Put the global generators back where they were before the block; about 60 us."""
-    of_python, of_numpy = random.getstate(), np.random.get_state(legacy=False)
-    of_torch = torch.default_generator.get_state()
-    of_cuda = _cuda_states()
+    """Restore the states of the global generators after the block; takes about 60 us."""
+    python_state, numpy_state = random.getstate(), np.random.get_state(legacy=False)
+    torch_state = torch.default_generator.get_state()
+    cuda_states = _cuda_states()
     try:
         yield
     finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
-        torch.default_generator.set_state(of_torch)
-        torch.cuda.set_rng_state_all(of_cuda)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.default_generator.set_state(torch_state)
+        torch.cuda.set_rng_state_all(cuda_states)
 
 
 def rng_states() -> tuple[object, ...]:
-    """Give what the global generators will draw next, to be compared; about 60 us."""
-    of_numpy = np.random.get_state(legacy=False)
-    state = of_numpy["state"]
+    """Return the states of the global generators in comparable form; takes about 60 us."""
+    numpy_state = np.random.get_state(legacy=False)
+    state = numpy_state["state"]
     return (
         random.getstate(),
-        (state["key"].tobytes(), state["pos"], of_numpy["has_gauss"]),
+        (state["key"].tobytes(), state["pos"], numpy_state["has_gauss"]),
         torch.default_generator.get_state().numpy().tobytes(),
-        [one.numpy().tobytes() for one in _cuda_states()],
+        [cuda_state.numpy().tobytes() for cuda_state in _cuda_states()],
     )
 
 
 def sample_rng() -> np.random.Generator:
     """
-    Give a generator for the sample that is being read; for use inside `__getitem__`.
+    Return a generator for the sample that is being read; for use in `__getitem__`.
 
-    It is seeded by a draw from numpy's global generator, which is seeded for each sample. So in
-    a run its numbers depend on the job's seed, the epoch and the sample's position alone, and
-    elsewhere `np.random.seed` makes them repeat. Several calls in one sample give different ones.
-    Make one for each sample: one that is kept in the data set goes on from sample to sample.
+    The generator is seeded by a draw from numpy's global generator, which distplat seeds for each
+    sample. So its numbers depend only on the job's seed, the epoch and the sample's position;
+    outside of a run, `np.random.seed` makes them repeatable. Several calls for one sample return
+    different generators. Call this function for each sample: a generator stored in the data set
+    would continue from sample to sample.
     """
     return np.random.Generator(np.random.PCG64(np.random.randint(0, 1 << 63)))

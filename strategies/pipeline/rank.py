@@ -180,7 +180,7 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
         completed, scale = self._grad_sync.completed, self._prepared.loss_scale
         self.replayed = None if completed is None else self._pipeline.share
         if completed is not None and scale is not None:
-            scale.passed(version - 1, completed)
+            scale.update(version - 1, completed)
         self._metrics.connect(self._replica)
         self._pipeline = self._build_pipeline(context, members)
         self._report = context.report

@@ -34,7 +34,7 @@ from distplat.strategies.algorithms.seeds import (
 )
 from distplat.strategies.catalog import make_strategy
 from distplat.strategies.hybrid import Hybrid
-from distplat.strategies.loop.batches import SampleRun, sample_runs, samples_of
+from distplat.strategies.loop.batches import SampleRun, count_samples, sample_runs
 from distplat.strategies.loop.seeding import preserve_rng_state
 from distplat.strategies.loop.streams import is_stream, rows_of
 from distplat.strategies.loop.task_settings import TaskOrder
@@ -336,7 +336,7 @@ def load_batch(task: Task, data: Any, forward: MicroBatch) -> tuple[Any, int]:
     Load and collate the samples of a micro-batch, without changing the random generators.
 
     Returns:
-        The batch, and its number of samples; see `samples_of`.
+        The batch, and its number of samples; see `count_samples`.
     """
     getitems = None if isinstance(data, Subset) else getattr(data, "__getitems__", None)
     with preserve_rng_state():
@@ -350,7 +350,7 @@ def load_batch(task: Task, data: Any, forward: MicroBatch) -> tuple[Any, int]:
                 samples.append(data[index])
         seed_all(forward.collate_seed)
         batch = task.collate(samples)
-        return batch, samples_of(batch, samples)
+        return batch, count_samples(batch, samples)
 
 
 def terms_of(

@@ -16,7 +16,7 @@ from torch.utils.data import (
 
 import distplat
 from distplat.strategies.function import function_session
-from distplat.strategies.loop.seeding import seed_again, seed_function, seed_rank, seeded_itself
+from distplat.strategies.loop.seeding import seed_again, seed_function, seed_rank, user_seeded
 
 
 def test_a_model_that_is_made_after_the_loader_begins_as_the_loop_has_seeded(
@@ -65,9 +65,9 @@ def test_a_function_draws_by_the_seed_of_the_job(seed: int) -> None:
     wanted = torch.rand(3).tolist()
     seed_function(seed)
     assert torch.rand(3).tolist() == wanted
-    assert not seeded_itself(seed)
+    assert not user_seeded(seed)
     torch.manual_seed(seed)
-    assert seeded_itself(seed)
+    assert user_seeded(seed)
 
 
 def draw(count: int) -> dict[str, list[float]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from distplat import Task
-from distplat.strategies.loop.batches import samples_of
+from distplat.strategies.loop.batches import count_samples
 
 SAMPLES, BATCH, STEPS = 22, 12, 4
 
@@ -169,7 +169,7 @@ COUNTED: dict[str, tuple[Any, list[Any], int]] = {
 @pytest.mark.parametrize("name", COUNTED)
 def test_rows_are_samples_where_each_is_like_one(name: str) -> None:
     batch, given, wanted = COUNTED[name]
-    assert samples_of(batch, given) == wanted
+    assert count_samples(batch, given) == wanted
 
 
 class Made(Filtering):

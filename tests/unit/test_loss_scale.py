@@ -304,9 +304,9 @@ def test_the_scale_follows_what_came_of_the_steps(monkeypatch: pytest.MonkeyPatc
     flat = LocalRun(job(), Steep).ranks[0].prepared.flat
     scale = LossScale(flat)
     for step in range(3):
-        assert not scale.passed(step, record())
+        assert not scale.update(step, record())
     assert scale.value == 2**17
-    assert scale.passed(3, record(non_finite=1))
+    assert scale.update(3, record(non_finite=1))
     assert scale.value == 2**16
     assert [scale.saved(3), scale.saved(4)] == [(2**17, 0), (2**16, 0)]
     scale.sync(3, None, torch.device("cpu"))  # the step is made once more
@@ -314,9 +314,9 @@ def test_the_scale_follows_what_came_of_the_steps(monkeypatch: pytest.MonkeyPatc
     scale.sync(9, None, torch.device("cpu"))  # nobody knows what became of it
     assert scale.value == 2**17
     for step in range(9, 26):
-        assert scale.passed(step, record(non_finite=2)), "as long as it can be lowered"
+        assert scale.update(step, record(non_finite=2)), "as long as it can be lowered"
     assert scale.value == 1.0
-    assert not scale.passed(26, record(non_finite=2))
+    assert not scale.update(26, record(non_finite=2))
 
 
 @pytest.mark.parametrize(

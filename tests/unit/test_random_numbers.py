@@ -18,7 +18,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.loop.batches import (
     EvalLoader,
     make_sampler,
-    may_draw,
+    may_use_random,
     micro_batches,
     one_batch,
 )
@@ -95,7 +95,7 @@ def test_evaluation_samples_draw_the_same_each_time() -> None:
     ],
 )
 def test_data_that_cannot_draw_is_not_seeded(data: Any, draws_numbers: bool) -> None:
-    assert may_draw(data) is draws_numbers
+    assert may_use_random(data) is draws_numbers
 
 
 def test_reading_data_leaves_the_generators_where_they_were() -> None:
