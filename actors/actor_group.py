@@ -1,7 +1,7 @@
 """
-The actors of one run and their orders: all made at the start, the lost replaced later, all ended.
+The actors of one run and their orders: created at the start, replaced when lost, killed at the end.
 
-It decides nothing: what is to be done after a failure comes as a `Restart` from `platform/job.py`.
+`platform/job.py` decides what to do after a failure, and describes it in a `Restart`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distplat.actors.retrying_calls import Orders
 from distplat.actors.spares import Spares
 from distplat.actors.spawn import (
     actor_name,
-    room,
+    spare_room,
     spawn,
     spawn_manager,
     spawn_scheduler,
@@ -43,60 +43,60 @@ from distplat.strategies.task import Task
 
 @dataclass(frozen=True)
 class Launch:
-    """What a run starts from."""
+    """Parameters of a run."""
 
     job: Job
     run: str
     roles: Roles
     policy: Policy
     task: type[Task] | TrainFunction | None
-    """None: what `job.task` names."""
+    """None: imported from `job.task`."""
     working_dir: str
     strategy_file: LoadedStrategyFile | None
     folder: Path
     """The run directory."""
     resumed: Path | None = None
-    """The checkpoint that the run begins from; None: the first step."""
+    """The checkpoint to resume from; None: start at the first step."""
     evaluated: Mapping[str, Any] | None = None
-    """What evaluations had come to in that checkpoint, for `early_stop`; None: it does not say."""
+    """State of `early_stop` in that checkpoint; None: it has none."""
     log_to_driver: bool = True
-    """Whether what workers print appears in the driver, too."""
+    """Whether to print the output of workers in the driver, too."""
     checked: bool = False
-    """The driver looks at the task's class, and says what is wrong with it."""
+    """Whether the driver checks the task's class and logs the warnings."""
     saves_at_stop: bool = False
-    """A run that is asked to stop takes a checkpoint first."""
+    """Whether a stop request writes a checkpoint first."""
 
 
 class ActorGroup:
     """
-    A run's actors.
+    All actors of a run. Creating the object spawns them, without waiting until they are up.
 
     Args:
-        launch: what to run; they are asked for at once and come up by themselves.
-        saved: the checkpoint to begin from.
+        launch: parameters of the run.
+        saved: the checkpoint to start from.
 
     Raises:
-        SpecError: the cluster will never have what the job asks for.
+        SpecError: the cluster can never provide the resources of the job.
     """
 
     def __init__(self, launch: Launch, saved: StoredCheckpoint | None) -> None:
         self._task: str | bytes = launch.job.task or ""
         if launch.task is not None:
             self._task = ray.cloudpickle.dumps(launch.task)
-        # The controller gets this object, and is not to import the user's code.
+        # This object is pickled for the controller, which must not import the user's code.
         self.launch, self._attempt = replace(launch, task=None), 0
-        self.job = launch.job  #: what is run, with the number of workers that there are
-        self._made_for = launch.job  #: the same when servers and scheduler were made
-        self._manager_attempt = 0  #: for which the manager was made
+        self.job = launch.job  #: with the current number of workers
+        self._spawned_job = launch.job  #: job at the time servers and scheduler were spawned
+        self._manager_attempt = 0  #: attempt for which the manager was spawned
         self._controller: Any = None
         self._newcomer_count = 0
         self._orders, self._node = Orders(RayTransport()), RayTransport().node
-        self._ranks = launch.job.scaling.num_workers  # that were ever given
-        self._nodes: dict[int, str] = {}  #: of workers by rank
+        self._next_rank = launch.job.scaling.num_workers  #: ranks are never reused
+        self._nodes: dict[int, str] = {}  #: node of each rank's worker
         self._spares: Spares | None = None
         self._handles = spawn(launch.job, launch.roles, launch.run, 0)
         try:
-            self._give_orders(0, saved, saved.step if saved is not None else 0)
+            self._order_all(0, saved, saved.step if saved is not None else 0)
         except BaseException:
             self.end()
             raise
@@ -109,15 +109,15 @@ class ActorGroup:
             actors["server-manager"] = self._handles.manager
         if self._handles.scheduler is not None:
             actors["task-scheduler"] = self._handles.scheduler
-        if not self._handles.replicated_tables(self.job):  # else their manager looks after them
+        if not self._handles.replicated_tables(self.job):  # else the manager polls them
             actors |= self._handles.embedding_servers
         return actors
 
     @property
-    def most_workers(self) -> int:
-        """Workers that the servers have threads for; 0: the number does not change in a run."""
-        more = room(self.launch.roles)
-        return self._made_for.scaling.world + more if more else 0
+    def max_workers(self) -> int:
+        """Number of workers for which servers have threads; 0: a run cannot be resized."""
+        spare = spare_room(self.launch.roles)
+        return self._spawned_job.scaling.world + spare if spare else 0
 
     @property
     def dynamic_tasks(self) -> bool:
@@ -131,53 +131,53 @@ class ActorGroup:
 
     @property
     def workers(self) -> dict[int, Any]:
-        """The workers by rank."""
+        """Workers by rank."""
         return self._handles.workers
 
     @property
     def world(self) -> int:
-        """Parts of a step: workers now, or at the start where tasks are leased."""
+        """Number of parts of a step: current workers, or initial ones if tasks are leased."""
         return self.job.scaling.num_workers
 
     def note_node(self, rank: int, node: str) -> None:
-        """Note where a worker is; empty: it does not know yet."""
+        """Record the node of a worker; empty: not known yet."""
         if node:
             self._nodes[rank] = node
 
     def keep_spares(self) -> None:
-        """Keep a spare worker on each node with workers, if the job wants some; all are at work."""
+        """Keep a spare worker on each node with workers, if enabled; called while all train."""
         if not self.job.failure.spare_workers:
             return
         if self._spares is None:
-            make = partial(spawn_spare, self.job, self.launch.run)
-            self._spares = Spares(RayTransport(), make, partial(self._order, 0, -1, None, 0))
+            create = partial(spawn_spare, self.job, self.launch.run)
+            self._spares = Spares(RayTransport(), create, partial(self._order, 0, -1, None, 0))
         self._spares.keep(
             self._nodes[rank] for rank in self._handles.workers if rank in self._nodes
         )
 
     def stop(self, attempt: int, how: StopOrder) -> None:
-        """Tell all workers to stop in an attempt; the dead are passed over."""
+        """Send all workers the order to stop an attempt; dead workers are ignored."""
         for rank, worker in self._handles.workers.items():
-            self._orders.give(f"worker-{rank}", worker, "stop", attempt, how)
+            self._orders.send(f"worker-{rank}", worker, "stop", attempt, how)
 
-    def tell_scheduler(self, method: str, *args: Any) -> None:
-        """Give the task scheduler an order."""
-        self._orders.give("task-scheduler", self._handles.scheduler, method, *args)
+    def order_scheduler(self, method: str, *args: Any) -> None:
+        """Send an order to the task scheduler."""
+        self._orders.send("task-scheduler", self._handles.scheduler, method, *args)
 
-    def look(self) -> list[tuple[str, DistplatError]]:
-        """Give lost orders again; give the roles that could not carry one out, and why."""
-        return self._orders.look()
+    def poll_orders(self) -> list[tuple[str, DistplatError]]:
+        """Resend lost orders; return the roles whose order failed, with the error."""
+        return self._orders.poll()
 
     def carry_out(
         self, restart: Restart, saved: StoredCheckpoint | None = None, checkpoint_step: int = 0
     ) -> None:
         """
-        End what is to be replaced, make it anew, and give everybody the next orders.
+        Kill and respawn the actors to replace, and send all workers the orders of the attempt.
 
         Args:
-            restart: what is to be done.
-            saved: the checkpoint to begin from, where everything is made anew.
-            checkpoint_step: steps of the newest checkpoint.
+            restart: decision of the state machine.
+            saved: the checkpoint to start from, if all actors are restarted.
+            checkpoint_step: step of the newest checkpoint.
         """
         launch = self.launch
         self._attempt = restart.attempt
@@ -185,7 +185,7 @@ class ActorGroup:
             self.job = self.job.with_workers(restart.world)
         if restart.restarts_all:
             self._handles.end()
-            self._made_for = self.job
+            self._spawned_job = self.job
             self._handles = spawn(self.job, launch.roles, launch.run, restart.attempt)
             self._manager_attempt = restart.attempt
         else:
@@ -196,10 +196,10 @@ class ActorGroup:
                 self._resize(restart.world)
             self._replace_coordinators(restart)
         self._send_controller()
-        self._give_orders(restart.attempt, saved, checkpoint_step)
+        self._order_all(restart.attempt, saved, checkpoint_step)
 
     def _replacement(self, attempt: int, rank: int) -> Any:
-        """Give a worker for a rank that was lost: the spare of its node, or a new process."""
+        """Return a worker for a lost rank: the spare of its node, or a new process."""
         node = self._nodes.pop(rank, None)
         spare = self._spares.take(node) if self._spares is not None and node is not None else None
         if spare is not None:
@@ -208,8 +208,8 @@ class ActorGroup:
         return spawn_worker(self.job, self.launch.run, attempt, rank, placement)
 
     def _resize(self, world: int) -> None:
-        """Kill the workers of ranks from `world` on, and make ready newcomers workers."""
-        for rank in [one for one in self._handles.workers if one >= world]:
+        """Kill the workers of ranks from `world` on, and promote newcomers that are ready."""
+        for rank in [rank for rank in self._handles.workers if rank >= world]:
             self.end_worker(rank)
         for rank in range(world):
             if rank not in self._handles.workers:
@@ -217,13 +217,13 @@ class ActorGroup:
 
     def start_newcomer(self, rank: int, checkpoint_step: int) -> Callable[[], Any]:
         """
-        Make a worker that is to join; give what has it make itself ready.
+        Start a worker that will join; return a function that makes it build model and data.
 
-        That gives a call which ends when it is, and may be made again.
+        The function returns the reference of a call, and is idempotent.
 
         Args:
-            rank: that it is to have.
-            checkpoint_step: steps of the newest checkpoint.
+            rank: future rank of the worker.
+            checkpoint_step: step of the newest checkpoint.
         """
         self._newcomer_count += 1
         name = f"{self._attempt + 1}.{self._newcomer_count}"
@@ -234,42 +234,42 @@ class ActorGroup:
         )
 
     def end_newcomer(self, rank: int) -> None:
-        """End a worker that was to join."""
+        """Kill a worker that has not joined yet."""
         ray.kill(self._handles.newcomers.pop(rank))
 
     def _replace_coordinators(self, restart: Restart) -> None:
         launch, handles = self.launch, self._handles
-        arguments = self._made_for, launch.roles, launch.run, restart.attempt
+        arguments = self._spawned_job, launch.roles, launch.run, restart.attempt
         if "server-manager" in restart.coordinators:
-            ray.kill(handles.manager)  # it may only be frozen
+            ray.kill(handles.manager)  # may be frozen rather than dead
             handles.manager = spawn_manager(*arguments, handles, adopts=True)
             self._manager_attempt = restart.attempt
         if "task-scheduler" in restart.coordinators:
             ray.kill(handles.scheduler)
             handles.scheduler = spawn_scheduler(*arguments)
 
-    def begin(self, controller: Any) -> None:
-        """Take the controller: the manager asks it for new servers."""
+    def set_controller(self, controller: Any) -> None:
+        """Set the controller's handle: the server manager requests new servers from it."""
         self._controller = controller
         self._send_controller()
 
     def _send_controller(self) -> None:
-        """Send the controller's handle to the server manager, which may be a new one."""
+        """Send the controller's handle to the current server manager."""
         if self._handles.manager is not None:
             manager = self._handles.manager
-            self._orders.give("server-manager", manager, "begin", self._controller)
+            self._orders.send("server-manager", manager, "begin", self._controller)
 
     def make_server(self, attempt: int, server: str, beside: str) -> Any:
         """
-        Make a server node for the manager, and give it; asked for twice, it is the same one.
+        Create a server node for the manager and return its handle. Idempotent.
 
         Args:
-            attempt: for which the manager was made.
-            server: its name.
-            beside: the node on which it should rather not be.
+            attempt: attempt for which the manager was spawned.
+            server: name of the server.
+            beside: node to avoid if possible.
 
         Raises:
-            FencedError: there is a later manager.
+            FencedError: the manager has been replaced.
         """
         if attempt != self._manager_attempt:
             raise FencedError(f"{server} is for the server manager of attempt {attempt}")
@@ -277,20 +277,21 @@ class ActorGroup:
         tables = server.startswith("embedding-")
         servers = handles.embedding_servers if tables else handles.servers
         if server not in servers:
-            arguments = self._made_for, launch.roles, launch.run, self._attempt
+            arguments = self._spawned_job, launch.roles, launch.run, self._attempt
             servers[server] = spawn_server(*arguments, server, beside)
         return servers[server]
 
     def grow(self, count: int, checkpoint_step: int) -> list[int]:
         """
-        Start workers that join, with new ranks; return the ranks.
+        Start workers that join a run with leased tasks; return their new ranks.
 
         Args:
-            count: how many.
-            checkpoint_step: steps of the newest checkpoint.
+            count: number of workers.
+            checkpoint_step: step of the newest checkpoint.
         """
-        launch, ranks = self.launch, [self._ranks + number for number in range(count)]
-        self._ranks += count
+        launch = self.launch
+        ranks = list(range(self._next_rank, self._next_rank + count))
+        self._next_rank += count
         for rank in ranks:
             self._handles.workers[rank] = spawn_worker(launch.job, launch.run, self._attempt, rank)
         self._start_workers(
@@ -299,14 +300,14 @@ class ActorGroup:
         return ranks
 
     def end_worker(self, rank: int) -> None:
-        """End a worker that has left."""
+        """Kill a worker that has left the run."""
         ray.kill(self._handles.workers.pop(rank))
 
     def end(self) -> None:
-        """End all actors."""
+        """Kill all actors."""
         call_all([*([self._spares.end] if self._spares is not None else []), self._handles.end])
 
-    def _give_orders(
+    def _order_all(
         self, attempt: int, saved: StoredCheckpoint | None, checkpoint_step: int
     ) -> None:
         handle = _put_checkpoint(saved) if saved is not None else None
@@ -317,7 +318,7 @@ class ActorGroup:
     def _start_workers(self, orders: list[WorkOrder]) -> None:
         for order in orders:
             worker = self._handles.workers[order.rank]
-            self._orders.give(f"worker-{order.rank}", worker, "start", order)
+            self._orders.send(f"worker-{order.rank}", worker, "start", order)
 
     def _order(
         self, attempt: int, rank: int, saved: SavedHandle | None, checkpoint_step: int
@@ -346,10 +347,10 @@ class ActorGroup:
 
 def _put_checkpoint(saved: StoredCheckpoint) -> SavedHandle:
     """
-    Put a checkpoint where all ranks reach it.
+    Put a checkpoint into Ray's object store.
 
     Raises:
-        StorageError: a file of it is no tensors.
+        StorageError: a file of the checkpoint is invalid.
     """
     files = {}
     for name, content in saved.files.items():

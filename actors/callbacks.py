@@ -1,10 +1,11 @@
 """
-Callbacks: what a user has called in the driver while a run goes on.
+Callbacks: the user's hooks that the driver calls during a run.
 
-They are guests: one that raises is warned of once, and the run goes on without it. One that does
-not return is waited for, and named; on Ray workers go on, and their model is written all the same.
+A callback that raises is removed with a warning, and the run continues. A callback that does not
+return blocks the driver, which names it in a warning; on Ray, workers continue and the model is
+still saved.
 
-A job's trackers are callbacks, each in a thread of its own, so that a slow server holds nobody up.
+Trackers of a job are callbacks, each with its own thread, so that a slow server blocks nothing.
 """
 
 from __future__ import annotations
@@ -43,16 +44,17 @@ logger = logging.getLogger(__name__)
 
 class Callback:
     """
-    Base of callbacks; its methods do nothing, and a class of yours has those that it needs.
+    Base class of callbacks. Override the methods that you need; the others do nothing.
 
-    They are called in the driver, one after the other, while workers go on. Each step is told once,
-    in order, however often it was made. Where a callback is so slow that 100,000 events wait, later
-    steps are not told until it has caught up, and a warning says how many.
+    Callbacks are called in the driver, one after the other, while workers continue. `on_step` is
+    called once per step, in order, even if a step is repeated after a failure. If a callback is so
+    slow that 100,000 events wait, later steps are dropped until it has caught up, and a warning
+    gives their number.
     """
 
     def on_start(self, job: Job, run: str, path: Path) -> None:
         """
-        The run directory is there; actors are about to be.
+        Called when the run directory exists, before actors are created.
 
         Args:
             job: the resolved job.
@@ -61,46 +63,46 @@ class Callback:
         """
 
     def on_step(self, step: StepSummary) -> None:
-        """A step is over on all ranks."""
+        """Called when all ranks have finished a step."""
 
     def on_evaluation(self, evaluation: EvalSummary) -> None:
-        """An evaluation is over on all ranks."""
+        """Called when all ranks have finished an evaluation."""
 
     def on_checkpoint(self, checkpoint: Saved) -> None:
-        """A checkpoint is on the disk."""
+        """Called when a checkpoint has been written."""
 
     def on_failure(self, failure: FailureEvent) -> None:
-        """Workers or servers were lost, and the run goes on."""
+        """Called when workers or servers were lost and the run recovers."""
 
     def on_recovery(self, recovery: Recovery) -> None:
-        """All are at work again after a failure."""
+        """Called when all workers train again after a failure."""
 
     def on_resize(self, resized: Resized) -> None:
-        """The run goes on with another number of workers."""
+        """Called when the run continues with another number of workers."""
 
     def should_stop(self) -> bool | str:
         """
-        Whether the run is to end before its last step; asked after each step and evaluation.
+        Return whether to end the run early; called after each step and evaluation.
 
-        A train function is told when it asks `distplat.should_stop()`.
+        A train function learns of it through `distplat.should_stop()`.
 
         Returns:
-            True, or why: all workers end after the same step, as after the last one.
+            True, or the reason: all workers end after the same step, as after the last one.
         """
         return False
 
     def on_end(self, result: Result, error: BaseException | None) -> None:
         """
-        The run is over, and its files are written.
+        Called when the run is over and its files are written.
 
         Args:
-            result: what there is of it.
-            error: why it failed; None: it ended well.
+            result: result of the run, possibly incomplete.
+            error: error of the run; None: it succeeded.
         """
 
 
 _LONG_S = 120.0
-"""Seconds in one call after which a warning names the callback, once."""
+"""Seconds after which a warning names the callback that has not returned."""
 _LOOK_S = 1.0
 
 _EVENTS = {name for name in vars(Callback) if name.startswith("on_")}
@@ -108,13 +110,10 @@ _EVENTS = {name for name in vars(Callback) if name.startswith("on_")}
 
 def check_callbacks(callbacks: Sequence[object]) -> None:
     """
-    Look at what `Trainer` was handed.
-
-    Args:
-        callbacks: as they were given.
+    Validate the callbacks of a `Trainer`.
 
     Raises:
-        SpecError: one is no `Callback`, or has a method that would never be called.
+        SpecError: an object is no `Callback`, or has a method that would never be called.
     """
     problems = []
     for number, callback in enumerate(callbacks):
@@ -136,9 +135,9 @@ class Callbacks:
     The callbacks of one run.
 
     Args:
-        callbacks: in the order in which they are called.
-        max_time_s: after which it ends; None: never.
-        clock: gives seconds.
+        callbacks: callbacks, in calling order.
+        max_time_s: time limit of the run; None: no limit.
+        clock: clock in seconds.
     """
 
     def __init__(
@@ -149,79 +148,79 @@ class Callbacks:
     ) -> None:
         self._active = list(callbacks)
         self._max_time_s, self._clock = max_time_s, clock
-        self._began, self._stepped = clock(), False
-        self.stop: str | None = None  #: why the run is to end before its last step
-        self._called: tuple[Callback, float] | None = None  #: who is being called, and since when
+        self._start_time, self._stepped = clock(), False
+        self.stop: str | None = None  #: reason to end the run early
+        self._running: tuple[Callback, float] | None = None  #: callback in progress, start time
         self._over = threading.Event()
 
     def ending(self) -> bool:
-        """Say whether the run is to end before its last step; asked again and again."""
+        """Return whether to end the run early; polled by the driver."""
         limit_s = self._max_time_s
         if limit_s is not None and self._stepped and self.stop is None:
-            passed = self._clock() - self._began
-            self.stop = f"max_time_s: {limit_s:g} s are over" if passed >= limit_s else None
+            elapsed = self._clock() - self._start_time
+            self.stop = f"max_time_s: {limit_s:g} s are over" if elapsed >= limit_s else None
         return self.stop is not None
 
     def start(self, job: Job, run: str, path: Path) -> None:
-        """Call `on_start` of each."""
+        """Call `on_start` of all callbacks."""
         threading.Thread(target=self._watch_calls, name="callbacks", daemon=True).start()
-        self._call_each(lambda one: one.on_start(job, run, path))
+        self._call_each(lambda callback: callback.on_start(job, run, path))
 
     def tell(self, summary: Summary) -> None:
-        """Tell all of what happened."""
+        """Call the method of an event on all callbacks."""
         match summary:
             case StepSummary():
                 self._stepped = True
-                self._call_each(lambda one: one.on_step(summary))
-                self._call_each(self._ask)
+                self._call_each(lambda callback: callback.on_step(summary))
+                self._call_each(self._check_stop)
             case EvalSummary():
-                self._call_each(lambda one: one.on_evaluation(summary))
-                self._call_each(self._ask)
+                self._call_each(lambda callback: callback.on_evaluation(summary))
+                self._call_each(self._check_stop)
             case Saved():
-                self._call_each(lambda one: one.on_checkpoint(summary))
+                self._call_each(lambda callback: callback.on_checkpoint(summary))
             case FailureEvent():
-                self._call_each(lambda one: one.on_failure(summary))
+                self._call_each(lambda callback: callback.on_failure(summary))
             case Recovery():
-                self._call_each(lambda one: one.on_recovery(summary))
+                self._call_each(lambda callback: callback.on_recovery(summary))
             case Resized():
-                self._call_each(lambda one: one.on_resize(summary))
+                self._call_each(lambda callback: callback.on_resize(summary))
             case EarlyStopReached():
                 self.stop = self.stop or summary.reason
 
-    def _ask(self, callback: Callback) -> None:
-        """See whether one wants the run to end; what the first says is the reason."""
+    def _check_stop(self, callback: Callback) -> None:
+        """Call `should_stop`; the first callback that returns true gives the reason."""
         if self.stop is None and (answer := callback.should_stop()):
             name = type(callback).__name__
             self.stop = answer if isinstance(answer, str) else f"{name}.should_stop()"
 
     def end(self, result: Result, error: BaseException | None) -> None:
-        """Call `on_end` of each."""
+        """Call `on_end` of all callbacks."""
         try:
-            self._call_each(lambda one: one.on_end(result, error))
+            self._call_each(lambda callback: callback.on_end(result, error))
         finally:
             self._over.set()
 
-    def _call_each(self, tell: Callable[[Callback], object]) -> None:
+    def _call_each(self, call: Callable[[Callback], object]) -> None:
         for callback in list(self._active):
-            self._called = callback, self._clock()
+            self._running = callback, self._clock()
             try:
-                tell(callback)
-            except KeyboardInterrupt:  # who is at the terminal is no guest
+                call(callback)
+            except KeyboardInterrupt:  # Ctrl-C of the user
                 raise
-            except BaseException as error:  # sys.exit() too: the run would end with its code
-                # Not `remove`: two callbacks of a dataclass may be equal.
-                self._active = [one for one in self._active if one is not callback]
-                name, kind = type(callback).__name__, type(error).__name__
+            except BaseException as error:  # also SystemExit, which would end the driver
+                # Not `remove`, which compares by equality: two callbacks may be equal.
+                self._active = [other for other in self._active if other is not callback]
+                name, error_name = type(callback).__name__, type(error).__name__
                 text = "the callback %s raised %s: %s; the run goes on without it"
-                logger.warning(text, name, kind, error)
+                logger.warning(text, name, error_name, error)
             finally:
-                self._called = None
+                self._running = None
 
     def _watch_calls(self) -> None:
-        """Name a callback that does not return: without it the run would just seem to stand."""
+        """Log a warning that names a callback which does not return."""
         warned: list[Callback] = []
         while not self._over.wait(_LOOK_S):
-            callback, since = self._called or (None, 0.0)
+            callback, since = self._running or (None, 0.0)
             if callback is None or self._clock() - since < _LONG_S:
                 continue
             if any(other is callback for other in warned):
@@ -235,11 +234,11 @@ class Callbacks:
 
 
 _CLOSE_S = 60.0
-"""How long the end of a run waits for its trackers, all together."""
+"""Timeout for all trackers together at the end of a run."""
 _CLOSE_STOPPED_S = 10.0
-"""How long it waits where somebody asked for the end, and may be about to kill the process."""
+"""The same for a run that was stopped: the user may be about to kill the process."""
 _SAY_AFTER_S = 2.0
-"""Seconds after which a warning says what is waited for."""
+"""Seconds after which a warning names the trackers that are waited for."""
 
 
 class Tracking(Callback):
@@ -247,68 +246,68 @@ class Tracking(Callback):
     The trackers of a run.
 
     Args:
-        specs: which ones.
-        before: directory of the run that this one goes on from; None: it begins anew.
+        specs: the job's trackers.
+        before: directory of the run that this run resumes; None: a new run.
     """
 
     def __init__(self, specs: Sequence[TrackerSpec], before: Path | None) -> None:
         self._specs, self._before = specs, before
-        self._writers: dict[str, BackgroundWriter[_TrackerEvent]] = {}  #: none before the start
+        self._writers: dict[str, BackgroundWriter[_TrackerEvent]] = {}  #: empty before `on_start`
 
     @override
     def on_start(self, job: Job, run: str, path: Path) -> None:
         self._writers = {spec.name: self._writer(spec, job, path) for spec in self._specs}
 
     def _writer(self, spec: TrackerSpec, job: Job, path: Path) -> BackgroundWriter[_TrackerEvent]:
-        """Begin: the library is imported in the thread, for that takes seconds."""
+        """Create a tracker's thread, which also imports its library, as this takes seconds."""
         tracker_writer = _TrackerWriter(partial(open_tracker, spec, job, path, self._before))
         warn = partial(logger.warning, "%s: %s", spec.name)
         return BackgroundWriter(tracker_writer, warn, where="its server")
 
     @override
     def on_step(self, step: StepSummary) -> None:
-        self._tell(step)
+        self._send(step)
 
     @override
     def on_evaluation(self, evaluation: EvalSummary) -> None:
-        self._tell(evaluation)
+        self._send(evaluation)
 
     @override
     def on_end(self, result: Result, error: BaseException | None) -> None:
-        """Show that the run is over, and wait within reason."""
-        self._tell(error is not None)
+        """Send the end of the run, and wait until all events are sent or the timeout is over."""
+        self._send(error is not None)
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
         limit_s = _CLOSE_STOPPED_S if stopped else _CLOSE_S
-        until = time.monotonic() + limit_s
+        deadline = time.monotonic() + limit_s
         if late := [
             name for name, writer in self._writers.items() if not writer.wait(_SAY_AFTER_S)
         ]:
             text = "the run is over; its last figures are on their way to %s, %.0f s at most"
-            logger.warning(text, ", ".join(late), max(0.0, until - time.monotonic()))
+            logger.warning(text, ", ".join(late), max(0.0, deadline - time.monotonic()))
         for writer in self._writers.values():
-            writer.close(max(0.0, until - time.monotonic()))
+            writer.close(max(0.0, deadline - time.monotonic()))
 
-    def _tell(self, event: _TrackerEvent) -> None:
+    def _send(self, event: _TrackerEvent) -> None:
         for writer in self._writers.values():
             writer.put(event)
 
 
 _TrackerEvent: TypeAlias = StepSummary | EvalSummary | bool
-"""A flag says that the run is over, and whether it failed."""
+"""A bool marks the end of the run: whether it failed."""
 
 
 class _TrackerWriter:
     """
-    Shows in one tracker what it is called with.
+    Writes events to one tracker.
 
     Args:
-        begin: opens the tracker, at the first call.
+        open_tracker: opens the tracker, at the first call.
     """
 
-    def __init__(self, begin: Callable[[], Tracker]) -> None:
-        self._open = begin
+    def __init__(self, open_tracker: Callable[[], Tracker]) -> None:
+        self._open = open_tracker
         self._tracker: Tracker | None = None
-        self._error: BaseException | None = None  #: why it could not be opened
+        self._error: BaseException | None = None  #: error of `open_tracker`
 
     def __call__(self, event: _TrackerEvent) -> None:
         if self._error is not None:
@@ -316,7 +315,7 @@ class _TrackerWriter:
         if self._tracker is None:
             try:
                 self._tracker = self._open()
-            except BaseException as error:  # once: it may take long, or ask for a password
+            except BaseException as error:  # do not retry: it may be slow or ask for a password
                 self._error = error
                 raise
         if isinstance(event, bool):

@@ -1,14 +1,14 @@
 """
-A rank's parts of checkpoints on their way: copied between two steps, sent off by another thread.
+Upload of a rank's checkpoint parts: copied between two steps, sent by another thread.
 
     training thread   step 119 | copy | step 120 ...................... step 139 | wait? copy |
-    uploader                   | into Ray's store, servers' copies | tell
-    controller                                                       poll: here it is
+    uploader                   | into Ray's store, servers' copies | deliver
+    controller                                                       poll: receives the part
 
-Training stands still for the copy alone. Should the part before not have left when the next is
-due, a rank waits for it, which is a matter of memory, not of the disk: what the disk cannot keep up
-with, the controller skips. A rank under an asynchronous strategy waits for nobody, and skips at
-once.
+Training pauses only for the copy. If the previous part is still being sent when the next one is
+due, the rank waits for it; this depends on the object store and not on the disk, because the
+controller skips checkpoints that the disk is too slow for. Under an asynchronous strategy the rank
+skips the new part instead of waiting.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ logger = logging.getLogger(__name__)
 
 class CheckpointUploader:
     """
-    Takes one rank's parts.
+    Sends the checkpoint parts of one rank.
 
     Args:
-        rank: whose.
-        attempt: of the run.
-        put: puts arrays where the controller can have them, copied; gives a reference.
-        send: takes the deliveries; called by another thread.
-        limit_s: how long a part may take to leave.
+        rank: the rank.
+        attempt: attempt of the run.
+        put: copies arrays to where the controller can fetch them; returns a reference.
+        send: called with the deliveries, from another thread.
+        limit_s: timeout for sending a part.
     """
 
     def __init__(
@@ -52,26 +52,26 @@ class CheckpointUploader:
         self._put, self._send, self._limit_s = put, send, limit_s
         self._staging = Staging()
         self._thread: threading.Thread | None = None
-        self._began = 0.0  #: when it did
-        self._version = -1  #: of the last part that was taken
+        self._sent_at = 0.0  #: start time of `_thread`
+        self._version = -1  #: version of the last part
 
     def take(self, version: int, part: CheckpointPart, facts: Mapping[str, Any]) -> None:
         """
-        Copy a part and go on; a version that was taken before is passed over.
+        Copy a part and start to send it; a repeated version is ignored.
 
         Raises:
-            DeadlineExceeded: the part before does not leave.
+            DeadlineExceeded: the previous part is still being sent after the timeout.
         """
         if version == self._version:
             return
         if self._busy and part.may_skip:
-            late = "" if time.monotonic() - self._began < self._limit_s else str(self._late())
+            late = "" if time.monotonic() - self._sent_at < self._limit_s else str(self._late())
             skipped = Delivery(self._rank, self._attempt, version, skipped=True, failure=late)
             self._send(skipped)
             return
         self.flush()
         self._version = version
-        arrays, self._began = self._staging.copy(part.tensors), time.monotonic()
+        arrays, self._sent_at = self._staging.copy(part.tensors), time.monotonic()
         self._thread = threading.Thread(
             target=self._deliver, args=(version, part, arrays, dict(facts)), daemon=True
         )
@@ -79,10 +79,10 @@ class CheckpointUploader:
 
     def flush(self) -> None:
         """
-        Wait until the last part has left.
+        Wait until the last part has been sent.
 
         Raises:
-            DeadlineExceeded: it does not.
+            DeadlineExceeded: it is still being sent after the timeout.
         """
         if self._thread is not None:
             self._thread.join(self._limit_s)
@@ -90,8 +90,8 @@ class CheckpointUploader:
             raise self._late()
 
     def _late(self) -> DeadlineExceeded:
-        what, late = "a part of a checkpoint", ("Ray's object store",)
-        return DeadlineExceeded(what, late, self._limit_s, "failure.step_timeout_s")
+        what, missing = "a part of a checkpoint", ("Ray's object store",)
+        return DeadlineExceeded(what, missing, self._limit_s, "failure.step_timeout_s")
 
     @property
     def _busy(self) -> bool:
@@ -100,17 +100,18 @@ class CheckpointUploader:
     def _deliver(
         self, version: int, part: CheckpointPart, arrays: list[Bytes], facts: dict[str, Any]
     ) -> None:
-        where = (self._rank, self._attempt, version)
+        key = (self._rank, self._attempt, version)
         try:
-            kept = part.fetch() if part.fetch is not None else []
-            if kept is None:
-                self._send(Delivery(*where, skipped=True))
+            fetched = part.fetch() if part.fetch is not None else []
+            if fetched is None:
+                self._send(Delivery(*key, skipped=True))
                 return
-            refs = [(self._put(arrays), part.entries), *kept] if part.entries else kept
-        except Exception as error:  # for example a lost server: of that the training hears itself
+            items = [(self._put(arrays), part.entries), *fetched] if part.entries else fetched
+        except Exception as error:  # for example a lost server, which the training detects, too
             logger.warning("no checkpoint of step %d: %s", version, error)
             why, lost = str(error) or repr(error), isinstance(error, (ActorLost, Abandoned))
-            self._send(Delivery(*where, skipped=True, failure=why, lost=lost))
+            self._send(Delivery(*key, skipped=True, failure=why, lost=lost))
             return
-        found, entries = (tuple(column) for column in zip(*refs, strict=True)) if refs else ((), ())
-        self._send(Delivery(*where, found, entries, facts))
+        pairs = (tuple(column) for column in zip(*items, strict=True)) if items else ((), ())
+        refs, entries = pairs
+        self._send(Delivery(*key, refs, entries, facts))

@@ -1,4 +1,4 @@
-"""What connects a worker in one attempt: group, servers, tables, scheduler; made when asked for."""
+"""A worker's connections in one attempt: group, servers, tables, scheduler; created lazily."""
 
 import logging
 import threading
@@ -31,10 +31,10 @@ logger = logging.getLogger(__name__)
 
 class RayRunStore(RunStore):
     """
-    The store of one run.
+    A `RunStore` in Ray's key-value store.
 
     Args:
-        run: its name.
+        run: name of the run.
     """
 
     def __init__(self, run: str) -> None:
@@ -50,11 +50,11 @@ class RayRunStore(RunStore):
 
 class Connection:
     """
-    An attempt's group and servers; another thread may end the waits for them at any moment.
+    A worker's clients of one attempt; `stop` of another thread ends their waits.
 
     Args:
-        transport: the worker's.
-        attempt: which.
+        transport: transport of the worker.
+        attempt: the attempt.
     """
 
     def __init__(self, transport: Transport, attempt: int) -> None:
@@ -69,28 +69,30 @@ class Connection:
 
     def ports(self, order: WorkOrder, prepared: Prepared) -> Ports:
         """
-        Make what the worker needs; the other ranks are met, servers are not yet asked.
+        Create the clients of the worker; joins the group, but does not call servers yet.
 
         Raises:
-            DistplatError: somebody did not come, or the attempt was given up.
+            DistplatError: a rank did not join, or the attempt was abandoned.
         """
-        order = replace(order, job=prepared.job)  # its rates may be the task's
+        order = replace(order, job=prepared.job)  # may have learning rates of the task
         every = prepared.job.checkpoint.period(prepared.sampler.steps_per_epoch)
         return Ports(
             None if order.collective is None else self._form(order, order.collective),
-            self._reach(order, prepared.total_steps, every) if prepared.roles.servers else None,
-            self._reach_tables(order, every),
-            self._reach_scheduler(order, prepared),
+            self._connect_shards(order, prepared.total_steps, every)
+            if prepared.roles.servers
+            else None,
+            self._connect_tables(order, every),
+            self._connect_scheduler(order, prepared),
             partial(self._connect_peers, order),
             RayRunStore(order.run),
         )
 
     def group(self, order: WorkOrder) -> "CollectiveGroup":
         """
-        Meet the other ranks, for a train function.
+        Join the group of all ranks, for a train function.
 
         Raises:
-            DistplatError: somebody did not come, or the attempt was given up.
+            DistplatError: a rank did not join, or the attempt was abandoned.
         """
         assert order.collective is not None, "only strategies with a group run train functions"
         if not order.job.scaling.use_gpu:
@@ -107,7 +109,7 @@ class Connection:
         return group
 
     def default_group(self, order: WorkOrder) -> "DefaultGroup":
-        """Make what forms torch's default process group, once a train function asks for it."""
+        """Return the object that creates torch's default process group on demand."""
         from distplat.actors.collectives.default_group import DefaultGroup
 
         assert order.collective is not None, "see `group`"
@@ -116,12 +118,12 @@ class Connection:
         return self._default_group
 
     def shards(self, order: WorkOrder) -> "RemoteShards | None":
-        """Make a train function's way to the servers; None where the strategy has none."""
+        """Create a train function's client of the servers; None: the strategy has no servers."""
         if order.manager is None:
             return None
-        return self._reach(order, 1, 0)
+        return self._connect_shards(order, 1, 0)
 
-    def _reach(self, order: WorkOrder, steps: int, every: int) -> "RemoteShards":
+    def _connect_shards(self, order: WorkOrder, steps: int, every: int) -> "RemoteShards":
         from distplat.actors.servers.shards import RemoteShards
 
         self._servers = RemoteShards(self._transport, order, steps, every, self._abandoned)
@@ -129,15 +131,15 @@ class Connection:
 
     def _connect_peers(self, order: WorkOrder) -> "CollectiveGroup":
         """
-        Make a group though the strategy has none; for models that need one.
+        Create a group for models that need one under a strategy without a group.
 
-        It waits as long as servers do: for the slowest rank of a step.
+        Its timeout is that of servers, which wait for the slowest rank of a step.
         """
         limit_s, setting = order.job.failure.step_timeout_s, "failure.step_timeout_s"
         return self._form(order, GroupSpec(timeout_s=limit_s, setting=setting))
 
     def _form(self, order: WorkOrder, spec: GroupSpec) -> "CollectiveGroup":
-        from distplat.actors.collectives.ray_groups import create_group  # only who needs it
+        from distplat.actors.collectives.ray_groups import create_group  # imported on demand
 
         member = self._member(order, spec)
         self._group = create_group(
@@ -146,15 +148,15 @@ class Connection:
         return self._group
 
     def _member(self, order: WorkOrder, spec: GroupSpec, suffix: str = "") -> "GroupMember":
-        """Describe this rank in a group of the attempt; `suffix`: of the group's name."""
+        """Return this rank's membership in a group; `suffix` is appended to the group's name."""
         from distplat.actors.collectives.rendezvous import GroupMember, GroupSettings
 
         name, start_s = f"{order.run}/{order.attempt}{suffix}", order.job.failure.start_timeout_s
         settings = GroupSettings(spec.timeout_s, start_s, spec.debug, self._abandoned, spec.setting)
         return GroupMember(name, order.rank, order.job.scaling.world, settings)
 
-    def _reach_tables(self, order: WorkOrder, every: int) -> "RemoteTables | None":
-        """Give the way to the embedding tables; None where the job has none."""
+    def _connect_tables(self, order: WorkOrder, every: int) -> "RemoteTables | None":
+        """Create the client of the embedding tables; None: the job has no tables."""
         if not order.embedding_servers:
             return None
         from distplat.actors.servers.tables import RemoteTables
@@ -162,8 +164,8 @@ class Connection:
         self._tables = RemoteTables(self._transport, order, every, self._abandoned)
         return self._tables
 
-    def _reach_scheduler(self, order: WorkOrder, prepared: Prepared) -> "RemoteLeases | None":
-        """Make the way to the task scheduler; None where the strategy has none."""
+    def _connect_scheduler(self, order: WorkOrder, prepared: Prepared) -> "RemoteLeases | None":
+        """Create the client of the task scheduler; None: the strategy has no scheduler."""
         if order.scheduler is None:
             return None
         from distplat.actors.servers.leases import RemoteLeases
@@ -173,17 +175,17 @@ class Connection:
         return self._leases
 
     def count(self, report: StepReport) -> None:
-        """Have the task scheduler know how fast this worker is."""
+        """Report a step to the task scheduler, which tracks the speed of workers."""
         if self._leases is not None:
             self._leases.count(report)
 
     @property
     def stop_order(self) -> StopOrder:
-        """What the worker is to do about the attempt between two steps."""
+        """Stop order of the attempt, which the worker checks between two steps."""
         return StopOrder.ABANDON if self._abandoned.is_set() else self._stop_order
 
     def stop(self, how: StopOrder) -> None:
-        """Note the worker's stop order; abandoning the attempt ends all waits for others."""
+        """Record a stop order; `ABANDON` also ends all waits for other processes."""
         if how is not StopOrder.ABANDON:
             self._stop_order = max(self._stop_order, how)
             return
@@ -194,9 +196,9 @@ class Connection:
 
     def close(self) -> None:
         """
-        Leave the groups, servers, tables and scheduler, as far as they were reached.
+        Close all clients that were created.
 
-        Raises nothing: who closes may be on his way out with the true reason.
+        Raises nothing, because an exception may already be propagating.
         """
         ports = self._group, self._servers, self._tables, self._leases, self._default_group
         for port in ports:

@@ -1,10 +1,10 @@
 """
-The controller: asks every actor how it is, tells the job's state, hands on what was finished.
+Controller loop: polls all actors, drives the job's state machine, and forwards reports.
 
-It decides nothing; `platform/job.py` does. It runs in an actor on the driver's node, which ends
-with the driver (I8). No question waits longer than a tick: a frozen actor leaves one call open
-while the others go on being asked. `scale`, `scale_status`, `worker` and `make_server` may be
-called from any thread.
+Decisions are made in `platform/job.py`. The controller runs in an actor on the driver's node, which
+ends with the driver (I8). Polls never block the loop: a frozen actor leaves one call pending while
+the other actors are still polled. `scale`, `scale_status`, `worker` and `make_server` are
+thread-safe.
 """
 
 import logging
@@ -21,7 +21,7 @@ import ray
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.checkpointing import Checkpoints
 from distplat.actors.messages import PollResult
-from distplat.actors.model_pieces import ModelPiece, in_pieces
+from distplat.actors.model_pieces import ModelPiece, fetch_pieces
 from distplat.actors.ray_errors import Meaning, advice_for, as_ours, cause_of, meaning, taken_away
 from distplat.actors.ray_transport import RayTransport
 from distplat.actors.resizing import AsyncScaler, SyncScaler, check_scalable
@@ -60,14 +60,14 @@ from distplat.platform.tensor_file import decode, to_bytes
 logger = logging.getLogger(__name__)
 
 SAVE_S = 30.0
-"""How long a run that is asked to stop may take to end a step, with a checkpoint of it."""
+"""Seconds for a run that receives a stop request to finish its step and write a checkpoint."""
 _AGAIN = "a second signal does not wait for it"
 _TICK_S = 0.1
 _SETTLING_TICK_S = 0.02
-"""While workers stop and begin again nothing is computed."""
+"""Tick while workers stop and restart: no training competes for the processor."""
 _HOLD_S = 0.5
-"""Seconds for which an actor holds a poll open while training goes on: its death or its end is told
-at once all the same, and ten polls a second would take processor time from the workers."""
+"""Seconds for which an actor holds a poll open during training: ten polls a second would take
+processor time from the workers. A death or the end of an attempt is still reported at once."""
 
 
 class Controller:
@@ -75,12 +75,13 @@ class Controller:
     Watches one run from start to end.
 
     Args:
-        actor_group: its actors, which have their orders.
-        limits: the job's deadlines.
-        policy: what is done about failures.
-        told: asked once per tick: whether somebody wants the run to stop, at once (`ABANDON`) or
-            with a checkpoint (`SAVE`).
-        checkpoints: takes the ranks' parts, and has what all go back to when state is lost.
+        actor_group: actors of the run; their orders have been sent.
+        limits: deadlines of the job.
+        policy: failure policy.
+        stop_requested: called once per tick; returns whether to stop the run at once (`ABANDON`)
+            or with a checkpoint (`SAVE`).
+        checkpoints: collects the ranks' parts, and provides the checkpoint to restart from when
+            state is lost.
     """
 
     def __init__(
@@ -88,53 +89,54 @@ class Controller:
         actor_group: ActorGroup,
         limits: Failure,
         policy: Policy,
-        told: Callable[[], StopOrder],
+        stop_requested: Callable[[], StopOrder],
         checkpoints: Checkpoints,
     ) -> None:
-        self._actor_group, self._limits, self._told = actor_group, limits, told
+        self._actor_group, self._limits = actor_group, limits
+        self._stop_requested = stop_requested
         self._actors = actor_group.roles
-        self._making = threading.Lock()  #: held by who makes servers, or ends and makes all
-        self._open: dict[Any, tuple[str, float]] = {}  #: call -> (role, when it was asked)
-        self._unreached: dict[str, float] = {}  #: role -> when its first call was lost, of late
-        self._answers: dict[str, int] = {}  #: role -> number of its last answer
-        self._alive: set[str] = set()  #: roles that have answered: the others may still be starting
-        # Of a train function rank 0 alone reports.
-        reporting = 1 if actor_group.job.own_loop else actor_group.world
+        self._spawn_lock = threading.Lock()  #: held while servers are created or all restarted
+        self._open: dict[Any, tuple[str, float]] = {}  #: pending poll -> (role, time of the call)
+        self._unreached: dict[str, float] = {}  #: role -> time of the first of its lost calls
+        self._answers: dict[str, int] = {}  #: role -> number of the last answered poll
+        self._alive: set[str] = set()  #: roles that have answered; others may still be starting
+        # In a train function only rank 0 reports.
+        reporting_ranks = 1 if actor_group.job.own_loop else actor_group.world
         self._aggregator = ReportAggregator(
-            reporting, checkpoints.step if actor_group.dynamic_tasks else None
+            reporting_ranks, checkpoints.step if actor_group.dynamic_tasks else None
         )
         self._requests = requests = ScaleRequests()
         self._async_scaler = (
             AsyncScaler(actor_group, requests) if actor_group.dynamic_tasks else None
         )
-        self._sync_scaler = SyncScaler(actor_group, requests)  # where tasks are not leased
-        self._clock = AwakeClock()  #: of all deadlines
-        began, step = self._clock.now(), checkpoints.step
-        self._state = JobState(actor_group.world, limits, began, policy, step=step)
-        self._failed_at: float | None = None  #: when the present trouble was noticed
-        self._last_order = -1, StopOrder.NONE  #: what workers were told last, and of which attempt
-        self._halted_at: float | None = None  #: when the first worker stopped for a resize
-        self._resized: Resized | None = None  #: to be told when all are at work
-        self._ending = False  #: somebody wants the run to end before its last step
-        self._stop_until: float | None = None  #: it was asked to stop: until when it takes a step
-        self._trained = False  #: the last step was told
+        self._sync_scaler = SyncScaler(actor_group, requests)  # unused if tasks are leased
+        self._clock = AwakeClock()  #: clock of all deadlines
+        start, step = self._clock.now(), checkpoints.step
+        self._state = JobState(actor_group.world, limits, start, policy, step=step)
+        self._failed_at: float | None = None  #: detection time of the current failure
+        self._last_order = -1, StopOrder.NONE  #: attempt and value of the last stop order sent
+        self._halted_at: float | None = None  #: time at which the current resize began
+        self._resized: Resized | None = None  #: to be reported once all workers train again
+        self._ending = False  #: the run is to end before its last step
+        self._stop_deadline: float | None = None  #: of the step in flight, after a stop request
+        self._trained = False  #: the last step was reported
         self._holders = policy.holders
         self._checkpoints = checkpoints
-        self.checkpoint_step = checkpoints.step  #: from which the present servers began
+        self.checkpoint_step = checkpoints.step  #: loaded by the current servers
         self._report: Callable[[Summary], None] = lambda summary: None
 
     def run(self, report: Callable[[Summary], None]) -> bytes:
         """
-        Wait for the end of the run; give the trained model.
+        Run until the job ends; return the trained model.
 
         Args:
-            report: takes each step and evaluation when its last rank has reported it, and failures
-                after which the run goes on.
+            report: called with each step and evaluation once all ranks have reported it, and with
+                each failure from which the run recovers.
 
         Raises:
-            DistplatError: why it failed.
-            Interrupted: it was asked to stop; a checkpoint of its last step is on the disk, where
-                the job may have one and `SAVE_S` were enough.
+            DistplatError: the run failed.
+            Interrupted: the run received a stop request. A checkpoint of its last step is on disk
+                if checkpoints are enabled and `SAVE_S` sufficed.
         """
 
         def observe(summary: Summary) -> None:
@@ -149,7 +151,7 @@ class Controller:
         except Interrupted:
             self._checkpoints.drain()
             self._report_checkpoints()
-            self._warn_of_loss()
+            self._warn_if_unsaved()
             raise
         if self._state.error is not None:
             raise self._state.error
@@ -157,82 +159,82 @@ class Controller:
 
     def _watch(self) -> None:
         """
-        Ask and repair until the run is over.
+        Poll actors and repair failures until the run is over.
 
         Raises:
-            Interrupted: it was asked to stop, and did so before its last step.
+            Interrupted: the run stopped on request before its last step.
         """
         while not self._state.over:
-            self._check()
+            self._check_stop()
             self._poll_actors()
             self._collect_answers()
-            for role, error in self._actor_group.look():
+            for role, error in self._actor_group.poll_orders():
                 self._actors.pop(role, None)
                 self._state.handle(Failed(role, error, dead=True), self._clock.now())
             self._state.handle(Tick(), self._clock.now())
             self._repair()
             if self._state.phase is Phase.RUNNING and self._ending:
-                self._state.handle(End(self._stop_until is not None), self._clock.now())
+                self._state.handle(End(self._stop_deadline is not None), self._clock.now())
                 self._stop_workers(time.monotonic())
             elif self._state.phase is Phase.RUNNING:
                 self._scale()
                 self._actor_group.keep_spares()
             self._report_checkpoints()
-        ended = False  #: all had agreed on the run's end before they were asked to stop
+        ended = False  # ranks agreed on the end of the run before the stop request
         if self._state.error is None:
             self._report_rest()
-            ended = not self._checkpoints.began(self._state.max_step)
-        if self._stop_until is not None and not (self._trained or ended):
+            ended = not self._checkpoints.started(self._state.max_step)
+        if self._stop_deadline is not None and not (self._trained or ended):
             raise Interrupted(signal.SIGTERM)
 
-    def _warn_of_loss(self) -> None:
-        """Say so where a run that takes a checkpoint as it stops has none of its last step."""
+    def _warn_if_unsaved(self) -> None:
+        """Log a warning if a run that saves when it stops has no checkpoint of its last step."""
         last, newest = self._state.max_step, self._checkpoints.step
         if not self._actor_group.launch.saves_at_stop or newest >= last:
             return
-        there = f"the newest one is of step {newest}" if newest else "there is none"
+        state = f"the newest one is of step {newest}" if newest else "there is none"
         why = "" if self._state.error is None else f" ({self._state.error})"
         text = "the run stopped after step %d without a checkpoint of it%s; %s"
-        logger.warning(text, last, why, there)
+        logger.warning(text, last, why, state)
 
-    def _check(self) -> None:
+    def _check_stop(self) -> None:
         """
-        See whether the run is asked to stop: then it ends after a step, with a checkpoint.
+        Check for a stop request; the run then ends after the current step, with a checkpoint.
 
         Raises:
-            Interrupted: none can be taken, or the step takes too long.
+            Interrupted: no checkpoint is possible, or the step takes too long.
         """
-        order, now = self._told(), self._clock.now()
+        order, now = self._stop_requested(), self._clock.now()
         if order is StopOrder.NONE:
             return
-        if self._stop_until is None:
-            begun = self._state.phase is Phase.RUNNING
-            unsaved = begun or self._state.max_step > self._checkpoints.step
+        if self._stop_deadline is None:
+            running = self._state.phase is Phase.RUNNING
+            unsaved = running or self._state.max_step > self._checkpoints.step
             saves = self._actor_group.launch.saves_at_stop and unsaved and order is StopOrder.SAVE
-            self._stop_until, self._ending = now + (SAVE_S if saves else 0.0), True
+            self._stop_deadline, self._ending = now + (SAVE_S if saves else 0.0), True
             if saves:
                 text = "stopping after this step, with a checkpoint, if it ends within %g s; %s"
                 logger.warning(text, SAVE_S, _AGAIN)
-        if now >= self._stop_until or order is StopOrder.ABANDON:
+        if now >= self._stop_deadline or order is StopOrder.ABANDON:
             raise Interrupted(signal.SIGTERM)
 
-    def settle(self) -> None:
+    def finish_checkpoints(self) -> None:
         """
-        After the end of a run that ended well, wait for checkpoints that are being written.
+        Wait for pending checkpoint writes; called after the run has succeeded.
 
         Raises:
-            StorageError: several could not be.
+            StorageError: several checkpoints could not be written.
         """
         self._checkpoints.drain()
-        self._checkpoints.settle()
+        self._checkpoints.finish()
         self._report_checkpoints()
 
     def scale(self, workers: int) -> ScaleRequest:
         """
-        Ask for another number of workers; any thread may, and does not wait for them.
+        Request another number of workers and return without waiting for them. Thread-safe.
 
         Raises:
-            SpecError: it cannot be had; says why.
+            SpecError: the run cannot have that number of workers.
         """
         check_scalable(self._actor_group, workers)
         refused = (self._async_scaler or self._sync_scaler).refusal(workers)
@@ -241,20 +243,20 @@ class Controller:
         return self._requests.submit(workers)
 
     def end_early(self) -> None:
-        """End the run soon, as after its last step; any thread may call this, more than once."""
+        """End the run after the next step as after its last one. Thread-safe and idempotent."""
         self._ending = True
 
     def worker(self, rank: int) -> Any:
-        """Give the handle of a rank's present worker; None: there is none. Any thread may ask."""
+        """Return the handle of a rank's current worker, or None. Thread-safe."""
         return self._actor_group.workers.get(rank)
 
     def make_server(self, attempt: int, server: str, beside: str) -> Any:
-        """Make a server node for the server manager; see `ActorGroup.make_server`."""
-        with self._making:
+        """Create a server node for the server manager; see `ActorGroup.make_server`."""
+        with self._spawn_lock:
             return self._actor_group.make_server(attempt, server, beside)
 
     def scale_status(self) -> ScaleStatus:
-        """Tell what became of the last request; any thread may ask."""
+        """Return the status of the last scale request. Thread-safe."""
         return self._requests.status()
 
     def _report_rest(self) -> None:
@@ -264,13 +266,13 @@ class Controller:
     def _report_checkpoints(self) -> None:
         for finished in self._checkpoints.take_finished():
             if isinstance(finished, EarlyStopReached):
-                self.end_early()  # the driver asks for it, too, some steps later
+                self.end_early()  # the driver requests this, too, but some steps later
             if isinstance(finished, Saved) and self._actor_group.job.own_loop:
                 self._state.checkpoint_saved(finished.step)
             self._report(finished)
 
     def _repair(self) -> None:
-        """Carry out what the state has decided about a failure."""
+        """Carry out the decisions of the state machine: stop, restart, report the recovery."""
         state, now = self._state, time.monotonic()
         if state.phase is Phase.SETTLING:
             self._stop_workers(now)
@@ -284,7 +286,7 @@ class Controller:
             self._resized = self._halted_at = None
 
     def _stop_workers(self, now: float) -> None:
-        """Tell all to stop: after the same step if nothing failed, at once if something did."""
+        """Send the stop order: at once after a failure, else after the step all ranks agree on."""
         state = self._state
         self._halted_at = self._halted_at or (now if state.resize_in_progress else None)
         order = state.attempt, state.stop_order
@@ -295,18 +297,18 @@ class Controller:
             self._failed_at = self._failed_at or now
             if not state.can_recover:
                 return
-        ends = state.stop_order in (StopOrder.END, StopOrder.SAVE)
-        if ends and self._actor_group.dynamic_tasks:
-            self._actor_group.tell_scheduler("end_early", state.stop_order is StopOrder.SAVE)
+        ends_run = state.stop_order in (StopOrder.END, StopOrder.SAVE)
+        if ends_run and self._actor_group.dynamic_tasks:
+            self._actor_group.order_scheduler("end_early", state.stop_order is StopOrder.SAVE)
         else:
             self._actor_group.stop(*order)
 
     def _scale(self) -> None:
-        """Carry out requests to scale; a failure is repaired first."""
+        """Carry out scale requests; called only while no failure is being repaired."""
         if self._async_scaler is None:
-            wanted = self._sync_scaler.advance(self._checkpoints.step)
-            if wanted is not None:
-                self._state.handle(Resize(wanted), self._clock.now())
+            world = self._sync_scaler.advance(self._checkpoints.step)
+            if world is not None:
+                self._state.handle(Resize(world), self._clock.now())
             return
         for rank in self._async_scaler.carry_out(self._checkpoints.step):
             self._actors[f"worker-{rank}"] = self._actor_group.workers[rank]
@@ -322,12 +324,12 @@ class Controller:
             cause = str(self._state.error)
             self._report(FailureEvent(restart.attempt, step, cause, replaced, restart.wait_s))
             self._aggregator.rank_lost()
-        until = time.monotonic() + restart.wait_s
-        while time.monotonic() < until:
-            self._check()
+        deadline = time.monotonic() + restart.wait_s
+        while time.monotonic() < deadline:
+            self._check_stop()
             time.sleep(_TICK_S)
         before = set(self._actors)
-        with self._making:
+        with self._spawn_lock:
             self._actor_group.carry_out(restart, saved, self._checkpoints.step)
         self._actors = self._actor_group.roles
         renewed = set(self._actors) if restart.restarts_all else set(replaced)
@@ -336,13 +338,13 @@ class Controller:
         for role in renewed:
             self._answers.pop(role, None)
         self._unreached.clear()
-        self._open = {call: asked for call, asked in self._open.items() if asked[0] not in renewed}
+        self._open = {call: poll for call, poll in self._open.items() if poll[0] not in renewed}
         self._checkpoints.begin(restart.attempt, self._actor_group.job)
         self._renumber(restart, step)
         self._state.restarted(self._clock.now(), step)
 
     def _renumber(self, restart: Restart, step: int) -> None:
-        """Go on with as many workers as there are now."""
+        """Update scalers and aggregator to the number of workers of the new attempt."""
         if restart.restarts_all:
             (self._async_scaler or self._sync_scaler).all_restarted()
         elif "task-scheduler" in restart.coordinators and self._async_scaler is not None:
@@ -360,19 +362,19 @@ class Controller:
             self._aggregator.resize(world, step)
 
     def _poll_actors(self) -> None:
-        """Keep one question open to every actor."""
-        asked = {role for role, _ in self._open.values()}
+        """Keep one poll open to every actor."""
+        polled = {role for role, _ in self._open.values()}
         now = self._clock.now()
-        at_work = self._state.phase is Phase.RUNNING and not self._ending
-        hold_s = _HOLD_S if at_work else _TICK_S
+        training = self._state.phase is Phase.RUNNING and not self._ending
+        hold_s = _HOLD_S if training else _TICK_S
         for role, actor in self._actors.items():
-            if role not in asked:
+            if role not in polled:
                 number = self._answers.get(role, 0) + 1
                 self._open[actor.poll.remote(number, hold_s)] = (role, now)
 
     def _collect_answers(self) -> None:
-        """Take the answers of one tick."""
-        began = time.monotonic()
+        """Wait one tick, and handle the polls answered in that time."""
+        start = time.monotonic()
         answered, silent = [], []
         tick_s = _TICK_S if self._state.phase is Phase.RUNNING else _SETTLING_TICK_S
         if self._open:
@@ -384,11 +386,11 @@ class Controller:
                 self._state.handle(event, self._clock.now())
         now = self._clock.now()
         for call in silent:
-            role, asked_at = self._open[call]
+            role, polled_at = self._open[call]
             if role in self._alive:
-                self._state.handle(PollUnanswered(role, now - asked_at), now)
+                self._state.handle(PollUnanswered(role, now - polled_at), now)
         if not silent:
-            time.sleep(max(0.0, tick_s - (time.monotonic() - began)))
+            time.sleep(max(0.0, tick_s - (time.monotonic() - start)))
 
     def _events(self, role: str, call: Any) -> list[Event]:
         try:
@@ -404,7 +406,7 @@ class Controller:
         return self._on_poll_result(role, answer) if isinstance(answer, PollResult) else []
 
     def _unanswered(self, role: str, error: ray.exceptions.RayError) -> Event:
-        """Tell why a question has no answer: one that was lost on its way is asked again."""
+        """Return the event of a failed poll; a poll lost by the transport is repeated."""
         error_meaning = meaning(error)
         if error_meaning in (Meaning.UNANSWERED, Meaning.LATE):
             now = self._clock.now()
@@ -426,38 +428,38 @@ class Controller:
         for delivery in result.deliveries:
             self._checkpoints.take(delivery)
         if result.attempt != self._state.attempt:
-            return []  # it has not yet taken the present order up
+            return []  # the worker has not yet started the current attempt
         if result.left:
-            assert self._async_scaler is not None, "only who leases tasks is told to leave"
+            assert self._async_scaler is not None, "only workers that lease tasks are dismissed"
             del self._actors[role]
             self._async_scaler.left(rank)
             return [Left(rank)]
         prepared, node = result.prepared, result.host
-        heard = PollAnswered(
+        answer = PollAnswered(
             rank, result.beats, result.step, result.finished, prepared, node, result.loop
         )
         if result.error is None:
-            return [heard]
-        error, shown = result.error, result.traceback
-        return [heard, Failed(role, error, prepared=prepared, node=node, traceback=shown)]
+            return [answer]
+        error, traceback = result.error, result.traceback
+        return [answer, Failed(role, error, prepared=prepared, node=node, traceback=traceback)]
 
     def _result(self) -> bytes:
-        """Fetch the model; where it is cut, each part, and put them together by name."""
-        everybody = tuple(range(self._actor_group.world))
-        parts = [self._model_part(ranks) for ranks in self._holders or (everybody,)]
+        """Fetch the trained model; parts of a partitioned model are merged by name."""
+        all_ranks = tuple(range(self._actor_group.world))
+        parts = [self._model_part(ranks) for ranks in self._holders or (all_ranks,)]
         if len(parts) == 1:
             return parts[0]
         return to_bytes({k: v for part in parts for k, v in decode(part).items()})
 
     def _model_part(self, holders: tuple[int, ...]) -> bytes:
-        """Ask the first rank that has a part; where it was lost at the last moment, the next."""
+        """Fetch a model part from its first holder; if that worker was lost, from the next."""
         lost: DistplatError | None = None
         for rank in holders:
             worker = self._actor_group.workers.get(rank)
             if worker is None:
-                continue  # it has left
+                continue  # the worker has left the run
             try:
-                return in_pieces(partial(self._model_piece, rank, worker))
+                return fetch_pieces(partial(self._model_piece, rank, worker))
             except DistplatError as error:
                 lost = error
         assert lost is not None, "a part has at least one holder"

@@ -1,17 +1,17 @@
 """
-What Ray sees of the controller: a run goes on in one of its threads, others answer meanwhile.
+The controller's Ray actor: one thread runs the controller, the others serve calls.
 
     driver            ── begin ──▶  thread: `Controller.run`
-                      ── poll n ─▶  what happened since question n - 1: steps, failures, log records
-                      ── result ─▶  the trained model, or why there is none
+                      ── poll n ─▶  events since poll n - 1: steps, failures, log records
+                      ── result ─▶  the trained model, in pieces
     distplat scale    ── scale ──▶  accepted, or the reason why not, at once
     distplat status   ── scale_status
-    distplat stop     ── stop ──▶   how the run ended, once it has
+    distplat stop     ── stop ──▶   status of the run, once it has ended
     server manager    ── make_server ──▶  a new server node
 
-Each of these may be asked again: a question or its answer may be lost on the way.
-Files of the run directory are the driver's, but for checkpoints: those are large, and a thread here
-writes them while training goes on. The actor is on the driver's node, so both see the same disk.
+All calls are idempotent, because a call or its answer may be lost.
+The driver writes the files of the run directory, except checkpoints: those are large, and a thread
+of this actor writes them during training. The actor is on the driver's node and uses the same disk.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ from distplat.strategies.sparse.files import PartSource, keep_tables
 logger = logging.getLogger(__name__)
 
 _MOST = 100_000
-"""Events that wait for a driver that does not ask, some 50 MB; beyond them steps and log lines are
-left out, for memory ends before a long run does."""
+"""Events kept for a driver that does not poll, about 50 MB; beyond this, steps and log lines are
+dropped to bound the memory."""
 _BEGIN_S = 5.0
-"""How long a question waits for the run to begin."""
+"""Seconds that a call waits for the run to start."""
 
 
 @dataclass(frozen=True)
@@ -73,23 +73,23 @@ class FileToKeep:
 
 @dataclass(frozen=True)
 class ModelReady:
-    """The model is there, to be asked for by `result`."""
+    """The trained model can be fetched with `result`."""
 
 
 RunEvent = Summary | FileToKeep | ModelReady | logging.LogRecord
-"""What the driver is told."""
+"""An event for the driver."""
 
 
 @dataclass(frozen=True)
 class RunPollResult:
-    """The answer to one question of the driver."""
+    """The answer to a poll of the driver."""
 
     events: list[RunEvent]
-    """What happened since the question before, each once."""
+    """Events since the previous poll."""
     over: bool
-    """Nothing more will happen."""
+    """Whether the run has ended and no event follows."""
     error: DistplatError | None
-    """Why the run failed, once it is over."""
+    """Error of a failed run, once it is over."""
 
 
 class ControllerActor:
@@ -97,8 +97,8 @@ class ControllerActor:
     The controller's actor: its methods answer while `Controller.run` goes on in a thread.
 
     Args:
-        name: of the actor.
-        submission: id under which the job API started the driver; None: it did not.
+        name: name of the actor.
+        submission: id of the driver in Ray's job API; None: not started through it.
     """
 
     def __init__(self, name: str, submission: str | None = None) -> None:
@@ -107,12 +107,12 @@ class ControllerActor:
             _MOST, lambda event: isinstance(event, StepSummary | logging.LogRecord)
         )
         self._controller: Controller | None = None
-        self._beginning = threading.Lock()
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._model: bytes | None = None
-        self._error: DistplatError | None = None  #: why the run failed
-        self._stop_order = StopOrder.NONE  #: what the whole run is told
-        self._begun, self._over = threading.Event(), threading.Event()
+        self._error: DistplatError | None = None  #: error of a failed run
+        self._stop_order = StopOrder.NONE  #: stop order of the run
+        self._started, self._over = threading.Event(), threading.Event()
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
@@ -120,13 +120,13 @@ class ControllerActor:
 
     def begin(self, actor_group: ActorGroup, checkpoint_step: int) -> None:
         """
-        Watch a run from its start to its end, in a thread; a second call does nothing.
+        Start the thread that runs the controller; repeated calls have no effect.
 
         Args:
-            actor_group: the actors, which the driver has made and given their orders.
-            checkpoint_step: steps of the checkpoint that they begin from.
+            actor_group: the actors, created and ordered by the driver.
+            checkpoint_step: step of the checkpoint that they start from.
         """
-        with self._beginning:
+        with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._work, args=(actor_group, checkpoint_step), name="run", daemon=True
@@ -134,11 +134,11 @@ class ControllerActor:
                 self._thread.start()
 
     def _work(self, actor_group: ActorGroup, checkpoint_step: int) -> None:
-        """Run to the end, and keep its error, which would be lost with the thread."""
+        """Run the controller and store its error for the driver."""
         _send_records(self._outbox)
         try:
             self._run(actor_group, checkpoint_step)
-        except ray.exceptions.RayError as error:  # first: what a method raised may be one of ours
+        except ray.exceptions.RayError as error:  # first: a RayTaskError may derive from both
             self._error = as_ours(error)
         except DistplatError as error:
             self._error = error.with_traceback(None)
@@ -154,10 +154,10 @@ class ControllerActor:
         launch = actor_group.launch
         if launch.strategy_file is not None:
             launch.strategy_file.load()
-        # Where tasks are leased rank 0 alone gives parts: the others may come and go. So it does
-        # where a train function says what is kept.
-        alone = actor_group.dynamic_tasks or launch.job.own_loop
-        parts = 1 if alone else launch.job.scaling.world
+        # Only rank 0 delivers parts if tasks are leased, because other workers may join and leave,
+        # and in a train function.
+        rank_0_only = actor_group.dynamic_tasks or launch.job.own_loop
+        parts = 1 if rank_0_only else launch.job.scaling.world
         fetch = partial(_fetch_arrays, limit_s=launch.job.failure.step_timeout_s)
         checkpoints = Checkpoints(launch, parts, fetch)
         checkpoints.step = checkpoint_step
@@ -169,50 +169,50 @@ class ControllerActor:
                 lambda: self._stop_order,
                 checkpoints,
             )
-            self._begun.set()
+            self._started.set()
             self._model = self._controller.run(self._outbox.put)
             self._outbox.put(ModelReady())
-            self._controller.settle()
+            self._controller.finish_checkpoints()
             self._keep_files(actor_group)
         finally:
-            # What is complete is worth keeping, however the run ends.
+            # Write complete checkpoints even if the run failed.
             call_all([checkpoints.drain, actor_group.end])
 
     def poll(self, number: int, hold_s: float) -> RunPollResult:
         """
-        Tell what happened since the last question.
+        Return the events since the last poll.
 
         Args:
-            number: of the question, from 1; the same number is told the same events.
-            hold_s: how long to wait for something to tell.
+            number: sequence number of the poll, from 1; the same number returns the same events.
+            hold_s: seconds to wait for an event.
         """
         events = self._outbox.take(number, hold_s)
-        left_out = self._outbox.pop_dropped()
-        if left_out:
-            logger.warning("%d steps and log lines are not told: the driver was away", left_out)
-        over = self._outbox.drained  # after them: what is told again is not all there is
+        dropped = self._outbox.pop_dropped()
+        if dropped:
+            logger.warning("%d steps and log lines were dropped: the driver did not poll", dropped)
+        over = self._outbox.drained  # read after `take`: a repeated poll may leave events
         return RunPollResult(events, over, self._error if over else None)
 
     def result(self, first: int) -> ModelPiece:
-        """Give the trained model from byte `first` on; only once it is there."""
-        assert self._model is not None, "the driver asks once it is told so"
+        """Return a piece of the trained model from byte `first`, after `ModelReady`."""
+        assert self._model is not None, "the driver calls this only after `ModelReady`"
         return piece_of(self._model, first)
 
     def stop(self, timeout_s: float, saves: bool = False) -> str:
         """
-        End the run and its actors; returns when they are ended, or after so long.
+        Stop the run, and wait until it and its actors have ended.
 
         Args:
-            timeout_s: that long.
-            saves: whether it first takes a checkpoint, where `Launch.saves_at_stop`.
+            timeout_s: seconds to wait.
+            saves: whether to write a checkpoint first, if `Launch.saves_at_stop`.
 
         Returns:
-            `STOPPED`, `SUCCEEDED` or `FAILED`; `RUNNING`: not yet.
+            `STOPPED`, `SUCCEEDED` or `FAILED`; `RUNNING`: not ended within the timeout.
         """
         if not self._stop_order and not self._over.is_set():
             logger.warning("the run is asked to stop")
         order = StopOrder.SAVE if saves else StopOrder.ABANDON
-        with self._beginning:
+        with self._lock:
             self._stop_order = max(self._stop_order, order)
         if not self._over.wait(timeout_s):
             return "RUNNING"
@@ -221,58 +221,58 @@ class ControllerActor:
         return "STOPPED" if isinstance(self._error, Interrupted) else "FAILED"
 
     def submission(self) -> str | None:
-        """Tell under which id the job API started the driver; None: it did not."""
+        """Return the driver's id in Ray's job API; None: not started through it."""
         return self._submission
 
     def scale(self, workers: int) -> ScaleRequest:
         """
-        Ask for another number of workers; returns before they are there.
+        Request another number of workers and return without waiting for them.
 
         Raises:
-            SpecError: it cannot be had; says why.
-            NotReadyError: the run has not begun yet.
+            SpecError: the run cannot have that number of workers.
+            NotReadyError: the run has not started yet.
         """
         return self._running().scale(workers)
 
     def end_early(self) -> None:
         """
-        Have the run end soon as after its last step; a second call does nothing.
+        End the run after the next step as after its last one; repeated calls have no effect.
 
         Raises:
-            NotReadyError: the run has not begun yet.
+            NotReadyError: the run has not started yet.
         """
         self._running().end_early()
 
     def worker(self, rank: int) -> Any:
         """
-        Give the handle of a rank's present worker; None: there is none.
+        Return the handle of a rank's current worker, or None.
 
         Raises:
-            NotReadyError: the run has not begun yet.
+            NotReadyError: the run has not started yet.
         """
         return self._running().worker(rank)
 
     def make_server(self, attempt: int, server: str, beside: str) -> Any:
         """
-        Make a server node for the server manager; see `ActorGroup.make_server`.
+        Create a server node for the server manager; see `ActorGroup.make_server`.
 
         Raises:
-            FencedError: there is a later manager.
-            NotReadyError: the run has not begun yet; it is not waited for.
+            FencedError: the manager has been replaced.
+            NotReadyError: the run has not started yet; this call does not wait for it.
         """
         return self._running(0.0).make_server(attempt, server, beside)
 
     def scale_status(self) -> ScaleStatus:
-        """Tell what became of the last request for another number of workers."""
+        """Return the status of the last scale request."""
         return NO_SCALE_REQUEST if self._controller is None else self._controller.scale_status()
 
     def _running(self, wait_s: float = _BEGIN_S) -> Controller:
-        if not self._begun.wait(wait_s) or self._controller is None:
+        if not self._started.wait(wait_s) or self._controller is None:
             raise NotReadyError(f"{self._name}: the run has not begun yet")
         return self._controller
 
     def _keep_files(self, actor_group: ActorGroup) -> None:
-        """Send the driver the embedding tables and the log of updates, of runs that have them."""
+        """Send the embedding tables and the log of updates, if any, to the driver."""
         assert self._controller is not None
         launch = actor_group.launch
 
@@ -297,15 +297,15 @@ class _OutboxHandler(QueueHandler):
 
 
 def _send_records(outbox: Outbox[Any]) -> None:
-    """Have this package's log records appear in the driver, which alone knows what is shown."""
-    ours = logging.getLogger("distplat")
-    ours.handlers = [_OutboxHandler(outbox)]
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
+    """Forward log records of distplat to the driver, whose settings decide what is printed."""
+    package_logger = logging.getLogger("distplat")
+    package_logger.handlers = [_OutboxHandler(outbox)]
+    package_logger.setLevel(logging.INFO)
+    package_logger.propagate = False
 
 
 def _fetch_arrays(ref: list[Any], limit_s: float) -> list[Bytes]:
-    """Bring a part of a checkpoint from its node: a large one, over a slow net, takes minutes."""
+    """Fetch a checkpoint part from its node; a large one may take minutes on a slow network."""
     try:
         arrays: list[Bytes] = RayTransport().get(ref[0], limit_s)
     except AnswerPending:
@@ -315,7 +315,7 @@ def _fetch_arrays(ref: list[Any], limit_s: float) -> list[Bytes]:
 
 
 def _keep_log(actor_group: ActorGroup, keep: Callable[[str, bytes], None]) -> None:
-    """Fetch the shards' logs; a run that has its model does not fail for want of them."""
+    """Fetch the shards' logs; if that fails only log a warning, because the model is complete."""
     manager, launch = actor_group.roles["server-manager"], actor_group.launch
     limit, setting = launch.job.failure.step_timeout_s, "step_timeout_s"
     try:
@@ -328,8 +328,8 @@ def _keep_log(actor_group: ActorGroup, keep: Callable[[str, bytes], None]) -> No
 
 
 def _table_servers(actor_group: ActorGroup, job: Job) -> list[PartSource]:
-    """Give the embedding servers of a run that has ended well, in order."""
-    assert job.embeddings is not None, "only such jobs have servers of tables"
+    """Return the embedding servers of a succeeded run, in order."""
+    assert job.embeddings is not None, "only jobs with embeddings have embedding servers"
     limit_s = job.failure.step_timeout_s
     if job.embeddings.replication == 1:
         names = [f"embedding-server-{index}" for index in range(job.embeddings.servers)]
@@ -341,7 +341,7 @@ def _table_servers(actor_group: ActorGroup, job: Job) -> list[PartSource]:
 
 
 class _TableSource(PartSource):
-    """An embedding server as a source of a file: asked for one part at a time, none held longer."""
+    """Reads the tables of an embedding server, one part at a time to bound the memory."""
 
     def __init__(self, handle: Any, name: str, limit_s: float) -> None:
         self._handle, self._name, self._limit_s = handle, name, limit_s
@@ -357,7 +357,7 @@ class _TableSource(PartSource):
         return content
 
     def ask(self, method: str, *args: Any) -> Any:
-        """Call a method, and wait for its answer."""
+        """Call a method and wait for its answer."""
         call = partial(RayTransport().call, self._handle, method, *args)
         what, setting = "saving tables", "step_timeout_s"
         return ask(RayTransport(), what, {self._name: call}, self._limit_s, setting)[0]

@@ -24,7 +24,7 @@ from typing import Any
 from distplat.actors.actor_group import ActorGroup
 from distplat.actors.controller import SAVE_S
 from distplat.actors.controller_actor import FileToKeep, ModelReady, RunEvent, RunPollResult
-from distplat.actors.model_pieces import ModelPiece, in_pieces
+from distplat.actors.model_pieces import ModelPiece, fetch_pieces
 from distplat.actors.ray_errors import UNREACHABLE
 from distplat.actors.retrying_calls import POLL_S, Outbox, ask
 from distplat.actors.transport import Transport
@@ -216,7 +216,7 @@ class ControllerClient:
     def _take(self, event: RunEvent, handlers: RunHandlers) -> None:
         """Keep what is to be kept; the rest is news."""
         if isinstance(event, ModelReady):
-            model = in_pieces(self._piece)
+            model = fetch_pieces(self._piece)
             self._keep(lambda: handlers.on_model(model))
         elif isinstance(event, FileToKeep):
             self._keep(lambda: handlers.on_file(event.name, event.content))

@@ -1,8 +1,8 @@
 """
-One hash seed for all workers: where a set of strings is gone through, all see one order.
+One hash seed for all workers, so that they iterate over a set of strings in the same order.
 
-A process has its hash seed from its environment, before Python starts. What a Ray of our own
-starts has ours at no cost; on another Ray a worker asks for it, which takes it 0.6 s.
+Python reads the seed from the environment when a process starts. Processes of a local Ray inherit
+ours. On another Ray a worker gets it through its runtime environment, which takes 0.6 s.
 """
 
 import os
@@ -18,19 +18,19 @@ NAME = "PYTHONHASHSEED"
 
 
 def chosen() -> str:
-    """Give the user's seed, if this process has one; else 0."""
+    """Return the hash seed that the user has set for this process; else 0."""
     seed = os.environ.get(NAME, "")
     return seed if seed.isdigit() else "0"
 
 
 def inherited() -> AbstractContextManager[None]:
-    """Have processes that start in this block hash alike."""
+    """Set the seed for processes that start in this block."""
     return variables({NAME: chosen()})
 
 
 def options() -> dict[str, Any]:
-    """Give what an actor is to be asked for with, so that it has the seed."""
-    # What this process has started has its environment; a node that has joined has not.
+    """Return the actor options that set the seed."""
+    # A local Ray has this process's environment, but nodes that have joined it do not.
     if os.environ.get(NAME) == chosen() and ray_compat.ray_is_ours() and len(ray.nodes()) == 1:
         return {}
     return {"runtime_env": {"env_vars": {NAME: chosen()}}}

@@ -1,9 +1,9 @@
 """
-Notice that the head of the cluster is gone, before Ray ends this process because of it.
+Detect that the cluster's head is lost, before Ray kills this process because of it.
 
-Ray ends every process that has not reached the head for a minute, with exit code 1 and without a
-word to Python: a run would leave no result, and its exit code would blame the task. Until then
-training goes on, and a head that comes back in time is welcome.
+Ray kills every process that has not reached the head for a minute, with exit code 1 and without a
+Python exception: a run would leave no result, and its exit code would blame the task. Training
+continues until the deadline, in case the head comes back.
 """
 
 import os
@@ -16,21 +16,23 @@ from typing import Self
 from distplat.platform.errors import ActorLost
 
 _SETTING = "RAY_gcs_rpc_server_reconnect_timeout_s"
-_RAYS_OWN_S = 60.0
+_DEFAULT_S = 60.0
+"""Ray's default of `_SETTING`."""
 _SHARE = 2 / 3
-"""Share of Ray's time-out after which the head counts as lost: the rest is for an orderly end."""
-_KNOCK_S = 2.0
+"""Share of Ray's timeout after which the head counts as lost; the rest is for a clean shutdown."""
+_PROBE_S = 2.0
+"""Interval of probes, and timeout of each."""
 _HEAD = "the head of the Ray cluster"
 
 
 class HeadWatch:
     """
-    Knocks at the head of the cluster while it is entered.
+    Probes the cluster's head from a thread, as a context manager.
 
     Args:
         address: HOST:PORT of the head.
-        probe: says whether somebody listens there; None: a connection shows it.
-        clock: seconds that never go back.
+        probe: returns whether a process listens at an address; None: tries to connect.
+        clock: monotonic clock in seconds.
     """
 
     def __init__(
@@ -40,45 +42,45 @@ class HeadWatch:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._address, self._probe, self._clock = address, probe or listens, clock
-        self._limit_s = float(os.environ.get(_SETTING, _RAYS_OWN_S)) * _SHARE
-        self._heard_at = clock()
+        self._limit_s = float(os.environ.get(_SETTING, _DEFAULT_S)) * _SHARE
+        self._last_answer = clock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="head watch")
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Start probing."""
         self._thread.start()
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """End."""
+        """Stop probing."""
         self._over.set()
 
     @property
     def lost(self) -> bool:
-        """Whether the head has been silent for too long."""
-        return self._clock() - self._heard_at > self._limit_s
+        """Whether the head has not answered for longer than the limit."""
+        return self._clock() - self._last_answer > self._limit_s
 
     def answers(self) -> bool:
-        """Say whether it is there now: calls to actors would wait for one that is not."""
+        """Return whether the head answers now; without a head, calls to actors would block."""
         return not self.lost and self._probe(self._address)
 
-    def insist(self) -> None:
+    def require(self) -> None:
         """
-        Return if it is there now.
+        Check that the head answers now.
 
         Raises:
-            ActorLost: it is not, and nothing is to wait for it.
+            ActorLost: the head does not answer.
         """
         if not self.answers():
             raise ActorLost(_HEAD, None, f"nothing listens at {self._address}")
 
     def check(self) -> None:
         """
-        Return if the head is there, or was not long ago.
+        Check that the head has answered within the limit.
 
         Raises:
-            ActorLost: it is gone.
+            ActorLost: the head is lost.
         """
         if self.lost:
             cause = (
@@ -88,21 +90,21 @@ class HeadWatch:
             remedy = "start Ray there again, and go on from the last checkpoint, if there is one"
             raise ActorLost(_HEAD, None, cause, remedy)
 
-    def look(self) -> None:
-        """Knock once."""
+    def probe(self) -> None:
+        """Probe the head once."""
         if self._probe(self._address):
-            self._heard_at = self._clock()
+            self._last_answer = self._clock()
 
     def _watch(self) -> None:
-        while not self._over.wait(_KNOCK_S):
-            self.look()
+        while not self._over.wait(_PROBE_S):
+            self.probe()
 
 
 def listens(address: str) -> bool:
-    """Say whether a connection to HOST:PORT can be made."""
+    """Return whether HOST:PORT accepts a connection."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_S).close()
     except (OSError, ValueError):
         return False
     return True

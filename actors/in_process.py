@@ -246,7 +246,7 @@ def _without_table_backups(job: Job) -> Job:
 def _finish_checkpoints(checkpoints: Checkpoints, handlers: RunHandlers) -> None:
     """After the end of a run that ended well, wait for checkpoints, and tell of them."""
     checkpoints.drain()
-    checkpoints.settle()
+    checkpoints.finish()
     _report_finished(checkpoints, handlers)
 
 

@@ -1,11 +1,11 @@
 """
-From a job to a run on Ray: connect, spawn, give orders, follow the controller, and end everything.
+Run a job on Ray: connect, spawn the actors, follow the controller, and shut everything down.
 
     driver                       actors, all started side by side
     ------                       --------------------------------
     spawn          ->            worker 0..N-1, server 0..S-1, server manager, controller
     WorkOrder      ->            worker: import torch, build model and data, join, train
-    begin, poll    <->           controller: what happened; at the end the trained model
+    begin, poll    <->           controller: events; at the end the trained model
                                  controller <-> workers: PollResult: steps, evaluations, errors
 """
 
@@ -53,27 +53,27 @@ from distplat.platform.spec import Scaling
 logger = logging.getLogger(__name__)
 
 RAY_LOG = "ray.log"
-"""In the run directory: the ends of the logs of a Ray of our own that failed."""
+"""File in the run directory: last lines of the logs of a local Ray that failed."""
 _STARTS = ("start", "starting processes")
-"""What is waited for while processes start, in the error when they are late."""
+"""Names of waits for process starts, as in `DeadlineExceeded.what`."""
 _PYTHONS = ("py_executable", "image_uri", "container")
-"""Fields of a runtime environment that Ray does not check."""
+"""Fields of a runtime environment that replace Python; Ray does not validate them."""
 _KEEP_S = 10.0
-"""How long the disk may take to write them."""
+"""Timeout for writing `RAY_LOG`."""
 _LOW_DISK_BYTES = 64 * 2**20
-"""With less free disk than this Ray may not start: the error says how much there is."""
+"""Free disk space below which Ray may fail to start; the error then names the free space."""
 _MIN_DISK_BYTES = 2**20
-"""With less free disk than this Ray does not start."""
+"""Free disk space without which Ray does not start."""
 
 
 def train_on_ray(launch: Launch, handlers: RunHandlers, stopping: Stopping) -> None:
     """
-    Train on the connected Ray, or on a local one for the time of the run.
+    Train on the connected Ray, or start a local one for the run.
 
     Args:
-        launch: what to run.
-        handlers: called with what comes of it.
-        stopping: entered before: Ray's start must not be cut off, or it leaves processes.
+        launch: parameters of the run.
+        handlers: callbacks for events and results.
+        stopping: already entered, because an interrupted start of Ray leaves processes.
 
     Raises:
         DistplatError: see `Trainer.fit`.
@@ -87,16 +87,16 @@ def train_on_ray(launch: Launch, handlers: RunHandlers, stopping: Stopping) -> N
     ):
         launch = replace(launch, checked=launch.checked or checking is not None)
 
-        def look() -> None:
+        def check_head() -> None:
             head.check()
             for line in checking.poll() if checking is not None else ():
                 logger.warning("%s", line)
 
         def check() -> None:
             stopping.check()
-            look()
+            check_head()
 
-        _follow(launch, check, look, handlers, head)
+        _follow(launch, check, check_head, handlers, head)
 
 
 @contextmanager
@@ -104,16 +104,16 @@ def ray_for_run(
     stopping: Stopping, scaling: Scaling, *, logs: bool = True, keep_in: Path | None = None
 ) -> Iterator[HeadWatch]:
     """
-    Be connected to Ray for a run, and know whether its head is there; see `local_ray`.
+    Connect to Ray for a run and watch the cluster's head; see `local_ray`.
 
     Args:
-        stopping: entered before: a signal is noted while Ray starts, too.
-        scaling: has so many workers at most.
+        stopping: already entered, so that signals are recorded while Ray starts.
+        scaling: largest number of workers.
         logs: see `local_ray`.
         keep_in: the run directory; see `local_ray`.
 
     Raises:
-        Interrupted: a signal came before the run began, or the second one, which does not wait.
+        Interrupted: a signal arrived before the run started, or a second one during the run.
         DistplatError: see `local_ray`, `failures_of_ray`.
     """
     try:
@@ -124,7 +124,7 @@ def ray_for_run(
         ):
             stopping.check()
             yield head
-    except KeyboardInterrupt:  # the second signal: an end like after the first, but at once
+    except KeyboardInterrupt:  # second signal: stop as after the first, but at once
         stopping.check()
         raise
 
@@ -132,39 +132,39 @@ def ray_for_run(
 def _follow(
     launch: Launch,
     check: Callable[[], None],
-    look: Callable[[], None],
+    check_head: Callable[[], None],
     handlers: RunHandlers,
     head: HeadWatch,
 ) -> None:
     saved = newest_checkpoint(launch)
     actor_group = ActorGroup(launch, saved)
-    # Ranks take their words back themselves, unless they were killed.
-    endings = [actor_group.end, lambda: ray_compat.delete_all(rendezvous_key(launch.run))]
+    # Ranks delete their own keys unless they were killed.
+    cleanups = [actor_group.end, lambda: ray_compat.delete_all(rendezvous_key(launch.run))]
     try:
         handle = spawn_controller(ControllerActor, launch.job, launch.run)
-        endings.insert(0, lambda: ray.kill(handle))
-        actor_group.begin(handle)
+        cleanups.insert(0, lambda: ray.kill(handle))
+        actor_group.set_controller(handle)
         checkpoint_step = saved.step if saved else 0
         controller = ControllerClient(RayTransport(), handle, actor_group, checkpoint_step)
-        endings.insert(0, lambda: controller.end(head.insist))
-        controller.follow(check, handlers, look)
+        cleanups.insert(0, lambda: controller.end(head.require))
+        controller.follow(check, handlers, check_head)
     finally:
-        # Without a head nothing of that can be done: all ends with this process.
-        call_all(_if_head_answers(head, ending) for ending in endings)
+        # Without a head no cleanup is possible; the actors end with this process.
+        call_all(_if_head_answers(head, cleanup) for cleanup in cleanups)
 
 
-def _if_head_answers(head: HeadWatch, ending: Callable[[], object]) -> Callable[[], object]:
-    return lambda: ending() if head.answers() else None
+def _if_head_answers(head: HeadWatch, cleanup: Callable[[], object]) -> Callable[[], object]:
+    return lambda: cleanup() if head.answers() else None
 
 
 @contextmanager
 def failures_of_ray() -> Iterator[None]:
     """
-    Tell what Ray raises while it is used from an error of ours.
+    Convert Ray's exceptions in the block to ours.
 
     Raises:
-        InfrastructureError: Ray itself could not do what it was asked.
-        SpecError: the user asked for what cannot be had.
+        InfrastructureError: Ray failed.
+        SpecError: the user's request cannot be satisfied.
     """
     try:
         yield
@@ -178,7 +178,7 @@ def failures_of_ray() -> Iterator[None]:
 
 
 def _advice_for_python() -> str:
-    """Say which Python Ray starts processes with, if that is not its own."""
+    """Return a hint if the runtime environment replaces the workers' Python; empty: it does not."""
     keys = [key for key in _PYTHONS if ray.get_runtime_context().runtime_env.get(key)]
     if not keys:
         return ""
@@ -191,10 +191,10 @@ def _advice_for_python() -> str:
 @contextmanager
 def _task_check(launch: Launch) -> Iterator[TaskCheck | None]:
     """
-    Have the task looked at while a Ray of our own starts.
+    Check the task while a local Ray starts.
 
-    On a cluster that is there already workers may find what is not to be found here: they look at
-    it themselves, before they build anything.
+    On an existing cluster the task's modules may exist on the workers only; workers check it
+    themselves before they build anything.
     """
     if launch.task is not None or launch.job.task is None or ray.is_initialized():
         yield None
@@ -206,10 +206,10 @@ def _task_check(launch: Launch) -> Iterator[TaskCheck | None]:
 @contextmanager
 def _failures_of_start() -> Iterator[None]:
     """
-    Say what to do where Ray does not start: what it raises then is of many classes.
+    Convert any exception of Ray's start to an error with advice.
 
     Raises:
-        InfrastructureError: it did not.
+        InfrastructureError: Ray did not start.
     """
     try:
         yield
@@ -226,7 +226,7 @@ def _failures_of_start() -> Iterator[None]:
 
 
 def _shortages() -> list[str]:
-    """Say what Ray may have too little of: its own words for that are of time."""
+    """Return scarce resources of this machine; Ray's own error would only name a timeout."""
     shortages = []
     addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
     if addresses != resource.RLIM_INFINITY:
@@ -241,16 +241,16 @@ def _shortages() -> list[str]:
 
 def _check_room(folder: Path) -> None:
     """
-    See that there is some room for Ray's files: without any it tries for half a minute.
+    Check for free disk space; without any, Ray would retry for half a minute.
 
     Raises:
-        InfrastructureError: there is none.
+        InfrastructureError: the disk is full.
     """
     try:
         reserve(folder, _MIN_DISK_BYTES).close()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            return  # Ray makes the folder, or says what is wrong with it
+            return  # Ray creates the folder or reports the problem
         remedy = "free some of its disk, or have RAY_TMPDIR lead to another one"
         raise InfrastructureError(
             f"a local Ray could not be started: {folder}: {error.strerror}; {remedy}"
@@ -262,27 +262,27 @@ def local_ray(
     scaling: Scaling, *, logs: bool = True, keep_in: Path | None = None
 ) -> Iterator[None]:
     """
-    Be connected to Ray: as we are, or to a local instance that ends with the block.
+    Use the connected Ray, or start a local one and shut it down after the block.
 
     Args:
-        scaling: has so many workers at most.
-        logs: whether what a local instance's workers print comes to this process.
-        keep_in: a directory that gets the ends of its logs where it fails, or we do; those of
-            another Ray stay where they are, which is said then.
+        scaling: largest number of workers.
+        logs: whether to print the output of a local Ray's workers in this process.
+        keep_in: directory for the last lines of a local Ray's logs after an internal failure; for
+            another Ray a warning names the folder of its logs.
 
     Raises:
-        InfrastructureError: Ray cannot be started; it gives itself 30 s, which nothing changes.
+        InfrastructureError: Ray cannot be started; its start timeout of 30 s is fixed.
         SpecError: the user's token cannot be read.
     """
     if ray.is_initialized():
         try:
             yield
         except Exception as error:
-            if keep_in and _may_be_rays_fault(error) and (there := ray_compat.log_folder()):
-                logger.warning("Ray's own logs are in %s of each node", there)
+            if keep_in and _may_be_rays_fault(error) and (folder_name := ray_compat.log_folder()):
+                logger.warning("Ray's own logs are in %s of each node", folder_name)
             raise
         return
-    # More workers than cores is slow but right: on a laptop that is what trying out means.
+    # More workers than cores are allowed: slow, but useful to try a job on a laptop.
     _secure()
     with hash_seed.inherited():
         _warn_of_long_name(ray_compat.wanted_folder())
@@ -298,7 +298,7 @@ def local_ray(
 
 
 def _may_be_rays_fault(error: Exception) -> bool:
-    """Say whether Ray's logs may tell more of an error: the cluster's, or one of ours."""
+    """Return whether Ray's logs may explain an error: one of the cluster, or an internal one."""
     return getattr(error, "exit_code", None) in (
         None,
         DistplatError.exit_code,
@@ -307,7 +307,7 @@ def _may_be_rays_fault(error: Exception) -> bool:
 
 
 def _shut_down(folder: RayFolder, keep_in: Path | None = None) -> None:
-    """End the Ray of this process; its files go, too."""
+    """Shut down the local Ray and delete its files."""
     try:
         ray.shutdown()
     finally:
@@ -316,7 +316,7 @@ def _shut_down(folder: RayFolder, keep_in: Path | None = None) -> None:
 
 
 def _keep_logs(folder: RayFolder, keep_in: Path | None) -> None:
-    """Write the ends of a Ray's logs into a run directory, if they are wanted and it takes them."""
+    """Write the last lines of Ray's logs into the run directory; failures are ignored."""
     if keep_in is None:
         return
     path, token = keep_in / RAY_LOG, ""
@@ -331,7 +331,7 @@ def _keep_logs(folder: RayFolder, keep_in: Path | None) -> None:
 
 def _secure() -> None:
     """
-    Have a Ray that starts now ask for a token that only this user can read.
+    Enable Ray's token authentication, with a token that only this user can read.
 
     Raises:
         SpecError: see `check_token`.
@@ -343,7 +343,7 @@ def _secure() -> None:
 
 
 def _warn_of_long_name(folder: Path) -> None:
-    """Say where the files of a Ray lie, if that is not where its user wants them."""
+    """Log a warning if Ray's files cannot be in the folder that the user has chosen."""
     if ray_compat.has_long_name(folder):
         text = (
             "the files of this run's Ray lie in %s, not in %s: the names of its sockets would be "
@@ -353,7 +353,7 @@ def _warn_of_long_name(folder: Path) -> None:
 
 
 def _start_ray(scaling: Scaling, *, logs: bool, keep_in: Path | None) -> RayFolder:
-    """Start a Ray; give the directory of its files."""
+    """Start a local Ray; return the directory of its files."""
     cpus = scaling.num_workers * scaling.resources()["CPU"]
     with (
         ray_compat.loopback(),
@@ -369,13 +369,13 @@ def _start_ray(scaling: Scaling, *, logs: bool, keep_in: Path | None) -> RayFold
                 include_dashboard=False,
                 num_cpus=max(os.cpu_count() or 1, int(np.ceil(cpus))),
                 log_to_driver=logs,
-                logging_level="error",  # what it warns of at a start is for who keeps clusters
+                logging_level="error",  # its start-up warnings are for cluster operators
                 _temp_dir=str(folder.path),
             )
         except Exception:
-            ray.shutdown()  # a notebook would keep what there is of it
+            ray.shutdown()  # a half-started Ray would stay in a notebook
             _keep_logs(folder, keep_in)
-            folder.close()  # Ray's words for why may name files
+            folder.close()  # keep the files: Ray's error may name some
             raise
         except BaseException:
             _shut_down(folder)

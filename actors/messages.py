@@ -1,7 +1,7 @@
 """
-What travels between actors: small frozen values, readable without torch.
+Messages between actors: small frozen dataclasses that need no torch.
 
-The controller and the server manager import this and stay light; dtypes travel by name.
+The controller and the server manager import this module without torch; dtypes are sent by name.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 def rendezvous_key(group: str) -> bytes:
-    """Give the key in Ray's key-value store under which a group's rank 0 leaves its address."""
+    """Return the key in Ray's key-value store for the address of a group's rank 0."""
     return f"distplat/collective/{group}".encode()
 
 
 @dataclass(frozen=True)
 class MemoryAddress:
-    """Where another process finds a memory segment. Good while its owner holds it open."""
+    """Address of a memory segment of another process. Valid while the owner keeps it open."""
 
     node: str
     """Ray's id of the node."""
@@ -43,17 +43,17 @@ class MemoryAddress:
     dtype: str
     """Name in torch, for example `float32`."""
     inode: int = 0
-    """Inode of the memory: pid and descriptor may be reused by now. 0: not known."""
+    """Inode of the memory, because pid and descriptor may be reused. 0: not known."""
 
 
 @dataclass(frozen=True)
 class SavedHandle:
-    """A checkpoint in Ray's store."""
+    """A checkpoint in Ray's object store."""
 
     state: dict[str, Any]
-    """What `state.json` holds."""
+    """Content of `state.json`."""
     files: dict[str, list[Any]]
-    """By name, a reference to its tensors; in a list, or Ray would send them along."""
+    """Reference to the tensors of each file; the list keeps Ray from resolving it in a call."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ class AttachReply:
     """A server's answer to a worker that attaches its memory."""
 
     shares_memory: bool
-    """Whether the server reaches it; else bytes are sent."""
+    """Whether the server can map the memory; else data is sent in calls."""
     version: int | None
-    """Version of the shard's parameters; None: it has none yet."""
+    """Version of the shard's parameters; None: it has no parameters yet."""
 
 
 @dataclass(frozen=True)
 class WorkOrder:
-    """All that a worker is told when it starts."""
+    """Parameters of an attempt for one worker."""
 
     job: Job
     run: str
@@ -78,63 +78,63 @@ class WorkOrder:
     task: str | bytes
     """`module:Class`, or the class itself, pickled by the driver."""
     search_path: str
-    """Folder of the task's module with the driver: import path and current directory there."""
+    """Folder of the task's module on the driver's node; import path and working directory."""
     strategy_file: LoadedStrategyFile | None
     """A user's file that registers strategies."""
     manager: Any
-    """Handle of the server manager; None: there are neither shards nor tables kept twice."""
+    """Handle of the server manager; None: neither shards nor replicated tables exist."""
     collective: GroupSpec | None
     """The group of all workers; None: the strategy has none."""
     saved: SavedHandle | None = None
-    """The checkpoint to begin from, for a worker that has no state yet."""
+    """The checkpoint to start from, for a worker without state."""
     checkpoint_step: int = 0
-    """Steps of the newest checkpoint: no attempt begins before it."""
+    """Step of the newest checkpoint; no attempt starts earlier."""
     embedding_servers: tuple[Any, ...] = ()
-    """Handles of the servers of embedding tables, in order."""
+    """Handles of the embedding servers, in order."""
     scheduler: Any = None
     """Handle of the task scheduler; None: the strategy has none."""
     rewinds: bool = False
-    """Whether these can take a step back: survivors of a failure may have to repeat one."""
+    """Whether embedding tables can undo a step: survivors of a failure may repeat one."""
     checked: bool = False
-    """The driver has looked at the task's class: nothing about it need be said again."""
+    """Whether the driver has checked the task's class and logged the warnings."""
     node: str = ""
-    """The driver's: a folder of another node may have the same path, and anything in it."""
+    """Node of the driver; `search_path` is valid only there."""
     actor_name: str = ""
-    """What a spare is called from now on."""
+    """New name of a spare that becomes this worker."""
 
 
 @dataclass(frozen=True)
 class PollResult:
-    """A worker's answer to the controller's question how things stand."""
+    """A worker's answer to a poll of the controller."""
 
     reports: list[AnyReport]
-    """What was finished since the last question."""
+    """Reports since the last poll."""
     attempt: int
-    """The one that it works at, or has ended."""
+    """The current or last attempt of the worker."""
     beats: int
     step: int
     finished: bool
     error: DistplatError | None
-    """Why it stopped; it now waits for orders."""
+    """Error that ended the attempt; the worker waits for the next order."""
     deliveries: list[Delivery] = field(default_factory=list)
-    """Parts of checkpoints since the last question."""
+    """Parts of checkpoints since the last poll."""
     left: bool = False
-    """It has finished because it was told to leave: the run goes on without it."""
+    """Whether the worker was dismissed and has left the run."""
     node: str = ""
-    """Where it is, once it has begun."""
+    """Ray's id of the worker's node, once it has started."""
     host: str = ""
-    """That node's name and address, for people to read."""
+    """Name and address of that node, for messages."""
     prepared: bool = False
-    """It has made its model and data."""
+    """Whether model and data are built."""
     loop: LoopState = field(default_factory=LoopState)
-    """Where the loop of a train function is."""
+    """Progress of a train function's loop."""
     traceback: str = ""
-    """The user's frames of `error`; of a train function."""
+    """In a train function, the user's frames of `error`."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a worker tells the server manager of its model; equal on all ranks that share it."""
+    """Description of a worker's model for the server manager; equal on all data-parallel peers."""
 
     size: int
     """Elements of the flat parameter vector."""
@@ -142,40 +142,40 @@ class ModelFacts:
     digest: str
     total_steps: int
     checkpoint_every: int = 0
-    """Steps between two checkpoints; 0: there are none."""
+    """Steps between two checkpoints; 0: checkpoints are disabled."""
     duplicate_ranges: tuple[tuple[int, int], ...] = ()
-    """Runs of the vector that others have too, and count in the norm of the gradient."""
+    """Ranges of the vector that other ranks count in the gradient norm."""
     layout: Layout | None = None
-    """What lies where in the vector; None: it is as if it were a single parameter."""
+    """Layout of the vector; None: the vector counts as a single parameter."""
     schedule: TaskSchedule | None = None
-    """Learning rates that the task says itself; None: the job's."""
+    """Learning-rate schedule of the task; None: the job's."""
     own_loop: OwnLoop | None = None
-    """What servers make of the gradients of a train function; None: it is a task."""
+    """How servers process the gradients of a train function; None: the job runs a task."""
 
 
 @dataclass(frozen=True)
 class Membership:
-    """What a worker must know to talk to the servers of its part of the model."""
+    """What a worker needs to reach the servers of its part of the model."""
 
     part: int
-    """Its number; 0 where no model is cut."""
+    """Index of the part; 0 if the model is not partitioned."""
     part_rank: int
-    """The worker's number among those that have this part; where no model is cut its rank."""
+    """Index among the data-parallel peers; the rank if the model is not partitioned."""
     shard_map: ShardMap
     servers: list[Any]
     """Handles of the server nodes, by shard."""
     names: list[str]
     """Their names, by shard."""
     parameters: list[MemoryAddress]
-    """The parameter segment of each server's node, by shard: the whole flat vector."""
+    """Parameter segment of each server's node, by shard; each holds the whole flat vector."""
     private: bool
-    """Whether each worker computes on a copy of its own."""
+    """Whether each worker computes on its own copy of the parameters."""
     wire: str | None = None
-    """Name in torch of the type that travels to other nodes; None: the parameters' own."""
+    """Name in torch of the dtype sent to other nodes; None: the parameters' dtype."""
     part_world: int | None = None
-    """Workers that share these servers, where the model is cut; None: all of the run."""
+    """Number of workers that share these servers if the model is partitioned; None: all workers."""
     replicated: bool = False
-    """Whether each shard is kept twice: a lost server is followed by another, in a newer map."""
+    """Whether each shard has a backup, which replaces a lost server in a newer shard map."""
 
     @property
     def version(self) -> int:
@@ -185,10 +185,10 @@ class Membership:
 
 @dataclass(frozen=True)
 class TableMap:
-    """The server that keeps each part of the embedding tables."""
+    """The embedding server of each part of the tables."""
 
     version: int
-    """Grows when a lost server is followed by its backup."""
+    """Incremented when a backup replaces a lost server."""
     servers: list[Any]
     """Handles of the server nodes, by part."""
     names: list[str]
@@ -197,41 +197,41 @@ class TableMap:
 
 @dataclass(frozen=True)
 class TablePart:
-    """Which part of the embedding tables a server node keeps."""
+    """The part of the embedding tables that a server node keeps."""
 
     server: str
-    """Its name, for messages."""
+    """Name of the server, for messages."""
     index: int
-    """Number of the part."""
+    """Index of the part."""
     replicated: bool = False
-    """Whether each part is kept twice."""
+    """Whether each part has a backup."""
     limit_s: float = 60.0
-    """How long a backup may take for an update."""
+    """Timeout for a backup to apply an update."""
 
 
 @dataclass(frozen=True)
 class OpenReply:
-    """What a server of embedding tables answers to a worker that joins an attempt."""
+    """An embedding server's answer to a worker that joins an attempt."""
 
     shares_memory: bool
-    """Whether it reaches the worker's memory; else ids and rows travel in the calls."""
+    """Whether the server can map the worker's memory; else ids and rows are sent in calls."""
     steps: int
-    """That its tables have behind them."""
+    """Number of steps applied to the tables."""
 
 
 @dataclass(frozen=True)
 class RowTransfer:
-    """Ids of one table and memory for their rows, or their gradients, on the way to a server."""
+    """Ids of one table, and memory for their rows or gradients, in a request to a server."""
 
     table: int
     count: int
     """Number of ids."""
     ids: MemoryAddress | NDArray[np.int64]
-    """Where they are, or themselves."""
+    """Address of the ids, or the ids themselves."""
     values: MemoryAddress | NDArray[np.float32] | None
-    """Where rows go to or gradients come from, or the gradients themselves; None: a pull, whose
-    rows go into the answer."""
+    """Address of the rows or gradients, or the gradients themselves; None: a pull that returns
+    the rows in its answer."""
     first_id: int = 0
-    """Index of the first one in the memory at `ids`."""
+    """Index of the first id in the memory at `ids`."""
     first_value: int = 0
-    """Index of its first element in the memory at `values`."""
+    """Index of the first element in the memory at `values`."""

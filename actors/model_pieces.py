@@ -1,8 +1,8 @@
 """
-A trained model on its way from a worker to the controller and on to the driver, piece by piece.
+Transfer of a trained model from a worker to the controller and the driver, in pieces.
 
-Each piece is a question with a deadline of its own: a large model over a slow network takes longer
-than any deadline of one answer, and is not late as long as its bytes arrive.
+Each piece is a call with its own deadline, because a large model over a slow network takes longer
+than the deadline of any single call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PIECE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class ModelPiece:
-    """Some of a model's bytes."""
+    """A part of a serialized model."""
 
     content: bytes
     size: int
@@ -23,20 +23,20 @@ class ModelPiece:
 
 
 def piece_of(model: bytes, first: int) -> ModelPiece:
-    """Give the piece that begins with byte `first`; asked again, it gives the same."""
+    """Return the piece that starts at byte `first`."""
     return ModelPiece(model[first : first + PIECE_BYTES], len(model))
 
 
-def in_pieces(ask: Callable[[int], ModelPiece]) -> bytes:
+def fetch_pieces(fetch: Callable[[int], ModelPiece]) -> bytes:
     """
-    Bring a whole model.
+    Fetch a whole model.
 
     Args:
-        ask: gives the piece that begins with a byte; what it raises ends the transfer.
+        fetch: returns the piece that starts at a byte; its exceptions pass unchanged.
     """
-    pieces = [ask(0)]
-    arrived = len(pieces[0].content)
-    while arrived < pieces[0].size:
-        pieces.append(ask(arrived))
-        arrived += len(pieces[-1].content)
+    pieces = [fetch(0)]
+    received = len(pieces[0].content)
+    while received < pieces[0].size:
+        pieces.append(fetch(received))
+        received += len(pieces[-1].content)
     return b"".join(piece.content for piece in pieces)

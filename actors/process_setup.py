@@ -1,11 +1,11 @@
 """
-What a process of an actor sets when it starts: its imports, its log, its memory allocator.
+Setup of an actor's process: imports, logging, and memory allocator.
 
-Memory that a step has freed is kept for the next step:
+Memory that a step frees is kept for the next step:
 
-    step      allocates activations       frees them        allocates as much again
-    glibc     asks the kernel for pages   gives them back   asks again, and all are zeroed again
-    here      asks the kernel for pages   keeps them        takes them
+    step             allocates activations   frees them           allocates the same size
+    glibc default    maps pages              returns the pages    maps and zeroes pages again
+    these settings   maps pages              keeps the pages      reuses the pages
 
 A conv net of 24 k parameters had 6,000 to 20,000 page faults in every step, a fifth of its time
 (docs/decisions/kept_memory.md).
@@ -23,11 +23,11 @@ from contextlib import contextmanager
 @contextmanager
 def quick_imports() -> Iterator[None]:
     """
-    Keep the garbage collector out of a block of imports.
+    Disable the garbage collector during imports, and freeze the imported objects afterwards.
 
-    What a large package makes while it is imported stays for ever; looking through it again and
-    again for garbage is a tenth of torch's import. Afterwards it is never looked at again. Where
-    torch is there already nothing is done: what is garbage by then would stay for ever as well.
+    Objects of an imported package live forever, and scanning them for garbage takes a tenth of
+    torch's import. If torch is already imported nothing is changed, because existing garbage would
+    be frozen as well.
     """
     if "torch" in sys.modules:
         yield
@@ -42,7 +42,7 @@ def quick_imports() -> Iterator[None]:
 
 @contextmanager
 def variables(values: Mapping[str, str], *also: str) -> Iterator[None]:
-    """Set environment variables in a block; `also`: others that the block may set itself."""
+    """Set environment variables in a block; also restore those in `also` afterwards."""
     before = {name: os.environ.get(name) for name in (*values, *also)}
     os.environ.update(values)
     try:
@@ -56,39 +56,44 @@ def variables(values: Mapping[str, str], *also: str) -> Iterator[None]:
 
 def log_to_stderr() -> None:
     """
-    Show distplat's own records from INFO up in this process; other packages' are left alone.
+    Print log records of distplat from INFO up; loggers of other packages are unchanged.
 
-    Ray is told not to print the errors of calls that nobody waits for any more: after a loss
-    servers refuse those of the attempt before, as they should, and each would be a traceback.
+    Also keep Ray from printing errors of calls whose result is not fetched: after a failure servers
+    refuse calls of the previous attempt, and each would print a traceback.
     """
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    ours = logging.getLogger("distplat")
-    if not ours.handlers:
+    package_logger = logging.getLogger("distplat")
+    if not package_logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(levelname).1s %(message)s"))
-        ours.addHandler(handler)
-        ours.setLevel(logging.INFO)
-        ours.propagate = False
+        package_logger.addHandler(handler)
+        package_logger.setLevel(logging.INFO)
+        package_logger.propagate = False
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of malloc.h
 _NEVER = 2**31 - 1
 _LARGEST = 32 * 2**20
-"""glibc takes no larger threshold on 64-bit machines; larger blocks come and go as before."""
+"""Largest threshold of glibc on 64-bit machines; larger blocks are still mapped and unmapped."""
 _HEAP = 64 * 2**20
-"""Size of the heaps of all threads but the main one: with less padding empty ones are unmapped."""
-_USERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+"""Heap size of threads other than the main one; with less padding empty heaps are unmapped."""
+_SETTINGS = (
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_TOP_PAD_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "GLIBC_TUNABLES",
+)
 
 
 def keep_freed_memory() -> bool:
     """
-    Have glibc keep what this process frees; say whether it does.
+    Make glibc keep freed memory; return whether it does.
 
-    Whoever has set the allocator up by environment variables, or runs another C library, is left
-    alone. Another allocator that was loaded before (jemalloc, tcmalloc) is not touched by it.
+    Nothing changes if environment variables configure the allocator, or with another C library.
+    Preloaded allocators (jemalloc, tcmalloc) are not affected.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or any(name in os.environ for name in _USERS):
+    if mallopt is None or any(name in os.environ for name in _SETTINGS):
         return False
     settings = ((_M_TRIM_THRESHOLD, _NEVER), (_M_MMAP_THRESHOLD, _LARGEST), (_M_TOP_PAD, _HEAP))
     return all([mallopt(option, value) == 1 for option, value in settings])

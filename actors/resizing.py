@@ -179,7 +179,7 @@ def check_scalable(actor_group: ActorGroup, workers: int) -> None:
     Raises:
         SpecError: the strategy cannot change its number of workers, or not to this one.
     """
-    where, most = ("--workers",), actor_group.most_workers
+    where, most = ("--workers",), actor_group.max_workers
     if not most:
         hint = "stop the job, and go on from its last checkpoint with another number: "
         hint += "submit --resume --num-workers N"
@@ -214,7 +214,7 @@ class AsyncScaler:
 
     def resend(self) -> None:
         """Send the leaving workers to a new task scheduler."""
-        self._actors.tell_scheduler("dismiss", tuple(self._leaving))
+        self._actors.order_scheduler("dismiss", tuple(self._leaving))
 
     def carry_out(self, checkpoint_step: int) -> list[int]:
         """
@@ -239,7 +239,7 @@ class AsyncScaler:
         elif change < 0:
             leave = tuple(stay[change:])
             self._leaving.update(leave)
-            self._actors.tell_scheduler("dismiss", leave)
+            self._actors.order_scheduler("dismiss", leave)
             logger.info("workers leave: %s", leave)
         self._requests.answer(request.number, refused)
         return joined
@@ -251,4 +251,4 @@ class AsyncScaler:
         """Stop a worker that has finished its last tasks."""
         self._leaving.discard(rank)
         self._actors.end_worker(rank)
-        self._actors.tell_scheduler("forget", rank)
+        self._actors.order_scheduler("forget", rank)

@@ -263,12 +263,12 @@ class Orders:
         self._transport = transport
         self._open: list[_Order] = []
 
-    def give(self, role: str, actor: Any, method: str, *args: Any) -> None:
+    def send(self, role: str, actor: Any, method: str, *args: Any) -> None:
         """Send an order: call a method of an actor, which answers once the order is executed."""
         call = partial(self._transport.call, actor, method, *args)
         self._open.append(_Order(role, call, call()))
 
-    def look(self) -> list[tuple[str, DistplatError]]:
+    def poll(self) -> list[tuple[str, DistplatError]]:
         """Repeat lost orders; return the roles whose orders failed, with the errors."""
         replies = [order.reply for order in self._open]
         arrived = self._transport.wait(replies, 0.0, everything=True) if replies else []

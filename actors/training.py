@@ -1,9 +1,8 @@
 """
 A worker's session: from its orders to the trained model. The first module that imports torch.
 
-What the user's code raises comes out as `UserCodeError`, everything else as another
-`DistplatError`; nothing else leaves this module, so the controller always learns a cause.
-Model, data and strategy are made once and live through all attempts.
+Exceptions of the user's code become `UserCodeError`, all others another `DistplatError`, so the
+controller always learns a cause. Model, data and strategy are built once and kept for all attempts.
 """
 
 from __future__ import annotations
@@ -94,16 +93,19 @@ def run_function(
     attempt: int = 0,
 ) -> dict[str, Tensor]:
     """
-    Call a train function; give the state of what it has prepared. Raises what it raises.
+    Call a train function; return the state of the modules that it prepared.
+
+    Exceptions of the function pass unchanged.
 
     Args:
-        job: the run.
-        load: gives the function; seeded before, as for a task.
-        group: all ranks.
-        location: this rank's.
-        ports: to the worker.
-        shards: the way to parameter servers; None: the strategy has none.
-        rendezvous: see `as_torchrun`; None: torch.distributed has no group, as ranks are threads.
+        job: job of the run.
+        load: imports the function, after seeding, as for a task.
+        group: group of all ranks.
+        location: location of this rank.
+        ports: callbacks of the worker.
+        shards: client of the parameter servers; None: the strategy has none.
+        rendezvous: see `as_torchrun`; None: no process group of torch.distributed, because ranks
+            are threads.
         attempt: see `WorkOrder`.
     """
     check_device("cuda" if job.scaling.use_gpu else "cpu")
@@ -124,9 +126,9 @@ def run_function(
         session.close()
 
 
-def loaded(order: WorkOrder) -> TrainFunction:
+def load_checked_function(order: WorkOrder) -> TrainFunction:
     """
-    Give the function that an order names, looked at.
+    Load and check the train function that an order names.
 
     Raises:
         SpecError: see `load_train_function`, `check_function`.
@@ -140,41 +142,41 @@ def _train_context(
     job: Job, attempt: int, group: Collective, location: ProcessLocation, device: torch.device
 ) -> TrainContext:
     port = free_port() if group.rank == 0 else 0
-    told = gather_values([location.node, location.host, port], group, device)
-    locations = [ProcessLocation(node, host) for node, host, _ in told]  # GPUs are there already
+    gathered = gather_values([location.node, location.host, port], group, device)
+    locations = [ProcessLocation(node, host) for node, host, _ in gathered]  # Ray has set the GPUs
     restarts = policy_of(job.failure, survives_worker_loss=False, checkpoints=True).max_failures
-    launch = TorchrunLaunch(job.name, told[0][2], attempt, restarts)
-    said = variables_of(group.rank, locations, launch)
-    local = int(said["LOCAL_RANK"]), int(said["LOCAL_WORLD_SIZE"])
-    nodes = int(said["GROUP_RANK"]), int(said["GROUP_WORLD_SIZE"])
-    return TrainContext(group.rank, group.world, *local, device, *nodes, said)
+    launch = TorchrunLaunch(job.name, gathered[0][2], attempt, restarts)
+    environment = variables_of(group.rank, locations, launch)
+    local = int(environment["LOCAL_RANK"]), int(environment["LOCAL_WORLD_SIZE"])
+    nodes = int(environment["GROUP_RANK"]), int(environment["GROUP_WORLD_SIZE"])
+    return TrainContext(group.rank, group.world, *local, device, *nodes, environment)
 
 
-_BEGAN_IN = Path.cwd()
-"""Where Ray has put this process: in what it has shipped, if it has shipped anything."""
+_INITIAL_DIR = Path.cwd()
+"""Initial working directory: Ray starts this process in the shipped `working_dir`, if any."""
 
 
 @dataclass(frozen=True)
 class AttemptState:
-    """How things stand with an attempt; replaced as a whole, for other threads read it."""
+    """State of an attempt; replaced as a whole, because other threads read it."""
 
     attempt: int
     progress: Progress = field(default_factory=Progress)
     model: bytes | None = None
-    """The trained model in the safetensors format, once the attempt has ended well."""
+    """The trained model in the safetensors format, once the attempt has succeeded."""
     error: DistplatError | None = None
-    """Why it ended, if it did not end well."""
+    """Error that ended the attempt, if any."""
     traceback: str = ""
     """See `PollResult.traceback`."""
 
 
 class Session:
     """
-    One worker's part in a run, over all its attempts.
+    A worker's state of one run, over all attempts.
 
     Args:
-        report: takes what the worker finishes, as it finishes it.
-        deliver: takes parts of checkpoints; called from another thread.
+        report: called with each report of the worker.
+        deliver: called with parts of checkpoints, from another thread.
     """
 
     def __init__(
@@ -182,28 +184,28 @@ class Session:
     ) -> None:
         self._report, self._deliver = report, deliver
         self.state = AttemptState(-1)
-        self.node = self.host = ""  #: this process's, once it is one of the run
-        self.own_loop = False  #: whether the user's function is what is run
-        self._task: type[Task] | None = None  #: where it was imported before the first attempt
+        self.node = self.host = ""  #: of this process, once it has joined the run
+        self.own_loop = False  #: whether the job runs a train function
+        self._task: type[Task] | None = None  #: set if imported before the first attempt
         self._prepared: Prepared | None = None
         self._strategy: WorkerStrategy[Any] | None = None
         self._connection = Connection(RayTransport(), -1)
-        self._storing = threading.Lock()
-        self._stored_model: tuple[int, list[Any]] = -1, []  #: the last version that was shown
-        self._shown: SnapshotPublisher[dict[str, torch.Tensor]] = SnapshotPublisher()
+        self._store_lock = threading.Lock()
+        self._stored_model: tuple[int, list[Any]] = -1, []  #: last version, and its reference
+        self._snapshots: SnapshotPublisher[dict[str, torch.Tensor]] = SnapshotPublisher()
         self._part_snapshots: SnapshotPublisher[Bundle] = SnapshotPublisher()
 
     @property
     def prepared(self) -> bool:
-        """Whether model and data are made; of a train function, whether a step was."""
+        """Whether model and data are built; in a train function, whether it has made a step."""
         return self._prepared is not None or self.state.progress.at is not None
 
     def show(self, version: int) -> Reply:
         """
-        Give a copy of the parameters, once there is one; from any thread.
+        Return a copy of the parameters, once available. Thread-safe.
 
         Args:
-            version: that it must have at least; of a model that is cut, exactly.
+            version: minimum version of the copy; exact version if the model is partitioned.
         """
         attempt, prepared, strategy = self.state, self._prepared, self._strategy
         if prepared is not None and strategy is not None and strategy.cuts_model:
@@ -214,44 +216,44 @@ class Session:
         steps, model = attempt.progress.step, attempt.model
         if model is not None:
             return Reply(steps, steps, self._store_model(steps, lambda: model))
-        copy = self._shown.ask(version)
+        copy = self._snapshots.ask(version)
         if copy is None:
             return Reply(steps)
         state = copy.content
         return Reply(steps, copy.version, self._store_model(copy.version, lambda: save(state)))
 
     def _store_model(self, version: int, pack: Callable[[], bytes]) -> list[Any]:
-        """Put a model into Ray's store, once for each version."""
-        with self._storing:
+        """Put a model into Ray's object store, once per version."""
+        with self._store_lock:
             if self._stored_model[0] != version:
                 self._stored_model = version, [ray.put(pack())]
             return self._stored_model[1]
 
     def _offer(self, version: int, prepared: Prepared) -> None:
-        """Show what this rank has now, between two steps."""
+        """Publish this rank's parameters; called between two steps."""
         flat = prepared.flat
         if prepared.holding is None:
-            self._shown.offer(version, lambda: state_copy(flat.model))
+            self._snapshots.offer(version, lambda: state_copy(flat.model))
             return
         copy = lambda: part_copy(model_part(flat, prepared.holding))  # noqa: E731
         self._part_snapshots.offer(version, copy, last=version == prepared.total_steps)
 
-    def work(self, order: WorkOrder, *, called_off: bool = False) -> None:
+    def work(self, order: WorkOrder, *, abandoned: bool = False) -> None:
         """
-        Make one attempt; `state` tells how it ended.
+        Run one attempt; `state` then has its result or its error.
 
         Args:
-            order: what to do; its attempt's number is higher than that of the one before.
-            called_off: whether the attempt was abandoned before it began.
+            order: the work order, of a later attempt than the previous one.
+            abandoned: whether the attempt was abandoned before it started.
         """
         self._connection = Connection(RayTransport(), order.attempt)
         self.state = AttemptState(order.attempt)
-        if called_off:
+        if abandoned:
             self._connection.stop(StopOrder.ABANDON)
         try:
             model = self._attempt(order, self.state.progress)
             self.state = replace(self.state, model=model)
-        except BaseException as error:  # SystemExit of user code too: it would end only a thread
+        except BaseException as error:  # also SystemExit of user code: it would only end the thread
             progress = self.state.progress
             user_frames = traceback_of_call(error) if self.own_loop else ""
             if isinstance(error, DistplatError):
@@ -264,11 +266,11 @@ class Session:
             self.state = replace(self.state, error=failure, traceback=user_frames)
 
     def prepare(self, order: WorkOrder, ready: Future[None]) -> None:
-        """Build model and data for an attempt that is to come; tell `ready` how that ended."""
+        """Build model and data before the first attempt, and set the result of `ready`."""
         self._run_ahead(order, ready, self._prepare)
 
     def import_task(self, order: WorkOrder, ready: Future[None]) -> None:
-        """Import what any rank needs, and make nothing; tell `ready` how that ended."""
+        """Import torch and the task without building anything, and set the result of `ready`."""
         self._run_ahead(order, ready, self._import)
 
     def _run_ahead(
@@ -280,7 +282,7 @@ class Session:
         except DistplatError as error:
             ready.set_exception(error)
         except BaseException as error:  # see `work`
-            on_ranks = f"rank {order.rank} (node {self.host})"  # the others have made theirs
+            on_ranks = f"rank {order.rank} (node {self.host})"  # other ranks are not affected
             own = order.job.own_loop
             failure = _of_platform(error, own) or as_user_error(
                 error, order.rank, None, on_ranks=on_ranks, own_loop=own
@@ -288,14 +290,14 @@ class Session:
             ready.set_exception(failure)
 
     def stop(self, attempt: int, how: StopOrder) -> None:
-        """Stop in this attempt; from any thread."""
-        connection = self._connection  # read once: the next attempt has another
+        """Stop this attempt. Thread-safe."""
+        connection = self._connection  # read once: the next attempt replaces it
         if connection.attempt == attempt:
             connection.stop(how)
 
     def _attempt(self, order: WorkOrder, progress: Progress) -> bytes:
         if order.job.own_loop:
-            return self._function(order, progress)
+            return self._run_train_function(order, progress)
         prepared, strategy = self._prepare(order)
         limit_s = order.job.failure.step_timeout_s
         connection = self._connection
@@ -303,7 +305,7 @@ class Session:
 
         def report(part: AnyReport) -> None:
             self._report(part)
-            if isinstance(part, StepReport):  # told between two steps, by this thread
+            if isinstance(part, StepReport):  # between two steps, on the training thread
                 connection.count(part)
                 self._offer(part.step + 1, prepared)
 
@@ -327,8 +329,8 @@ class Session:
         finally:
             connection.close()
 
-    def _function(self, order: WorkOrder, progress: Progress) -> bytes:
-        """Make an attempt of a train function."""
+    def _run_train_function(self, order: WorkOrder, progress: Progress) -> bytes:
+        """Run one attempt of a train function."""
         self._set_up_process(order)
         self.own_loop = True
         limit_s = order.job.failure.step_timeout_s
@@ -338,7 +340,7 @@ class Session:
         try:
             trained = run_function(
                 order.job,
-                lambda: loaded(order),
+                lambda: load_checked_function(order),
                 connection.group(order),
                 location_here(),
                 SessionPorts(self._report, uploader.take, progress, _saved(order), ending),
@@ -369,7 +371,7 @@ class Session:
         )
 
     def _prepare(self, order: WorkOrder) -> tuple[Prepared, WorkerStrategy[Any]]:
-        """Build model, data and strategy, unless an attempt before has built them."""
+        """Build model, data and strategy, unless an earlier attempt has built them."""
         if self._prepared is not None and self._strategy is not None:
             resize(self._prepared, order.job, self._strategy)
             return self._prepared, self._strategy
@@ -386,11 +388,11 @@ class Session:
     def _import(self, order: WorkOrder) -> None:
         self._set_up_process(order)
         seed_all(order.job.seed)  # as `make_task` does
-        make_worker_strategy(order.job)  # for what it imports
+        make_worker_strategy(order.job)  # imports the strategy's modules
         self._task = _task_class(order)
 
     def _set_up_process(self, order: WorkOrder) -> None:
-        """Make this process one of the run, before the user's code is imported."""
+        """Set up logging, directory and threads before the user's code is imported."""
         log_to_stderr()
         self.node, self.host = RayTransport().node, host_here()
         folder = search_path(order)
@@ -402,17 +404,17 @@ class Session:
 
 
 def _of_platform(error: BaseException, own_loop: bool) -> DistplatError | None:
-    """Give our error for what the user's code is not to blame for; else None."""
+    """Return our error for an exception that is not the fault of the user's code; else None."""
     return of_platform(error) or killed_loader(error, own_loop=own_loop) or lost_peer(error)
 
 
 def _put(arrays: list[Bytes]) -> list[Any]:
-    """Put arrays into Ray's store; the reference is in a list, or Ray would send them along."""
+    """Put arrays into Ray's store; the list keeps Ray from resolving the reference in a call."""
     return [ray.put(arrays)]
 
 
 def _saved(order: WorkOrder) -> SavedState | None:
-    """Give the checkpoint that the order names; its tensors come when they are asked for."""
+    """Return the checkpoint of the order; its tensors are fetched on first use."""
     handle = order.saved
     if handle is None:
         return None
@@ -433,16 +435,16 @@ def _saved(order: WorkOrder) -> SavedState | None:
 
 def search_path(order: WorkOrder) -> str:
     """
-    Say where the user's code is: with the driver its own folder, elsewhere what Ray has shipped.
+    Return the folder of the user's code: on the driver's node its own, elsewhere Ray's copy.
 
-    Where nothing was shipped all workers are on the driver's machine (`actors/spawn.py`). Or the
-    user has called `ray.init`, the nodes share their disks, and the path is the same everywhere.
+    Without a shipped copy, either all workers are on the driver's machine (`actors/spawn.py`), or
+    the user has called `ray.init` and the nodes share the path.
     """
     context = ray.get_runtime_context()
     shipped = dict(context.runtime_env).get("working_dir")
     if not shipped or context.get_node_id() == order.node:
         return order.search_path
-    return str(_BEGAN_IN)
+    return str(_INITIAL_DIR)
 
 
 def _load_task(order: WorkOrder, load: Callable[[str, str], Any]) -> Any:
@@ -453,7 +455,7 @@ def _load_task(order: WorkOrder, load: Callable[[str, str], Any]) -> Any:
 
 def _task_class(order: WorkOrder) -> type[Task]:
     """
-    Give the task's class, looked at; rank 0 says what is no error.
+    Load and check the task's class; rank 0 logs the warnings.
 
     Raises:
         SpecError: see `load_task_class`, `check_class`.
@@ -467,11 +469,12 @@ def _task_class(order: WorkOrder) -> type[Task]:
 
 def saved_model(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """
-    Give a model's state in the safetensors format; tensors that share memory are written each.
+    Return a model's state in the safetensors format; shared tensors are written once per name.
 
-    Polls are answered meanwhile. The library, which answers none, writes what is rare.
+    `to_bytes` releases the GIL, so that polls are answered meanwhile. `safetensors` does not; it
+    writes only models with rare dtypes or layouts.
     """
-    here = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    if all(one.layout is torch.strided and dtype_name(one) in ITEM_BYTES for one in here.values()):
-        return to_bytes({name: whole_of(one.contiguous()) for name, one in here.items()})
-    return save({name: one.clone().contiguous() for name, one in here.items()})
+    state = {name: value.detach().cpu() for name, value in tensors.items()}
+    if all(v.layout is torch.strided and dtype_name(v) in ITEM_BYTES for v in state.values()):
+        return to_bytes({name: whole_of(value.contiguous()) for name, value in state.items()})
+    return save({name: value.clone().contiguous() for name, value in state.items()})

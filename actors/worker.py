@@ -1,10 +1,10 @@
 """
-The actor of one rank: a training thread, and methods that answer the controller meanwhile.
+Worker actor of one rank: a training thread, and methods that serve the controller meanwhile.
 
-The actor's own threads stay free to answer `poll`, so a worker in a long forward still says that
-it lives. Torch and the user's code are imported by the training thread, in this process only. An
-attempt that ends, well or not, leaves the thread waiting for the next order: after a failure
-elsewhere this worker goes on with the model that it has.
+The actor's own threads answer `poll`, so a worker in a long forward pass still proves that it is
+alive. Only the training thread imports torch and the user's code. After an attempt ends, with or
+without an error, the thread waits for the next order: after a failure of another process this
+worker continues with its model.
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        #: what the training thread is to do, given the session
+        #: work of the training thread; called with the session
         self._orders: queue.SimpleQueue[Callable[[Session], None]] = queue.SimpleQueue()
         self._outbox: Outbox[AnyReport | Delivery] = Outbox()
         self._session: Session | None = None
-        self._given_up = -1  #: the last attempt that was called off
-        self._last_attempt = -1  #: the last attempt that it was told to begin
-        self._ready: Future[None] | None = None  #: of what was asked for before the first attempt
-        self._spare = False  #: it is nobody yet
-        self._beats = 0  #: at the last question
-        self._ended = threading.Event()  #: an attempt is over, and none was begun since
-        self._beginning = threading.Lock()
-        self._urgent = threading.Event()  #: there is something that is not to be kept back
+        self._abandoned = -1  #: the last attempt that was abandoned
+        self._last_attempt = -1  #: the last attempt ordered
+        self._ready: Future[None] | None = None  #: done when `prepare` or `import_task` is
+        self._spare = False  #: this worker has no rank yet
+        self._beats = 0  #: at the last poll
+        self._ended = threading.Event()  #: set between the end of an attempt and the next start
+        self._order_lock = threading.Lock()
+        self._urgent = threading.Event()  #: set if the next poll should be answered at once
         self._thread: threading.Thread | None = None
-        self._failure: DistplatError | None = None  #: why there is no session, and will be none
+        self._failure: DistplatError | None = None  #: set if the session could not be created
 
     def __repr__(self) -> str:
         """Name in Ray's logs."""
         return self._name
 
     def start(self, order: WorkOrder) -> None:
-        """Begin an attempt, the first or the next one, and return at once; twice does nothing."""
-        with self._beginning:
+        """Start an attempt and return at once; repeated calls have no effect."""
+        with self._order_lock:
             if order.attempt > self._last_attempt:
                 self._last_attempt = order.attempt
                 if self._spare:
@@ -69,23 +69,23 @@ class Worker:
 
     def prepare(self, order: WorkOrder) -> None:
         """
-        Make model and data ready for an attempt that is to come; returns when they are.
+        Build model and data before the first attempt, and wait until they are built.
 
-        Called again, it waits for the same.
+        Repeated calls wait for the same work.
 
         Raises:
-            DistplatError: why there is none.
+            DistplatError: model or data could not be built.
         """
         self._run_first(order, lambda session, ready: session.prepare(order, ready))
 
     def import_task(self, order: WorkOrder) -> None:
         """
-        Import torch and the task, for whichever rank may be lost; returns when that is done.
+        Import torch and the task on a spare worker, and wait until they are imported.
 
-        Called again, it waits for the same.
+        Repeated calls wait for the same work.
 
         Raises:
-            DistplatError: why that is not possible.
+            DistplatError: the import failed.
         """
         self._spare = self._last_attempt < 0
         self._run_first(order, lambda session, ready: session.import_task(order, ready))
@@ -94,8 +94,8 @@ class Worker:
         """Answer."""
 
     def _run_first(self, order: WorkOrder, work: Callable[..., None]) -> None:
-        """Have the training thread do something before the first attempt, once; wait for it."""
-        with self._beginning:
+        """Run `work` once on the training thread, before the first attempt, and wait for it."""
+        with self._order_lock:
             ready = self._ready
             if ready is None:
                 ready = self._ready = Future()
@@ -111,22 +111,23 @@ class Worker:
             self._thread.start()
 
     def stop(self, attempt: int, how: StopOrder) -> None:
-        """Stop in this attempt: after the step that all ranks agree on, or at once."""
+        """Stop this attempt: at once (`ABANDON`), else after the step that all ranks agree on."""
         if how is StopOrder.ABANDON:
-            self._given_up = attempt
+            self._abandoned = attempt
         if self._session is not None:
             self._session.stop(attempt, how)
 
     def poll(self, number: int, hold_s: float) -> PollResult:
         """
-        Tell how things stand, and what was reported since the last question.
+        Return the state of the attempt, and the reports since the last poll.
 
-        The end of an attempt is told with its last report: who is told of it may ask nothing more.
+        The end of an attempt is returned only with its last reports, because the controller may
+        not poll again after it.
 
         Args:
-            number: of the question; the same number is told the same reports again.
-            hold_s: seconds to keep the answer back for, while the attempt goes on: questions cost
-                processor time that training wants.
+            number: sequence number of the poll; the same number returns the same reports.
+            hold_s: seconds to wait before answering while the attempt runs: polls take processor
+                time from training.
         """
         self._urgent.wait(hold_s)
         if not self._ended.is_set():
@@ -134,9 +135,9 @@ class Worker:
         if self._session is None:
             attempt = self._last_attempt if self._failure is not None else -1
             return PollResult([], attempt, 0, 0, finished=False, error=self._failure)
-        state = self._session.state  # before the reports: what came first is told first
+        state = self._session.state  # read before the reports, so that none follows the end
         items = self._outbox.take(number)
-        # Else the question was asked before: the next answer has the rest.
+        # Reports remain after a repeated poll; the next answer has them.
         drained = not self._outbox.waiting
         return PollResult(
             [item for item in items if not isinstance(item, Delivery)],
@@ -150,12 +151,12 @@ class Worker:
             node=self._session.node,
             host=self._session.host,
             prepared=self._session.prepared,
-            loop=LoopState(state.progress.returned, self._waits(state.progress.beats)),
+            loop=LoopState(state.progress.returned, self._wait_frames(state.progress.beats)),
             traceback=state.traceback,
         )
 
-    def _waits(self, beats: int) -> str:
-        """Say where a train function that makes no step waits for others; see `LoopState`."""
+    def _wait_frames(self, beats: int) -> str:
+        """Return the frames in which a stalled train function waits; see `LoopState`."""
         moved, self._beats = beats != self._beats, beats
         if moved or self._thread is None or self._session is None or not self._session.own_loop:
             return ""
@@ -164,33 +165,33 @@ class Worker:
         return frames_of_wait(self._thread)
 
     def result(self, first: int) -> ModelPiece:
-        """Give the trained model, as safetensors, from byte `first` on; only once `finished`."""
+        """Return a piece of the trained model (safetensors) from byte `first`, once `finished`."""
         model = self._session.state.model if self._session is not None else None
-        assert model is not None, "the controller asks only a worker that has finished"
+        assert model is not None, "the controller calls this only after a worker has finished"
         return piece_of(model, first)
 
     def weights(self, version: int) -> Reply:
-        """Show the parameters, of this version or a later one (see `actors/weights.py`)."""
+        """Return the parameters of this version or a later one; see `actors/weights.py`."""
         return self._session.show(version) if self._session is not None else Reply(0)
 
     def _train(self) -> None:
         keep_freed_memory()
         try:
             with quick_imports():
-                from distplat.actors.training import Session  # torch comes with it
-        except Exception as error:  # nobody else would hear of it
+                from distplat.actors.training import Session  # imports torch
+        except Exception as error:  # reported by the next poll
             self._fail(error)
             return
         self._session = Session(self._outbox.put, self._deliver)
-        while True:  # the actor is ended from outside; nobody waits for this thread
+        while True:  # until the actor is killed; no one joins this thread
             self._orders.get()(self._session)
 
     def _fail(self, error: Exception) -> None:
-        """Report, to every poll from now on, that this process cannot be a worker."""
-        who, why = self._name.partition("/")[2] or self._name, f"{type(error).__name__}: {error}"
+        """Answer all later polls with an error: this process cannot be a worker."""
+        role, why = self._name.partition("/")[2] or self._name, f"{type(error).__name__}: {error}"
         remedy = "every node needs the packages that distplat does: pip install distplat"
-        text = f"{who} cannot begin on {host_here()}: {why}; {remedy}"
-        with self._beginning:
+        text = f"{role} cannot start on {host_here()}: {why}; {remedy}"
+        with self._order_lock:
             self._failure = InfrastructureError(text)
             if self._ready is not None:
                 self._ready.set_exception(self._failure)
@@ -199,11 +200,11 @@ class Worker:
 
     def _work(self, order: WorkOrder, session: Session) -> None:
         self._ended.clear()
-        session.work(order, called_off=order.attempt <= self._given_up)
+        session.work(order, abandoned=order.attempt <= self._abandoned)
         self._ended.set()
         self._urgent.set()
 
     def _deliver(self, delivery: Delivery) -> None:
-        """Report a part of a checkpoint at once: with this process it would be lost."""
+        """Report a checkpoint part at once: it would be lost with this process."""
         self._outbox.put(delivery)
         self._urgent.set()

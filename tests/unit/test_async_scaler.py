@@ -17,7 +17,7 @@ class FakeActorGroup:
     """Some ranks; those that join get numbers that nobody had."""
 
     job: Job | None = None
-    most_workers = 0
+    max_workers = 0
 
     def __init__(self, *ranks: int) -> None:
         self.workers = dict.fromkeys(ranks, object())
@@ -28,7 +28,7 @@ class FakeActorGroup:
         self.workers |= dict.fromkeys(ranks, object())
         return ranks
 
-    def tell_scheduler(self, method: str, *args: object) -> None:
+    def order_scheduler(self, method: str, *args: object) -> None:
         self.told.append((method, *args))
 
     def end_worker(self, rank: int) -> None:
@@ -118,7 +118,7 @@ def test_when_all_begin_anew_nobody_is_leaving(requests: ScaleRequests) -> None:
 )
 def test_requests_that_no_cluster_could_grant(most: int, workers: int, said: str) -> None:
     actor_group = FakeActorGroup(0, 1)
-    actor_group.job, actor_group.most_workers = job_of("ps-sync", 2, global_batch_size=8), most
+    actor_group.job, actor_group.max_workers = job_of("ps-sync", 2, global_batch_size=8), most
     with pytest.raises(SpecError, match=said):
         check_scalable(cast(ActorGroup, actor_group), workers)
 

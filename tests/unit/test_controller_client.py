@@ -16,7 +16,7 @@ from distplat.actors import controller_actor, controller_client, model_pieces, r
 from distplat.actors.controller_actor import ControllerActor, FileToKeep, ModelReady
 from distplat.actors.controller_client import ControllerClient, RunHandlers
 from distplat.actors.local_transport import Actor, LocalCluster
-from distplat.actors.model_pieces import ModelPiece, in_pieces, piece_of
+from distplat.actors.model_pieces import ModelPiece, fetch_pieces, piece_of
 from distplat.actors.ray_errors import UNREACHABLE
 from distplat.actors.retrying_calls import Outbox
 from distplat.platform.disk import run_in_thread
@@ -228,7 +228,7 @@ def noting(asked: list[int], real: Callable[[int], ModelPiece]) -> Callable[[int
 
 
 def test_an_empty_model_is_one_piece() -> None:
-    assert in_pieces(lambda first: piece_of(b"", first)) == b""
+    assert fetch_pieces(lambda first: piece_of(b"", first)) == b""
 
 
 def test_a_callback_that_hangs_keeps_no_model_from_the_disk() -> None:
@@ -619,4 +619,4 @@ def test_a_driver_that_was_away_is_told_how_much_it_missed(
     actor._outbox.put(ModelReady())
     news = actor.poll(1, 0.0)
     assert [type(one) for one in news.events] == [StepSummary, StepSummary, ModelReady]
-    assert "3 steps and log lines are not told: the driver was away" in caplog.text
+    assert "3 steps and log lines were dropped: the driver did not poll" in caplog.text

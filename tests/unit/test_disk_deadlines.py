@@ -244,9 +244,9 @@ def test_old_checkpoints_that_cannot_be_deleted_are_not_waited_for(
     hung.patch(Catalogue, "prune")
 
     class Settling(Checkpoints):
-        def settle(self) -> None:
+        def finish(self) -> None:
             hung.at.set()
-            super().settle()
+            super().finish()
 
     evaluated = {"evaluation": {"every_steps": 2}}
     best = {"every_steps": 2, "keep_best": {"metric": "loss", "mode": "min"}}

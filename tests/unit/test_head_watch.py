@@ -23,10 +23,10 @@ def test_a_head_that_is_silent_for_too_long_ends_the_run() -> None:
     watch = head.watch()
     head.there = False
     for head.now in (10, 20, 39):
-        watch.look()
+        watch.probe()
         watch.check()
     head.now = 41
-    watch.look()
+    watch.probe()
     assert watch.lost
     told = r"head .* at h:6379 for 40 s.*RAY_gcs_rpc_server_reconnect_timeout_s.*last checkpoint"
     with pytest.raises(ActorLost, match=told) as caught:
@@ -38,7 +38,7 @@ def test_a_head_that_comes_back_is_welcome() -> None:
     head = Head()
     watch = head.watch()
     for head.now, head.there in ((30, False), (35, True), (70, False)):
-        watch.look()
+        watch.probe()
     watch.check()
 
 
@@ -50,7 +50,7 @@ def test_nothing_is_ended_through_a_head_that_has_just_gone() -> None:
     assert not watch.answers() and not watch.lost
     watch.check()
     with pytest.raises(ActorLost, match="nothing listens at h:6379"):
-        watch.insist()
+        watch.require()
 
 
 def test_it_is_sooner_than_ray(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from deliveries import Full, delivery, give, hasty
 from jobs import job_of
 
 from distplat.actors.actor_group import Launch
-from distplat.actors.checkpointing import Checkpoints, FailedCheckpoint, counting
+from distplat.actors.checkpointing import Checkpoints, FailedCheckpoint, counted_failures
 from distplat.actors.transport import ActorDied
 from distplat.platform.checkpoints import Delivery
 from distplat.platform.disk import Disk
@@ -159,7 +159,7 @@ def test_a_loss_counts_in_its_attempt_alone(
     failures: list[FailedCheckpoint], counted: list[int]
 ) -> None:
     """The attempt last begun is number 2. All else counts, whatever began since."""
-    assert [step for step, _ in counting(failures, 2)] == counted
+    assert [step for step, _ in counted_failures(failures, 2)] == counted
 
 
 def test_workers_that_are_lost_with_their_parts_end_no_run(

@@ -31,30 +31,30 @@ def one() -> tuple[LocalCluster, Actor, Orders]:
 def test_a_lost_order_is_given_again(lost: Any) -> None:
     cluster, actor, orders = one()
     inject(cluster, "rest", Fault(lose=lost), times=3)
-    orders.give("worker-0", actor, "rest", 7)
+    orders.send("worker-0", actor, "rest", 7)
     for _ in range(5):
         drain(cluster, 5)
-        assert orders.look() == []
+        assert orders.poll() == []
     assert actor.body.done == {7}
     assert orders._open == []
 
 
 def test_what_cannot_be_carried_out_is_told_once() -> None:
     cluster, actor, orders = one()
-    orders.give("worker-0", actor, "start", StaleError("an old one"))
-    orders.give("worker-0", actor, "start", KeyError("a module"))
+    orders.send("worker-0", actor, "start", StaleError("an old one"))
+    orders.send("worker-0", actor, "start", KeyError("a module"))
     drain(cluster, 5)
-    (_, stale), (role, error) = orders.look()
+    (_, stale), (role, error) = orders.poll()
     assert (role, type(stale), type(error)) == ("worker-0", StaleError, InfrastructureError)
     assert "error inside worker-0: KeyError: 'a module'" in str(error)
-    assert orders.look() == []
+    assert orders.poll() == []
 
 
 def test_who_is_gone_needs_no_orders() -> None:
     cluster, actor, orders = one()
     inject(cluster, "rest", Fault(delay_s=1e6))
-    orders.give("worker-0", actor, "rest", 1)
-    assert orders.look() == []
+    orders.send("worker-0", actor, "rest", 1)
+    assert orders.poll() == []
     actor.die("for a test")
-    assert orders.look() == []
+    assert orders.poll() == []
     assert orders._open == []

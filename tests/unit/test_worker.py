@@ -86,7 +86,7 @@ def test_a_worker_without_torch_says_so(first: str, monkeypatch: pytest.MonkeyPa
     worker = Worker("digits/worker-1")
     limits = SimpleNamespace(failure=SimpleNamespace(start_timeout_s=600.0))
     order: Any = SimpleNamespace(attempt=2, job=limits)
-    says = r"worker-1 cannot begin on .*: ModuleNotFoundError: .*; every node needs the packages"
+    says = r"worker-1 cannot start on .*: ModuleNotFoundError: .*; every node needs the packages"
     for _ in range(2) if first == "prepare" else ():
         with pytest.raises(InfrastructureError, match=says):
             worker.prepare(order)
@@ -134,9 +134,9 @@ def test_what_is_said_of_another_attempt_is_not_heard() -> None:
 def test_an_attempt_that_was_abandoned_before_it_began_is_known() -> None:
     worker = Worker("worker-0")
     worker.stop(1, RESIZE)
-    assert worker._given_up == -1
+    assert worker._abandoned == -1
     worker.stop(1, ABANDON)
-    assert worker._given_up == 1
+    assert worker._abandoned == 1
 
 
 def test_reports_are_told_again_where_the_answer_was_lost() -> None:
@@ -303,7 +303,7 @@ def test_a_version_is_packed_once_however_many_ask_for_it(monkeypatch: pytest.Mo
     one = session(working())
     state = {"weight": torch.ones(3)}
     assert one.show(3) == Reply(3), "it is copied at the next step's end"
-    one._shown.offer(4, lambda: state)
+    one._snapshots.offer(4, lambda: state)
     replies = [one.show(3) for _ in range(5)]
     assert [reply.model for reply in replies] == [["reference 1"]] * 5
     assert len(put) == 1 and load(put[0])["weight"].tolist() == [1.0, 1.0, 1.0]
