@@ -372,7 +372,7 @@ class BucketAverage(GradientAverage):
             int(options.bucket_mb * 2**20),
             overlap=is_only_model and not number and options.overlap,
             wire_dtype=options.wire_dtype,
-            check_finite=self._policy.looks,
+            check_finite=self._policy.checks,
         )
         for parameter in self.flat.parameters:
             parameter.grad = None

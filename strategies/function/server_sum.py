@@ -170,13 +170,13 @@ class ServerSum:
         present = [member.gather().present for member in self.members]
         vectors.flags.copy_(torch.from_numpy(np.concatenate(present)))
         local = context.record(np.ones(1, np.bool_))
-        if self._policy.looks and (slot := self._first_non_finite()) is not None:
+        if self._policy.checks and (slot := self._first_non_finite()) is not None:
             local = local.broken(slot)
         pushed = self._shards.push(self._pushes, local)
         self._pushes += 1
         total = (pushed.total or local).named(local)
         total.check_batch(local, context.step())
-        if self._policy.looks and vectors.grads.dtype is torch.float16 and not vectors.finite():
+        if self._policy.checks and vectors.grads.dtype is torch.float16 and not vectors.finite():
             total = total.broken(ELSEWHERE)
         broken: NonFiniteError | None = None
         try:
@@ -230,7 +230,7 @@ class ServerAverage(GradientAverage):
         self._servers = servers
         servers.add(self)
 
-        self.flat.copy_when_ready(True, check_finite=self._policy.looks)
+        self.flat.copy_when_ready(True, check_finite=self._policy.checks)
 
     @override
     def _start_exchange(self, index: int) -> None:

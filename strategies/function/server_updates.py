@@ -181,7 +181,7 @@ class ServerUpdates(Exchange):
         flat.scale_gradients(scale)
         rank = self._context.group.rank
         local = StepControl(1.0, 1.0, rank=rank, present=present, settings=settings)
-        if self._policy.looks:
+        if self._policy.checks:
             local = local.looked_at(flat)
         self._policy.decide(local, step, flat.name)
         self._last = self._shards.push(self._pushes, local)

@@ -277,7 +277,7 @@ class RowPush:
     ) -> None:
         self._lookups, self._skips, self._weighted = lookups, steps.skips, weighted
         self._number, self._task = number, task
-        self._row = lookups.first_non_finite() if steps.looks else None
+        self._row = lookups.first_non_finite() if steps.checks else None
         self.local = local if self._row is None else replace(local, non_finite=1, slot=slots)
         """The record, with what was found in the rows."""
         self._sent: PendingPush | None = None

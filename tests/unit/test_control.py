@@ -94,7 +94,11 @@ def test_stop_names_step_rank_and_parameter(case: Case) -> None:
 
 
 def test_skip_has_a_budget_and_counts() -> None:
-    steps, bad, good = NonFiniteSteps("skip", 2), total(record(0).broken(0)), total(record(0))
+    steps, bad, good = (
+        NonFiniteSteps("skip", 2),
+        total(record(0).broken(0)),
+        total(record(0)),
+    )
     assert not steps.decide(good, 0, NAMES.__getitem__).skip and steps.figures() == {}
     assert (
         steps.decide(bad, 1, NAMES.__getitem__).skip
