@@ -101,7 +101,7 @@ class Side:
 
 
 def measure(steps: int, rounds: int) -> dict[str, Row]:
-    """Give, by method, the median of each figure over steps, on the slower rank."""
+    """Return the median of each metric over steps, on the slower rank, for each method."""
     sides: list[Any] = [ray.remote(Side).options(num_cpus=1).remote() for _ in range(WORKERS)]
     ray.get([side.join.remote(rank) for rank, side in enumerate(sides)], timeout=120)
 
