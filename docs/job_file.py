@@ -117,8 +117,8 @@ lr_schedule:
 PLATEAU = """
 ### ReduceLROnPlateau
 
-`ReduceLROnPlateau` is stepped after each evaluation of the job's `evaluation`; the next step already
-uses the new learning rate. `metric` is the monitored metric over all workers: `loss`, or a name
+`ReduceLROnPlateau` is stepped after each evaluation of the job's `evaluation`; the next step uses
+the new learning rate. `metric` is the monitored metric over all workers: `loss`, or a name
 from the task's `metrics()`; use `mode: max` if larger is better. The learning rates are
 bit-identical to those of a plain loop with torch's class. The `lr` of each group and of
 `embeddings.optimizer` is reduced separately; `min_lr` is a single number.
@@ -155,7 +155,7 @@ strategy: {name: ps-sync, num_servers: 2}
 [task](task.md#the-optimizer), under `ring`. `LAMB` is not part of torch; it is Algorithm 2 of
 [the paper](https://arxiv.org/abs/1904.00962).
 
-`Adafactor`, `Muon` and `LAMB` need whole parameters; the other optimizers are elementwise. For these
+`Adafactor`, `Muon` and `LAMB` need whole parameters; other optimizers are elementwise. For these
 three, and for groups with several optimizers, shards end at parameter boundaries, and may be
 uneven; they are rejected under `tensor` of `hybrid` and with `split: load`. `Muon` supports only
 matrices: put all other parameters into [groups](#optimizergroups) with another `name`.
