@@ -109,7 +109,7 @@ def bounds(points: Sequence[int], layers: int) -> list[tuple[int, int]]:
     ends = [0, *points, layers]
     if any(left >= right for left, right in pairwise(ends)):
         raise ValueError(
-            f"cut points {list(points)} of {layers} layers: they must rise, "
-            f"each from 1 to {layers - 1}, so that no stage is empty"
+            f"cut points {list(points)} of {layers} layers: they must be "
+            f"ascending, each from 1 to {layers - 1}, so that no stage is empty"
         )
     return list(pairwise(ends))

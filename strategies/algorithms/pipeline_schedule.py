@@ -259,7 +259,7 @@ def _alternate(
 def _check(stages: int, micro_batches: int) -> None:
     if stages < 1 or micro_batches < 1:
         raise ValueError(
-            f"a schedule needs one stage and one micro-batch at least, got {stages} stages "
+            f"a schedule needs at least one stage and one micro-batch, got {stages} stages "
             f"and {micro_batches} micro-batches"
         )
 
@@ -399,7 +399,7 @@ class _ScheduleSimulator:
                 waits = ", ".join(
                     f"stage {stage} with {todo[0]}" for stage, todo in enumerate(self._todo) if todo
                 )
-                raise ValueError(f"{self._schedule.name} stands still: {waits}")
+                raise ValueError(f"{self._schedule.name} deadlocks: {waits}")
         return Plan(self._schedule, tuple(map(tuple, self._steps)))
 
     def _advance(self, stage: int) -> bool:

@@ -133,7 +133,7 @@ def simulate(
     if len(per_stage) != stages:
         raise ValueError(f"{len(per_stage)} costs for {stages} stages")
     if buffer is not None and buffer < 1:
-        raise ValueError(f"a channel holds one message at least, got a buffer of {buffer}")
+        raise ValueError(f"a channel holds at least one message, got a buffer of {buffer}")
     spans = _Execution(plan, per_stage, buffer).run()
     return Simulation(spans, tuple(plan.schedule.peak_activations()))
 
@@ -224,7 +224,7 @@ class _Execution:
     def _describe_wait(self, stage: int) -> str:
         step = self._plan.steps[stage][self._next[stage]]
         if isinstance(step, Send):
-            return f"stage {stage} waits for room to send {step.message} to stage {step.to}"
+            return f"stage {stage} waits for space to send {step.message} to stage {step.to}"
         assert isinstance(step, Recv), "a computation never waits"
         return f"stage {stage} waits for {step.message} from stage {step.source}"
 

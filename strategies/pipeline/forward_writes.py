@@ -81,11 +81,11 @@ class ForwardWrites:
 
 def _write_error(names: list[str]) -> SpecError:
     text = (
-        f"a forward writes {', '.join(names)} while an earlier micro-batch, which computed with "
-        "the values before, waits for its backward"
+        f"a forward writes {', '.join(names)} in place while an earlier micro-batch, which used "
+        "the old values, waits for its backward"
     )
     hint = (
-        "compute with a changed copy, such as `self.weight.clamp(-1, 1)`, and leave the tensor as "
-        "it is; or set `micro_batches: 1`, or use `strategy: ring`"
+        "compute with a changed copy, such as `self.weight.clamp(-1, 1)`, instead of writing the "
+        "tensor; or set `micro_batches: 1`, or use `strategy: ring`"
     )
     return SpecError(Problem(("strategy", "micro_batches"), text, hint))

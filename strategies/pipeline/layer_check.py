@@ -117,14 +117,14 @@ def _compare_outputs(
     if not _stages_hint(layers):
         chained, whole = _common_entries(chained, whole)
     elif not tensor_leaves(whole):
-        _refuse_guess(layers, f"it gives {describe_value(whole)}, and no tensors that are seen")
+        _refuse_guess(layers, f"it returns {describe_value(whole)}, in which no tensors are found")
     if not all_close(chained, whole):
         mode = " in training" if training else ""
         raise _layers_error(layers, f"do not compute what {type(model).__name__} does{mode}")
     left, right = ({id(leaf) for leaf in leaves(tensor_leaves(each))} for each in (chained, whole))
     differ = [name for name, p in model.named_parameters() if (id(p) in left) != (id(p) in right)]
     if differ:
-        text = f"give other parameters gradients than {type(model).__name__} does: "
+        text = f"compute gradients of other parameters than {type(model).__name__} does: "
         raise _layers_error(layers, text + ", ".join(differ))
 
 
@@ -156,7 +156,7 @@ def _compare_gradients(
         return
     differ = different_gradients(layer_grads, whole_grads)
     if differ:
-        text = f"give {', '.join(differ)} another gradient than {type(model).__name__} does"
+        text = f"give {', '.join(differ)} a different gradient than {type(model).__name__} does"
         raise _layers_error(layers, text)
 
 

@@ -74,7 +74,7 @@ def refuse_weights(task: Task) -> None:
     """
     if overrides(type(task), "weights"):
         text = f"{type(task).__name__}.weights() is called before a step's first forward, and "
-        text += "`hybrid` reads a micro-batch when its turn comes"
+        text += "`hybrid` loads micro-batches one by one during the step"
         raise SpecError(Problem(("task",), text, "use `strategy: ring` or `strategy: ps-sync`"))
 
 
@@ -110,7 +110,7 @@ class GradientReach:
             if id(leaf) in self._own:
                 continue
             if id(leaf) in of_task:
-                text = f"the loss uses a parameter that the task keeps: `self.{of_task[id(leaf)]}`"
+                text = f"the loss uses a parameter of the task: `self.{of_task[id(leaf)]}`"
                 hint = "make it a part of the model's last layer, or use `ring` or `ps-sync`"
                 raise pipeline_error(text, hint)
             name, parameter = self._names.get(id(leaf), ("", lambda: None))

@@ -399,7 +399,7 @@ def _layers_of_own_call(task: Task, model: nn.Module, order: CallOrder | None) -
         layers = layers_around_blocks(model, ModelCall(task), order)
     if layers is None:
         name = f"{type(task).__name__}.{model_call_method(task)}()"
-        text = f"{name} calls the whole model, and only models of blocks without hooks are cut so"
+        text = f"{name} calls the whole model, which can be cut only if it has blocks and no hooks"
         hint = (
             "remove it: use pairs (inputs, targets) or dicts of the model's arguments as batches, "
             "and a loss(outputs, targets); or set `pipeline: 1`"
@@ -413,7 +413,7 @@ def _refuse_foreign_rng(task: Task) -> None:
     method = model_call_method(task) or ""
     named = referenced_names(getattr(type(task), method)) & {"random", "default_rng"}
     if named:
-        text = f"{type(task).__name__}.{method}() names `{min(named)}`, and runs on two stages"
+        text = f"{type(task).__name__}.{method}() names `{min(named)}`, and is called on two stages"
         hint = "draw numbers in collate(), or set `pipeline: 1`"
         raise SpecError(Problem(("task",), text, hint))
 

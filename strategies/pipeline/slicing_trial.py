@@ -81,7 +81,7 @@ class SlicingTrial:
                 raise self._error("do not compute what whole ones do" + " in training" * training)
             differ = different_gradients(sliced_gradients, gradients)
             if differ:
-                raise self._error(f"give {', '.join(differ)} another gradient than whole ones")
+                raise self._error(f"give {', '.join(differ)} a different gradient than whole ones")
 
     def _error(self, message: str) -> SpecError:
         text = f"sliced as `tensor_plan` says, layers {message}"

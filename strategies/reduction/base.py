@@ -19,7 +19,7 @@ from distplat.strategies.loop.control import StepControl, control_size
 def mixed_dtypes_error(layout: Layout, option: str = "compression") -> SpecError:
     """Return the error for an option that needs gradients of a single dtype."""
     dtypes = sorted({segment.dtype for segment in layout.segments})
-    text = f"is for models of one type; the trainable parameters are {' and '.join(dtypes)}"
+    text = f"needs a single dtype; the trainable parameters are {' and '.join(dtypes)}"
     return SpecError(Problem(("strategy", option), text, "remove it"))
 
 

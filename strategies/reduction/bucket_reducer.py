@@ -71,7 +71,7 @@ def register_gradient_hooks(
 
 def gradient_changed_error(name: str) -> SpecError:
     """Return the error for a gradient that changed after it was sent."""
-    text = f"the gradient of {name!r} came again after it was sent: backward within backward"
+    text = f"the gradient of {name!r} changed after it was sent: nested backward"
     hint = "set `overlap: false`, or use checkpointing with use_reentrant=False"
     return SpecError(Problem(("strategy", "overlap"), text, hint))
 

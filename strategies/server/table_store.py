@@ -381,7 +381,7 @@ class TableServer(Server[TableStore], PartSource):
                 raise FencedError(f"attempt {plan.attempt} refused: {newer} began")
             elif plan.tables != store.plan.tables:
                 raise ProtocolError(
-                    f"the embedding tables are not those of the first rank to come: {plan.tables} "
+                    f"the embedding tables differ from those of the first rank: {plan.tables} "
                     f"against {store.plan.tables}; model() must not depend on the process"
                 )
             if plan.attempt > store.ledger.attempt:

@@ -161,7 +161,7 @@ def _reason(
     if LOSS in names and first.step == 1:
         return (
             "the first forward differs: ranks have other samples, buffers or frozen parameters, "
-            "or random numbers that the seed does not reach"
+            "or random numbers that the seed does not control"
         )
     if tensors and not tensors & set(trainable):
         return (

@@ -102,7 +102,9 @@ class _PlainTables(nn.Module):
         for name, module in tables_of(model).items():
             rows = module.num_embeddings
             if rows is None:
-                raise ValueError(f"{name} has no num_embeddings: no plain table can stand for it")
+                raise ValueError(
+                    f"{name} has no num_embeddings: a plain loop cannot replace the table"
+                )
             values = initial_rows(module.spec(name), seed, np.arange(rows))
             self.weights.append(nn.Parameter(torch.from_numpy(values)))
             module.source = _PlainRowSource(self.weights[-1])
@@ -203,7 +205,7 @@ def recipe_of(job: Job, task: Task, every: int = 1) -> Recipe:
         SpecError: the plain loop does not support the job's training.
     """
     if job.precision == "fp16":
-        text = "verify has no loop with a loss scale"
+        text = "verify does not support loss scaling"
         raise SpecError(Problem(("precision",), text, "verify with `--set precision=bf16`"))
     spec, tables, rates = job.optimizer, job.embeddings, _rates(job, task)
     rows = torch.optim.SGD if tables is None else row_optimizer(tables)

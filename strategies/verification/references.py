@@ -116,15 +116,17 @@ def references(job: Job, make: MakeSwitched) -> References:
         switches, plain, reversed_, sorted({*trainable, *set().union(*plain.used)}), every
     )
     if norms and not merged:
-        text = "each worker normalises by its own samples; compared with it frozen"
+        text = "each worker normalises by its own samples; compared with frozen statistics"
         result.notes.append(("batch norm", text))
     if switches != Switches():
-        result.notes.append(("dropout", "drawn in another way here; compared without it"))
+        result.notes.append(
+            ("dropout", "drawn in a different order here; compared without dropout")
+        )
     short = meaning_job(job)
     _add_whole(result, short, recipe_of(short, first.task, every), make, samples, merged)
     if result.whole is not None and result.whole.drawn:
         result.whole = None
-        text = "forward draws random numbers, with dropout off too"
+        text = "forward draws random numbers even without dropout"
         result.notes.append(("whole batch", text))
     return result
 
@@ -170,7 +172,7 @@ def _add_whole(
                 if not whole.differs or limit is None:
                     references.whole = whole
                     return
-    references.notes.append(("whole batch", "the task cannot be computed on one"))
+    references.notes.append(("whole batch", "the task cannot be computed on whole batches"))
 
 
 def _train_whole(

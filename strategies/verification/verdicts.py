@@ -72,7 +72,7 @@ def inexact_reason(job: Job) -> str:
         return "its ranks differ between steps"
     for option, exact in (("compression", "none"), ("wire", "exact")):
         if options.get(option, exact) != exact:
-            return f"rounds what travels ({option}: {options[option]})"
+            return f"rounds exchanged data ({option}: {options[option]})"
     return ""
 
 
@@ -146,7 +146,7 @@ def _row(name: str, check: str, comparison: Comparison) -> Row:
 
 def _repeat(name: str, first: Trained, second: Trained) -> Row:
     is_same = digest(first) == digest(second)
-    why = "" if is_same else "random numbers that the seed does not reach, or an order that changes"
+    why = "" if is_same else "random numbers that the seed does not control, or a varying order"
     return Row(name, "repeat", EQUAL if is_same else DIFFERS, not is_same, reason=why)
 
 

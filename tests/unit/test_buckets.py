@@ -167,7 +167,7 @@ def test_a_gradient_that_was_sent_too_early_is_an_error_not_a_wrong_sum() -> Non
     model = Odd()
     rig = Rig(model)
     rig.step(lambda x: model.middle(model.first(x)))
-    with pytest.raises(SpecError, match=r"'middle\.weight' came again after it was sent"):
+    with pytest.raises(SpecError, match=r"'middle\.weight' changed after it was sent"):
         rig.step(nested(model))
 
 

@@ -86,7 +86,7 @@ def test_a_write_before_an_earlier_backward_is_told_by_name(
     with pytest.raises(SpecError) as caught:
         train(hybrid_job(options(2, schedule), 2, steps=2), of(layer))
     [problem] = caught.value.problems
-    assert f"a forward writes {name} while" in problem.message
+    assert f"a forward writes {name} in place while" in problem.message
     assert "micro_batches: 1" in str(problem.hint)
 
 
@@ -105,7 +105,7 @@ class ShrinkingLate(nn.Linear):
 @pytest.mark.parametrize("more", [{"steps": 5}, {"steps": 9, "checkpoint": {"every_steps": 4}}])
 def test_a_write_that_begins_later_ends_the_run_before_it_is_kept(more: dict[str, Any]) -> None:
     run = LocalRun(hybrid_job(options(2), 2, **more), of(ShrinkingLate))
-    with pytest.raises(SpecError, match=r"a forward writes 1\.weight while"):
+    with pytest.raises(SpecError, match=r"a forward writes 1\.weight in place while"):
         Attempt(run).make()
     assert not run.checkpoints
     steps = [one.step for one in run.reports[0] if isinstance(one, StepReport)]

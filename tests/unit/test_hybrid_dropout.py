@@ -123,5 +123,7 @@ def test_stages_that_leave_out_a_detach_are_refused(detaches: bool) -> None:
     if detaches:
         train(job, kind)
         return
-    with pytest.raises(SpecError, match=r"give first\.\w+, .* another gradient than Observed does"):
+    with pytest.raises(
+        SpecError, match=r"give first\.\w+, .* a different gradient than Observed does"
+    ):
         train(job, kind)

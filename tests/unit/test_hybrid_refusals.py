@@ -138,7 +138,7 @@ def test_layers_that_reach_other_parameters() -> None:
     def stages(self: Task, model: Any) -> list[nn.Module]:
         return [*model.body, model.head]
 
-    refused(task_of(FrozenBody, stages=stages), "other parameters gradients", "body.0.weight")
+    refused(task_of(FrozenBody, stages=stages), "gradients of other parameters", "body.0.weight")
 
 
 class Switching(nn.Sequential):

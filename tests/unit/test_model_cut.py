@@ -138,7 +138,7 @@ def test_cut_points_by_name() -> None:
     assert points_before(layers, ["1", "3"]) == [1, 3]
     with pytest.raises(SpecError, match=r"no layer '33'.*\n.*did you mean '3'. allowed: 1, 2, 3"):
         points_before(layers, ["33"])
-    with pytest.raises(SpecError, match="must rise"):
+    with pytest.raises(SpecError, match="must be ascending"):
         points_before(layers, ["3", "1"])
-    with pytest.raises(SpecError, match="must rise, each from 1 to 3"):
+    with pytest.raises(SpecError, match="must be ascending, each from 1 to 3"):
         points_before(layers, ["0"])

@@ -99,7 +99,7 @@ def test_costs_that_are_none(cost: float) -> None:
 
 @pytest.mark.parametrize("points", [[0], [3], [2, 2], [2, 1], [-1]])
 def test_cut_points_that_leave_a_stage_empty(points: list[int]) -> None:
-    with pytest.raises(ValueError, match="must rise, each from 1 to 2"):
+    with pytest.raises(ValueError, match="must be ascending, each from 1 to 2"):
         bounds(points, 3)
 
 

@@ -135,8 +135,8 @@ def test_an_unknown_name_has_a_near_one() -> None:
 @pytest.mark.parametrize(
     ("name", "sizes", "message"),
     [
-        ("gpipe", (0, 4, None), "one stage and one micro-batch at least"),
-        ("1f1b", (4, 0, None), "one stage and one micro-batch at least"),
+        ("gpipe", (0, 4, None), "at least one stage and one micro-batch"),
+        ("1f1b", (4, 0, None), "at least one stage and one micro-batch"),
         ("interleaved", (4, 10, 2), "multiples of its 4 stages, got 10: use 8 or 12, or 1f1b"),
         ("interleaved", (4, 3, 2), "got 3: use 4, or 1f1b"),
         ("interleaved", (4, 8, 1), "2 or more virtual stages, got 1; 1f1b has one"),

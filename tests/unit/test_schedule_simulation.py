@@ -161,7 +161,7 @@ def test_a_message_that_is_in_the_way_is_received_early(buffer: int | None) -> N
 
 def test_received_only_when_needed_the_same_schedule_would_stand_still() -> None:
     plan = with_communication(BREADTH_FIRST)
-    with pytest.raises(Deadlock, match=r"stage 0 waits for room .*stage 1 waits for room"):
+    with pytest.raises(Deadlock, match=r"stage 0 waits for space .*stage 1 waits for space"):
         simulate(_lazy(plan), buffer=1)
     simulate(_lazy(plan), buffer=8)
 
@@ -182,7 +182,7 @@ def _lazy(plan: Plan) -> Plan:
 
 
 def test_a_schedule_that_can_never_run_is_refused() -> None:
-    with pytest.raises(ValueError, match="stands still: stage 0 with B0, stage 1 with F1"):
+    with pytest.raises(ValueError, match="deadlocks: stage 0 with B0, stage 1 with F1"):
         with_communication(by_hand(["F0 B0 F1 B1", "F0 F1 B0 B1"]))
 
 
@@ -262,7 +262,7 @@ def test_figures_of_measured_spans() -> None:
     ("arguments", "message"),
     [
         ({"costs": [Costs()]}, "1 costs for 2 stages"),
-        ({"buffer": 0}, "one message at least, got a buffer of 0"),
+        ({"buffer": 0}, "at least one message, got a buffer of 0"),
     ],
 )
 def test_arguments_that_make_no_sense(arguments: dict[str, Any], message: str) -> None:

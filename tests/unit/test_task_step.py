@@ -261,8 +261,8 @@ def test_looking_at_a_loss_leaves_the_task_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        (Triples, r"Triples\.forward\(\) calls the whole model, and only models of blocks"),
-        (Nested, r"Nested\.step\(\) calls the whole model, and only models of blocks"),
+        (Triples, r"Triples\.forward\(\) calls the whole model, which can be cut only if it"),
+        (Nested, r"Nested\.step\(\) calls the whole model, which can be cut only if it"),
         (Dicts, r"Tagger\.forward takes 3 inputs"),
     ],
 )

@@ -143,7 +143,7 @@ class InTraining(nn.Module):
 @pytest.mark.parametrize(
     ("inside", "said"),
     [
-        (nn.PReLU, "layers give 1.inside.weight another gradient than whole ones"),
+        (nn.PReLU, "layers give 1.inside.weight a different gradient than whole ones"),
         (InTraining, "layers do not compute what whole ones do in training"),
         (nn.GELU, ""),
         (lambda: nn.Dropout(0.5), ""),

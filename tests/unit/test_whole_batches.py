@@ -249,7 +249,7 @@ REFUSED: dict[str, tuple[type[Task], str]] = {
     "backwards": (of_blocks(Dicts, Backwards), "calls blocks in another order"),
     "stages": (
         type("Both", (Staged,), {"forward": lambda self, model, batch: model(**batch)}),
-        r"Both\.forward\(\) calls the whole model, and only models of blocks",
+        r"Both\.forward\(\) calls the whole model, which can be cut only if it",
     ),
     "two keys": (TwoKeys, "takes `input`, and a batch is a dict of input, labels"),
 }
