@@ -194,10 +194,12 @@ class BucketReducer(Reducer):
         self.local = StepControl()
         """This rank's control record of the last step, after the check of its gradients."""
         self._control = ControlSum(collective, len(flat.slots), flat.grads.device)
-        self._cuts = [*cut_segments(flat, bucket_bytes)]
-        self._dtypes = [flat.layout.runs(cut.start, cut.stop)[0].dtype for cut in self._cuts]
-        self._layouts = [flat.layout.cut(cut.start, cut.stop) for cut in self._cuts]
-        self._release = Release([cut.parameters for cut in self._cuts])
+        self._buckets = [*cut_segments(flat, bucket_bytes)]
+        self._dtypes = [
+            flat.layout.runs(bucket.start, bucket.stop)[0].dtype for bucket in self._buckets
+        ]
+        self._layouts = [flat.layout.cut(bucket.start, bucket.stop) for bucket in self._buckets]
+        self._release = Release([bucket.parameters for bucket in self._buckets])
         self._handles: dict[int, Handle] = {}
         self._wire: Wire | None = None
         if wire_dtype is not None and not self._alone:
@@ -256,8 +258,8 @@ class BucketReducer(Reducer):
         for number in self._release.order:
             self._handles.pop(number).wait()
             if self._wire is not None:
-                self._wire.unpack(self._cuts[number].start, self._cuts[number].stop)
-            on_bucket(self._cuts[number].parameters)
+                self._wire.unpack(self._buckets[number].start, self._buckets[number].stop)
+            on_bucket(self._buckets[number].parameters)
         total = self._control.wait()
         self._overlap.end(self._wire.seconds - cast_before if self._wire else 0.0)
         if not self._agreed:
@@ -310,13 +312,13 @@ class BucketReducer(Reducer):
     def _send(self, number: int) -> None:
         if self._check_finite:
             self._check_bucket(number)
-        cut = self._cuts[number]
+        bucket = self._buckets[number]
         if self._wire is None:
-            bucket = typed(self._grads, cut.start, cut.stop, self._dtypes[number])
+            gradients = typed(self._grads, bucket.start, bucket.stop, self._dtypes[number])
         else:
-            bucket = self._wire.pack(cut.start, cut.stop)
+            gradients = self._wire.pack(bucket.start, bucket.stop)
         self._overlap.start()
-        self._handles[number] = self._collective.start_all_reduce(bucket)
+        self._handles[number] = self._collective.start_all_reduce(gradients)
 
     def _check_bucket(self, number: int) -> None:
         """
@@ -326,9 +328,9 @@ class BucketReducer(Reducer):
         view is freed with this function: torch releases the GIL to free it, and once the operation
         runs in its thread, that costs backward a third of a millisecond per bucket.
         """
-        cut, layout = self._cuts[number], self._layouts[number]
-        run = self._grads[cut.start : cut.stop]
-        if any(map(self._flat.gradients.finite, cut.parameters)):
+        bucket, layout = self._buckets[number], self._layouts[number]
+        run = self._grads[bucket.start : bucket.stop]
+        if any(map(self._flat.gradients.finite, bucket.parameters)):
             slot = self._first_non_finite(run, layout.pieces, self._dtypes[number])
         else:
             slot = first_non_finite(run, layout.segments, layout.pieces)
@@ -346,7 +348,7 @@ class BucketReducer(Reducer):
     def _agree_on_order(self) -> None:
         """Adopt rank 0's order of buckets; if it had no samples, try after the next step."""
         proposal = self._release.proposal()
-        order, held = proposal or ([-1] * len(self._cuts), [False] * len(self._cuts))
+        order, held = proposal or ([-1] * len(self._buckets), [False] * len(self._buckets))
         plan = torch.tensor([order, [int(h) for h in held]], device=self._grads.device)
         self._collective.broadcast(plan)
         order, held = plan[0].tolist(), plan[1].bool().tolist()
@@ -357,25 +359,27 @@ class BucketReducer(Reducer):
 
 def cut_segments(flat: FlatModel, bucket_bytes: int) -> Iterator[Bucket]:
     """Yield the buckets of each segment, the last first: backward computes its gradients first."""
-    item = flat.grads.itemsize
-    limit = first = bucket_bytes // item
-    first = min(first, FIRST_BYTES // item)
+    itemsize = flat.grads.itemsize
+    limit = first = bucket_bytes // itemsize
+    first = min(first, FIRST_BYTES // itemsize)
     for segment in reversed(flat.layout.segments):
         if segment.start >= flat.layout.tail:
             continue
-        inside = [
+        slots = [
             (index, slot.offset - segment.start)
             for index, slot in enumerate(flat.slots)
             if segment.start <= slot.offset < segment.stop
         ]
-        begin = inside[0][0]
+        first_slot = slots[0][0]
         size = segment.stop - segment.start
-        for cut in cut_buckets([offset for _, offset in inside], size, limit, first):
-            members = range(cut.parameters.start + begin, cut.parameters.stop + begin)
+        for bucket in cut_buckets([offset for _, offset in slots], size, limit, first):
+            parameters = range(
+                bucket.parameters.start + first_slot, bucket.parameters.stop + first_slot
+            )
             yield replace(
-                cut,
-                start=cut.start + segment.start,
-                stop=cut.stop + segment.start,
-                parameters=members,
+                bucket,
+                start=bucket.start + segment.start,
+                stop=bucket.stop + segment.start,
+                parameters=parameters,
             )
         first = limit

@@ -22,29 +22,29 @@ Copy = TypeVar("Copy", ShardCopy, TablesCopy)
 
 
 def merge_push_replies(
-    answers: Sequence[ServerReply], traffic: Sequence[tuple[int, int]]
+    replies: Sequence[ServerReply], traffic: Sequence[tuple[int, int]]
 ) -> Pushed:
     """
     Merge the replies of all shards to a push or a commit.
 
     Args:
-        answers: by shard.
+        replies: by shard.
         traffic: by shard, bytes of gradients received and of parameters sent.
     """
-    squares = [answer.squared_norm for answer in answers if answer.squared_norm is not None]
+    squares = [reply.squared_norm for reply in replies if reply.squared_norm is not None]
     norm = sum(squares) ** 0.5
     return Pushed(
-        None if all(answer.committed for answer in answers) else norm,
+        None if all(reply.committed for reply in replies) else norm,
         norm if squares else None,
-        staleness=max(answer.staleness for answer in answers),
-        waiting_s=max(answer.waiting_s for answer in answers),
+        staleness=max(reply.staleness for reply in replies),
+        waiting_s=max(reply.waiting_s for reply in replies),
         loads=tuple(
-            ShardLoad(*sizes, answer.apply_s, answer.queue_s, answer.queue_depth)
-            for answer, sizes in zip(answers, traffic, strict=True)
+            ShardLoad(*sizes, reply.apply_s, reply.queue_s, reply.queue_depth)
+            for reply, sizes in zip(replies, traffic, strict=True)
         ),
-        version=min(answer.version for answer in answers),
-        dropped=max(answer.dropped for answer in answers),
-        total=StepControl.unpack(np.array(answers[0].total)) if answers[0].total else None,
+        version=min(reply.version for reply in replies),
+        dropped=max(reply.dropped for reply in replies),
+        total=StepControl.unpack(np.array(replies[0].total)) if replies[0].total else None,
     )
 
 
