@@ -78,7 +78,7 @@ class NoAnswer(StorageError):
 
 
 class ObjectNotFound(StorageError):
-    """There is no such file, directory or bucket."""
+    """A file, directory or bucket does not exist."""
 
 
 class AccessRefused(StorageError):

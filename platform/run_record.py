@@ -45,7 +45,7 @@ _OLD_FAILURE_KIND = "setback"
 _STEP_LINE = re.compile(r'\{"kind": "(step|evaluation)", "step": (\d{1,16}),')
 """Start of a line of a step or an evaluation."""
 MAX_STEPS = 20_000
-"""Most steps, and evaluations, in memory; more would take minutes and gigabytes."""
+"""Most steps, and most evaluations, in memory; more would take minutes and gigabytes."""
 MAX_LINE_BYTES = 2**22
 """Most bytes of a line in memory."""
 _MAX_FILE_BYTES = 2**26

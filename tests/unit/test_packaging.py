@@ -18,11 +18,11 @@ site.addsitedir(sys.argv[1])  # an editable install is a .pth file there
 import platform
 import distplat.actors, distplat.cli, distplat.strategies
 import distplat.platform.errors, distplat.platform.even_split
-from distplat.actors.user_errors import _passes_on
+from distplat.actors.user_errors import _is_internal
 assert platform.python_implementation(), platform
 assert "distplat" not in platform.__file__, platform.__file__
-assert _passes_on(distplat.platform.errors.__file__), "own frames would be taken for the user's"
-assert not _passes_on(sys.argv[1] + "/model.py")
+assert _is_internal(distplat.platform.errors.__file__), "own frames would be taken for the user's"
+assert not _is_internal(sys.argv[1] + "/model.py")
 from importlib.resources import files
 assert files("distplat.cli").joinpath("report.html.j2").is_file()
 print(distplat.platform.errors.__file__)
