@@ -1,11 +1,11 @@
 """
-The driver's side of a run on Ray: follows the controller, and ends it.
+The driver's side of a run on Ray: follows the controller, and stops it.
 
-A thread keeps one question open to the controller, and writes the files that the run leaves. The
-thread that called `fit()` looks for signals and tells callbacks of the rest: one that hangs, or a
-terminal that takes no more, does not keep a model from the disk. Questions are numbered, so that
-one that is lost is asked again and each event is told once. A controller that dies takes along the
-actors that it has made; those that the driver made, the driver ends.
+A thread keeps one poll open to the controller and writes the files of the run. The thread that
+called `fit()` handles signals and calls callbacks, so that a blocked callback or terminal does not
+keep the model from the disk. Polls are numbered: a lost one is repeated, and each event arrives
+once. When the controller dies, Ray also kills the actors that it has created; the driver kills its
+own.
 """
 
 from __future__ import annotations
@@ -39,155 +39,154 @@ from distplat.platform.errors import (
 from distplat.platform.progress import Saved, StepSummary, Summary
 
 _HOLD_S = 0.5
-"""Seconds for which the controller holds a poll open while nothing happens."""
+"""Seconds for which the controller holds a poll open while there are no events."""
 _END_S = 35.0
-"""How long the controller may take to write what is complete and to end the actors."""
+"""Timeout for the controller to write complete checkpoints and to kill the actors."""
 _NAME = "controller"
 _MOST = 100_000
-"""Events that wait while a callback holds the driver up, from which on steps and log lines are left
-out; the others, which are few, all wait."""
+"""Events kept while a callback blocks the driver; beyond this, steps and log lines are dropped. All
+other events are kept, as they are few."""
 _LEAVE_S = 2.0
-"""How long the thread may take to see that nobody follows the run any more."""
+"""Timeout for the polling thread to end once `follow` has returned."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RunHandlers:
-    """Callbacks for the events and results of a run; `on_model` and `on_file` of any thread."""
+    """Callbacks for events and results of a run. `on_model` and `on_file` run on any thread."""
 
     on_summary: Callable[[Summary], None]
-    """Takes each step, evaluation, checkpoint and failure."""
+    """Called with each step, evaluation, checkpoint and failure."""
     on_model: Callable[[bytes], object]
-    """Takes the trained model, once and before anything else that a trained run leaves; does not
-    wait for `on_summary`."""
+    """Called once with the trained model, before `on_file`; does not wait for `on_summary`."""
     on_file: Callable[[str, bytes], object]
-    """Takes the embedding tables and the log of updates by name, of runs that have them."""
+    """Called with name and content of embedding tables and the log of updates, if any."""
     ending: Callable[[], bool] = lambda: False
-    """Asked after news: whether the run is to end before its last step."""
+    """Returns whether to end the run early; called after events."""
 
 
 class _NotFollowed(DistplatError):
-    """`follow` was left: the thread that listens ends."""
+    """Ends the polling thread after `follow` has returned."""
 
 
 class ControllerClient:
     """
-    One run's controller, seen from the driver.
+    The driver's client of a run's controller.
 
     Args:
-        transport: the driver's.
-        controller: the actor's handle.
-        actor_group: the actors that it is to watch.
-        checkpoint_step: steps of the checkpoint that they begin from.
+        transport: transport of the driver.
+        controller: handle of the controller's actor.
+        actor_group: actors of the run.
+        checkpoint_step: step of the checkpoint that the run starts from.
     """
 
     def __init__(
         self, transport: Transport, controller: Any, actor_group: ActorGroup, checkpoint_step: int
     ) -> None:
         self._transport, self._controller = transport, controller
-        self._begin = actor_group, checkpoint_step
+        self._begin_args = actor_group, checkpoint_step
         self._limits = actor_group.launch.job.failure
         self._saves = actor_group.launch.saves_at_stop
-        self._number = 0  #: of the last question for news
-        self._hurried = False  #: a second signal came: nothing is waited for
-        self._step: int | None = None  #: the last one that is known to be made
-        self._saved = checkpoint_step > 0  #: there is a checkpoint to go on from
-        self._warned: DistplatError | None = None  #: why it did not stop in order
-        self._up = False  #: it has answered, and was not lost since
-        self._left = threading.Event()  #: nobody follows the run any more
-        self._keeping = threading.Lock()  #: held while something is written
-        self._news: Outbox[Summary | logging.LogRecord] = Outbox(
+        self._number = 0  #: of the last take from `_events`
+        self._hurried = False  #: a second signal arrived: do not wait for anything
+        self._step: int | None = None  #: last reported step
+        self._saved = checkpoint_step > 0  #: a checkpoint exists
+        self._warned: DistplatError | None = None  #: error of the orderly stop, already logged
+        self._up = False  #: the controller has answered its last call
+        self._left = threading.Event()  #: `follow` has returned
+        self._write_lock = threading.Lock()  #: held while a file is written
+        self._events: Outbox[Summary | logging.LogRecord] = Outbox(
             _MOST, lambda event: isinstance(event, StepSummary | logging.LogRecord)
         )
-        self._untold: deque[Summary | logging.LogRecord] = deque()  #: taken from the news
+        self._pending: deque[Summary | logging.LogRecord] = deque()  #: taken from `_events`
 
     def follow(
         self,
         check: Callable[[], None],
         handlers: RunHandlers,
-        look: Callable[[], None] = lambda: None,
+        check_health: Callable[[], None] = lambda: None,
     ) -> None:
         """
-        Hand on what happens until the run is over.
+        Pass events to the handlers until the run is over.
 
         Args:
-            check: called ten times a second and before each event; raises to end the run. Where
-                that is `Interrupted`, for a first signal, a run that can takes a checkpoint before.
-            handlers: called with what comes.
-            look: called instead of `check` meanwhile.
+            check: called ten times a second and before each event; raises to stop the run. After
+                `Interrupted` (first signal) the run writes a checkpoint first, if it can.
+            handlers: callbacks for events and results.
+            check_health: called instead of `check` during that stop.
 
         Raises:
-            DistplatError: why the run failed; `ActorLost` where the controller itself is gone,
-                `ClusterUnreachable` where the cluster could not have it.
+            DistplatError: the run failed. `ActorLost` if the controller was lost,
+                `ClusterUnreachable` if the cluster cannot reach this driver's processes.
         """
-        self._ask(check, "begin", *self._begin)
-        listening = Future[DistplatError | None]()
+        self._call(check, "begin", *self._begin_args)
+        polling = Future[DistplatError | None]()
         try:
-            listening = run_in_thread("follow", lambda: self._listen(handlers))
-            self._tell(check, handlers, listening)
+            polling = run_in_thread("follow", lambda: self._poll_loop(handlers))
+            self._dispatch(check, handlers, polling)
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt) and _is_asked(check):
-                self._hurried = True  # a second signal, before the first one was seen
+            if isinstance(error, KeyboardInterrupt) and _is_interrupted(check):
+                self._hurried = True  # a second signal, before `check` has seen the first
             if isinstance(error, Interrupted) and self._saves:
-                self._stop(look, handlers, listening)
+                self._stop(check_health, handlers, polling)
             self._left.set()
-            if not isinstance(error, KeyboardInterrupt):  # that is of who cannot wait
-                with self._keeping:
+            if not isinstance(error, KeyboardInterrupt):  # on Ctrl-C do not wait for the disk
+                with self._write_lock:
                     pass
-            wait([listening], _LEAVE_S)
-            self._add_cause(error, listening)
+            wait([polling], _LEAVE_S)
+            self._add_cause(error, polling)
             raise
 
-    def _add_cause(self, error: BaseException, listening: Future[DistplatError | None]) -> None:
-        """Say what the thread ran into meanwhile, which `error` would hide."""
-        if not listening.done():
+    def _add_cause(self, error: BaseException, polling: Future[DistplatError | None]) -> None:
+        """Attach an earlier error of the polling thread to `error`, which would hide it."""
+        if not polling.done():
             return
-        other = listening.exception() or listening.result()
+        other = polling.exception() or polling.result()
         if other in (None, error, self._warned) or isinstance(other, Interrupted | _NotFollowed):
             return
         error.add_note(f"before that: {other}")
         logger.warning("before that: %s", other)
 
-    def _tell(
+    def _dispatch(
         self,
         check: Callable[[], None],
         handlers: RunHandlers,
-        listening: Future[DistplatError | None],
+        polling: Future[DistplatError | None],
     ) -> None:
-        """Tell callbacks what happens until the run is over; raises why it failed."""
+        """Call handlers with events until the run is over; raise the error of a failed run."""
         ending = False
-        while self._untold or not self._news.drained:
-            check()  # before each event: a callback may take its time for each of thousands
-            if not self._untold:
+        while self._pending or not self._events.drained:
+            check()  # before each event: a slow callback may have thousands to handle
+            if not self._pending:
                 self._number += 1
-                self._untold.extend(self._news.take(self._number, POLL_S))
-                self._warn_of_left_out()
-            if self._untold:
-                _hand_on(self._untold.popleft(), handlers)
-            if not ending and not listening.done() and handlers.ending():
+                self._pending.extend(self._events.take(self._number, POLL_S))
+                self._warn_of_dropped()
+            if self._pending:
+                _handle(self._pending.popleft(), handlers)
+            if not ending and not polling.done() and handlers.ending():
                 ending = True
-                self._ask(check, "end_early")
-        if (error := listening.result()) is not None:
+                self._call(check, "end_early")
+        if (error := polling.result()) is not None:
             raise error
 
     def _stop(
         self,
-        look: Callable[[], None],
+        check_health: Callable[[], None],
         handlers: RunHandlers,
-        listening: Future[DistplatError | None],
+        polling: Future[DistplatError | None],
     ) -> None:
-        """Have the run stop with a checkpoint, and tell what happens until its end."""
-        until = time.monotonic() + SAVE_S + _END_S
+        """Stop the run with a checkpoint, and pass on events until it ends."""
+        deadline = time.monotonic() + SAVE_S + _END_S
 
         def check() -> None:
-            look()
-            if time.monotonic() > until:
+            check_health()
+            if time.monotonic() > deadline:
                 raise DeadlineExceeded("an orderly end", (_NAME,), SAVE_S + _END_S, "")
 
         try:
-            self._ask(check, "stop", 0.0, True)
-            self._tell(check, handlers, listening)
+            self._call(check, "stop", 0.0, True)
+            self._dispatch(check, handlers, polling)
         except Interrupted:
             return
         except DistplatError as error:
@@ -198,57 +197,57 @@ class ControllerClient:
             self._left.set()
             raise
 
-    def _listen(self, handlers: RunHandlers) -> DistplatError | None:
-        """Hear what happens until the run is over; give why it failed."""
+    def _poll_loop(self, handlers: RunHandlers) -> DistplatError | None:
+        """Poll the controller until the run is over; return the error of a failed run."""
         number = 0
         try:
             while True:
-                self._look()
+                self._check_followed()
                 number += 1
-                polled: RunPollResult = self._ask_listening("poll", number, _HOLD_S)
+                polled: RunPollResult = self._call_from_thread("poll", number, _HOLD_S)
                 for event in polled.events:
                     self._take(event, handlers)
                 if polled.over:
                     return polled.error
         finally:
-            self._news.close()
+            self._events.close()
 
     def _take(self, event: RunEvent, handlers: RunHandlers) -> None:
-        """Keep what is to be kept; the rest is news."""
+        """Write the model and files; queue all other events."""
         if isinstance(event, ModelReady):
             model = fetch_pieces(self._piece)
-            self._keep(lambda: handlers.on_model(model))
+            self._write(lambda: handlers.on_model(model))
         elif isinstance(event, FileToKeep):
-            self._keep(lambda: handlers.on_file(event.name, event.content))
+            self._write(lambda: handlers.on_file(event.name, event.content))
         else:
             if isinstance(event, StepSummary):
                 self._step = event.step
             self._saved |= isinstance(event, Saved)
-            self._news.put(event)
+            self._events.put(event)
 
     def _piece(self, first: int) -> ModelPiece:
-        self._look()  # `ask` does so while it waits alone: pieces may come at once
-        piece: ModelPiece = self._ask_listening("result", first)
+        self._check_followed()  # `ask` checks only while it waits, and a piece may arrive at once
+        piece: ModelPiece = self._call_from_thread("result", first)
         return piece
 
-    def _keep(self, write: Callable[[], object]) -> None:
-        with self._keeping:
-            self._look()
+    def _write(self, write: Callable[[], object]) -> None:
+        with self._write_lock:
+            self._check_followed()
             write()
 
-    def _look(self) -> None:
+    def _check_followed(self) -> None:
         if self._left.is_set():
             raise _NotFollowed("nobody follows the run any more")
 
-    def _ask_listening(self, method: str, *args: Any) -> Any:
-        """Call a method in the thread that listens: a log may wait for a terminal."""
-        return self._ask(self._look, method, *args, warn=self._log_later)
+    def _call_from_thread(self, method: str, *args: Any) -> Any:
+        """Call a method from the polling thread; warnings are queued, as a terminal may block."""
+        return self._call(self._check_followed, method, *args, warn=self._log_later)
 
     def _log_later(self, text: str) -> None:
         record = (logger.name, logging.WARNING, __file__, 0, text, (), None)
-        self._news.put(logger.makeRecord(*record))
+        self._events.put(logger.makeRecord(*record))
 
-    def _ask(
+    def _call(
         self,
         check: Callable[[], None],
         method: str,
@@ -256,10 +255,10 @@ class ControllerClient:
         warn: Callable[[str], object] = logger.warning,
     ) -> Any:
         """
-        Call a method, again where an answer is lost; every one of them may be called twice.
+        Call a method of the controller; repeat lost calls, as all methods are idempotent.
 
-        A poll is answered at once by a thread that does nothing else: a controller that leaves it
-        open is frozen. What a run begins with and its result take their time.
+        Polls and stops have the heartbeat timeout, because a healthy controller answers them at
+        once. Other calls may take as long as a start.
         """
         call = partial(self._transport.call, self._controller, method, *args)
         limit, setting = self._limits.start_timeout_s, "start_timeout_s"
@@ -270,10 +269,10 @@ class ControllerClient:
             what = "start" if method == "begin" else "an answer"
             answer = ask(self._transport, what, calls, limit, setting, check, warn)[0]
         except ActorLost as error:
-            never, self._up = not self._up, False
-            if error.role != _NAME:  # that is what `check` has found
+            was_up, self._up = self._up, False
+            if error.role != _NAME:  # raised by `check`
                 raise
-            if never and UNREACHABLE in error.cause:
+            if not was_up and UNREACHABLE in error.cause:
                 raise ClusterUnreachable(
                     f"no process of this run can be used: {error.cause}"
                 ) from None
@@ -286,40 +285,40 @@ class ControllerClient:
 
     @property
     def _remedy(self) -> str:
-        """What to do about a controller that is lost."""
+        """Advice for the error of a lost controller."""
         if self._saved:
             return "go on from the last checkpoint: submit --resume"
         return "" if self._step is None else "there is no checkpoint to go on from"
 
-    def _warn_of_left_out(self) -> None:
-        if left_out := self._news.pop_dropped():
-            text = "%d steps and log lines are not told: a callback held the driver up"
-            logger.warning(text, left_out)
+    def _warn_of_dropped(self) -> None:
+        if dropped := self._events.pop_dropped():
+            text = "%d steps and log lines were dropped: a callback blocked the driver"
+            logger.warning(text, dropped)
 
-    def end(self, look: Callable[[], object] = lambda: None) -> None:
+    def end(self, check_health: Callable[[], object] = lambda: None) -> None:
         """
-        End the run and the actors that the controller made; one that is gone is passed over.
+        Stop the run and the actors that the controller created; a lost controller is ignored.
 
         Args:
-            look: called while it is waited for; raises where that is in vain.
+            check_health: called while waiting; raises to give up.
         """
         if self._up and not self._hurried:
             stop = partial(self._transport.call, self._controller, "stop", _END_S)
             with suppress(DistplatError):
-                ask(self._transport, "the end", {_NAME: stop}, _END_S, "", look)
+                ask(self._transport, "the end", {_NAME: stop}, _END_S, "", check_health)
 
 
-def _is_asked(check: Callable[[], None]) -> bool:
-    """Say whether a signal came: a callback's own `KeyboardInterrupt` is none."""
+def _is_interrupted(check: Callable[[], None]) -> bool:
+    """Return whether a signal arrived; a callback may raise `KeyboardInterrupt` itself."""
     try:
         check()
-    except Exception as error:  # whatever else ends the run, nobody hurries
+    except Exception as error:  # other errors are no reason to hurry
         return isinstance(error, Interrupted)
     return False
 
 
-def _hand_on(event: Summary | logging.LogRecord, handlers: RunHandlers) -> None:
-    """Tell callbacks of an event; have a line of the controller's log written here."""
+def _handle(event: Summary | logging.LogRecord, handlers: RunHandlers) -> None:
+    """Pass an event to the handlers, or log a record of the controller in this process."""
     if not isinstance(event, logging.LogRecord):
         handlers.on_summary(event)
         return

@@ -1,7 +1,7 @@
 """
-`num_workers: 0`: one rank in the calling process, without Ray, for a debugger and a profiler.
+`num_workers: 0`: one rank in the calling process, without Ray, for debugging and profiling.
 
-Servers are those of a run on Ray, as objects here (`local_actors.py`).
+Servers are the same classes as on Ray, as objects of this process (`local_actors.py`).
 """
 
 import logging
@@ -52,12 +52,12 @@ logger = logging.getLogger(__name__)
 
 def train_in_process(launch: Launch, handlers: RunHandlers, stopping: Stopping) -> None:
     """
-    Train here and now, the strategy's ports in memory.
+    Train in this process, with the strategy's ports in memory.
 
     Args:
-        launch: what to run.
-        handlers: called with what comes of it.
-        stopping: entered before; a signal breaks into the task's code.
+        launch: parameters of the run.
+        handlers: callbacks for events and results.
+        stopping: already entered; a signal interrupts the task's code.
 
     Raises:
         DistplatError: see `Trainer.fit`. A user's exception is the cause of `UserCodeError`.
@@ -80,7 +80,7 @@ def train_in_process(launch: Launch, handlers: RunHandlers, stopping: Stopping) 
             _train(launch, report, progress, replace(handlers, on_model=save), checkpoints)
     except (DistplatError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # sys.exit(0) in a task is no success
+    except (Exception, SystemExit) as error:  # sys.exit(0) in a task counts as failure
         at, evaluating = progress.at, progress.evaluating
         own = launch.job.own_loop
         user_error = killed_loader(error, own_loop=own) or as_user_error(
@@ -111,14 +111,14 @@ def _train(
     checkpoint_every = job.checkpoint.period(prepared.sampler.steps_per_epoch)
     uploader = _uploader(checkpoints, job)
     saved = _saved(checkpoints.newest())
-    with ExitStack() as ending:
-        others = _OtherRoles(job, launch, checkpoint_every, ending)
+    with ExitStack() as stack:
+        others = _OtherRoles(job, launch, checkpoint_every, stack)
         join(
             prepared,
             strategy,
             0,
             others.ports(prepared.total_steps, saved),
-            report=others.counted(report, handlers),
+            report=others.wrap_report(report, handlers),
             progress=progress,
             checkpoints=CheckpointPorts(saved, take=uploader.take),
             stop=lambda step: StopOrder.END if handlers.ending() else StopOrder.NONE,
@@ -131,34 +131,34 @@ def _train(
 
 class _OtherRoles:
     """
-    What a run of one worker has besides it, in this process: servers, tables, a task scheduler.
+    Servers, embedding servers and task scheduler of a run in this process.
 
     Args:
-        job: as the prepared worker has it.
-        launch: which roles there are.
-        every: steps from one checkpoint to the next.
-        ending: ends them.
+        job: job of the prepared worker.
+        launch: parameters of the run.
+        every: steps between checkpoints.
+        stack: closes them.
     """
 
-    def __init__(self, job: Job, launch: Launch, every: int, ending: ExitStack) -> None:
+    def __init__(self, job: Job, launch: Launch, every: int, stack: ExitStack) -> None:
         self._job, self._launch, self._every = job, launch, every
         roles = launch.roles
-        self._tables = ending.enter_context(
+        self._tables = stack.enter_context(
             closing(TableServers(_without_table_backups(job), launch.run, every=every))
         )
         self._servers: Servers | None = None
         self._scheduler: LocalTaskScheduler | None = None
         self._leases: RemoteLeases | None = None
         if roles.servers:
-            self._servers = ending.enter_context(closing(_servers(job, launch)))
+            self._servers = stack.enter_context(closing(_servers(job, launch)))
         if roles.consistency.dynamic_tasks:
-            self._scheduler = ending.enter_context(
+            self._scheduler = stack.enter_context(
                 closing(LocalTaskScheduler(job, roles, launch.run))
             )
             self._leases = self._scheduler.leases(0)
 
     def ports(self, steps: int, saved: SavedState | None) -> Ports:
-        """Connect the worker to them; `steps`: of the run."""
+        """Return the worker's ports; `steps`: steps of the run."""
         servers, with_tables = self._servers, self._job.embeddings is not None
         return Ports(
             collective=Fabric(1).collective(0),
@@ -167,10 +167,10 @@ class _OtherRoles:
             leases=self._leases,
         )
 
-    def counted(
+    def wrap_report(
         self, report: Callable[[AnyReport], None], handlers: RunHandlers
     ) -> Callable[[AnyReport], None]:
-        """Have the task scheduler, where there is one, hear of each report."""
+        """Return a function that also passes reports to the task scheduler, if there is one."""
         scheduler, leases = self._scheduler, self._leases
         if scheduler is None or leases is None:
             return report
@@ -185,7 +185,7 @@ class _OtherRoles:
         return report_and_count
 
     def keep_files(self, handlers: RunHandlers, *, resumed: bool) -> None:
-        """Hand over the log of updates and the embedding tables, of runs that have them."""
+        """Pass the log of updates and the embedding tables, if any, to the handlers."""
         job, run = self._job, self._launch.run
         asynchronous = self._launch.roles.consistency.asynchronous
         if self._servers is not None and asynchronous and not resumed:
@@ -201,7 +201,7 @@ def _train_function(
     handlers: RunHandlers,
     checkpoints: Checkpoints,
 ) -> None:
-    """Call a train function here."""
+    """Run a train function in this process."""
     uploader = _uploader(checkpoints, launch.job)
 
     def load() -> TrainFunction:
@@ -213,30 +213,30 @@ def _train_function(
 
     saved = _saved(checkpoints.newest())
     ports = SessionPorts(report, uploader.take, progress, saved, handlers.ending)
-    with ExitStack() as ending:
+    with ExitStack() as stack:
         shards = None
         if launch.roles.servers:
-            shards = ending.enter_context(closing(_servers(launch.job, launch))).shards(0, 1)
+            shards = stack.enter_context(closing(_servers(launch.job, launch))).shards(0, 1)
         group = Fabric(1).collective(0)
-        here = ProcessLocation("here", "127.0.0.1")
-        trained = run_function(launch.job, load, group, here, ports, shards, single_rank_store)
+        location = ProcessLocation("here", "127.0.0.1")
+        trained = run_function(launch.job, load, group, location, ports, shards, single_rank_store)
     uploader.flush()
     handlers.on_model(saved_model(trained))
     _finish_checkpoints(checkpoints, handlers)
 
 
 def _uploader(checkpoints: Checkpoints, job: Job) -> CheckpointUploader:
-    copied = lambda arrays: [array.copy() for array in arrays]  # noqa: E731
-    return CheckpointUploader(0, 0, copied, checkpoints.take, job.failure.step_timeout_s)
+    copy = lambda arrays: [array.copy() for array in arrays]  # noqa: E731
+    return CheckpointUploader(0, 0, copy, checkpoints.take, job.failure.step_timeout_s)
 
 
 def _servers(job: Job, launch: Launch) -> Servers:
-    """Make the parameter servers, which share this process: none is quicker, nor outlives it."""
+    """Create parameter servers of equal shards, without backups: they share this process."""
     return Servers(job, replace(launch.roles, split_by_load=False, replication=1), launch.run)
 
 
 def _without_table_backups(job: Job) -> Job:
-    """Give the job without backups of its tables: see `_servers`."""
+    """Return the job without backups of its tables; see `_servers`."""
     if job.embeddings is None:
         return job
     tables = job.embeddings.model_copy(update={"replication": 1})
@@ -244,7 +244,7 @@ def _without_table_backups(job: Job) -> Job:
 
 
 def _finish_checkpoints(checkpoints: Checkpoints, handlers: RunHandlers) -> None:
-    """After the end of a run that ended well, wait for checkpoints, and tell of them."""
+    """Wait for checkpoints after a succeeded run, and report them."""
     checkpoints.drain()
     checkpoints.finish()
     _report_finished(checkpoints, handlers)
@@ -256,9 +256,9 @@ def _report_finished(checkpoints: Checkpoints, handlers: RunHandlers) -> None:
 
 
 def _task_class(launch: Launch) -> type[Task]:
-    """Give the task's class, looked at; say what is no error, unless that was done."""
-    own = launch.task if isinstance(launch.task, type) else None
-    task_class = own or load_task_class(launch.job.task or "", launch.working_dir)
+    """Load and check the task's class; log its warnings unless the driver has."""
+    given_class = launch.task if isinstance(launch.task, type) else None
+    task_class = given_class or load_task_class(launch.job.task or "", launch.working_dir)
     warnings = check_task(task_class, launch.job)
     for line in () if launch.checked else warnings:
         logger.warning("%s", line)

@@ -87,16 +87,16 @@ def train_on_ray(launch: Launch, handlers: RunHandlers, stopping: Stopping) -> N
     ):
         launch = replace(launch, checked=launch.checked or checking is not None)
 
-        def check_head() -> None:
+        def check_health() -> None:
             head.check()
             for line in checking.poll() if checking is not None else ():
                 logger.warning("%s", line)
 
         def check() -> None:
             stopping.check()
-            check_head()
+            check_health()
 
-        _follow(launch, check, check_head, handlers, head)
+        _follow(launch, check, check_health, handlers, head)
 
 
 @contextmanager
@@ -132,7 +132,7 @@ def ray_for_run(
 def _follow(
     launch: Launch,
     check: Callable[[], None],
-    check_head: Callable[[], None],
+    check_health: Callable[[], None],
     handlers: RunHandlers,
     head: HeadWatch,
 ) -> None:
@@ -147,7 +147,7 @@ def _follow(
         checkpoint_step = saved.step if saved else 0
         controller = ControllerClient(RayTransport(), handle, actor_group, checkpoint_step)
         cleanups.insert(0, lambda: controller.end(head.require))
-        controller.follow(check, handlers, check_head)
+        controller.follow(check, handlers, check_health)
     finally:
         # Without a head no cleanup is possible; the actors end with this process.
         call_all(_if_head_answers(head, cleanup) for cleanup in cleanups)

@@ -1,9 +1,9 @@
 """
-The actors of a run in the calling process: servers, their manager, the task scheduler. No Ray.
+Servers, their manager and the task scheduler in the calling process, without Ray.
 
-They are those of a run on Ray, over `LocalTransport`, without backups: one in the same process
-would be lost with what it backs. `num_workers: 0` trains with them, and so do tests, which make
-ranks of threads, and backups (`tests/support/local_servers.py`).
+They are the same classes as on Ray, over `LocalTransport`. There are no backups, because a backup
+in the same process would be lost together with its primary. `num_workers: 0` uses these actors, and
+so do tests, with threads as ranks and with backups (`tests/support/local_servers.py`).
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ Client = TypeVar("Client", RemoteShards, RemoteTables, RemoteLeases)
 
 class _Actors:
     """
-    Some actors of a run, and what workers have to reach them.
+    Some actors of a run, and the workers' clients of these actors.
 
     Args:
-        job: the run's job.
-        run: its name.
+        job: job of the run.
+        run: name of the run.
     """
 
     def __init__(self, job: Job, run: str) -> None:
@@ -50,18 +50,18 @@ class _Actors:
         self._clients: list[RemoteShards | RemoteTables | RemoteLeases] = []
 
     def _keep(self, client: Client) -> Client:
-        """Note what is to be closed."""
+        """Register a client that `end_attempt` closes."""
         self._clients.append(client)
         return client
 
     def end_attempt(self) -> None:
-        """Close the clients of all workers that came so far."""
+        """Close the clients of all workers."""
         for client in self._clients:
             client.close()
         self._clients.clear()
 
     def close(self) -> None:
-        """End all; what they kept can still be looked at."""
+        """End all actors; their state can still be read."""
         self.end_attempt()
         self.cluster.close()
 
@@ -71,30 +71,30 @@ class LocalTaskScheduler(_Actors):
     The task scheduler of one run.
 
     Args:
-        job: the run's job.
-        roles: what its strategy needs.
-        run: its name.
+        job: job of the run.
+        roles: roles of the strategy.
+        run: name of the run.
     """
 
     def __init__(self, job: Job, roles: Roles, run: str = "run") -> None:
         super().__init__(job, run)
-        self.how = roles.consistency
-        self.scheduler = self.cluster.spawn("task-scheduler", HERE, self._make)
+        self.consistency = roles.consistency
+        self.scheduler = self.cluster.spawn("task-scheduler", HERE, self._create)
 
-    def _make(self, transport: LocalTransport) -> Scheduler:
-        return Scheduler("task-scheduler", self.job, self.how)
+    def _create(self, transport: LocalTransport) -> Scheduler:
+        return Scheduler("task-scheduler", self.job, self.consistency)
 
     def leases(self, rank: int) -> RemoteLeases:
-        """Give a worker's way to it."""
+        """Create a worker's client of the scheduler."""
         order = order_of(self.job, self.run, rank, scheduler=self.scheduler)
         transport, eager = (
             self.cluster.transport(HERE, f"worker-{rank}"),
-            self.how.bound is not None,
+            self.consistency.bound is not None,
         )
         return self._keep(RemoteLeases(transport, order, eager, threading.Event()))
 
     def call(self, method: str, *args: Any) -> Any:
-        """Call the scheduler, and wait for its answer."""
+        """Call the scheduler and wait for its answer."""
         transport = self.cluster.transport()
         limit_s = self.job.failure.start_timeout_s
         return transport.get(transport.call(self.scheduler, method, *args), limit_s)
@@ -102,12 +102,12 @@ class LocalTaskScheduler(_Actors):
 
 class TableServers(_Actors):
     """
-    Servers of embedding tables, for one run.
+    Embedding servers of one run; none if the job has no `embeddings`.
 
     Args:
-        job: the run's job; has the field `embeddings`, or there are none.
-        run: its name.
-        every: steps between two checkpoints; 0: there are none.
+        job: job of the run.
+        run: name of the run.
+        every: steps between checkpoints; 0: checkpoints are disabled.
     """
 
     def __init__(self, job: Job, run: str = "run", *, every: int = 0) -> None:
@@ -122,11 +122,11 @@ class TableServers(_Actors):
 
     @property
     def table_servers(self) -> list[TableServer]:
-        """The servers that keep the tables, without their nodes: now, or at the end."""
+        """The `TableServer` of each node; also valid after `close`."""
         return [node.body.serving.server for node in self.nodes]
 
     def tables(self, rank: int, *, saved: SavedState | None = None) -> RemoteTables:
-        """Give a worker's way to the servers; `saved`: what the run began from."""
+        """Create a worker's client of the servers; `saved`: the checkpoint to start from."""
         transport = self.cluster.transport(HERE, f"worker-{rank}")
         order = order_of(
             self.job,
@@ -143,9 +143,9 @@ class Servers(_Actors):
     Parameter servers and their manager, for one run.
 
     Args:
-        job: the run's job.
-        roles: what its strategy needs; at least one server is made.
-        run: its name.
+        job: job of the run.
+        roles: roles of the strategy; at least one server is created.
+        run: name of the run.
     """
 
     def __init__(self, job: Job, roles: Roles, run: str = "run") -> None:
@@ -166,43 +166,45 @@ class Servers(_Actors):
 
     def shards(self, rank: int, total_steps: int, *, every: int = 0) -> RemoteShards:
         """
-        Give a worker's way to the servers of its part of the model.
+        Create a worker's client of the servers of its part of the model.
 
         Args:
-            rank: the worker's.
+            rank: rank of the worker.
             total_steps: updates in the run.
-            every: steps between two checkpoints; 0: there are none.
+            every: steps between checkpoints; 0: checkpoints are disabled.
         """
         order = order_of(self.job, self.run, rank, manager=self.manager)
         transport, abandoned = self.cluster.transport(HERE, f"worker-{rank}"), threading.Event()
         return self._keep(RemoteShards(transport, order, total_steps, every, abandoned))
 
     def shard_server(self, shard: int, part: int = 0) -> ShardServer:
-        """Give a shard's server itself, without its node; only once a worker has joined."""
+        """Return the `ShardServer` of a shard, after a worker has joined."""
         number = self.division.servers_of(part)[shard]
         server: ShardServer = self.nodes[f"server-{number}"].body.serving.server
         return server
 
     def logs(self) -> list[NDArray[np.int64]]:
-        """Give each shard's order of updates, where there is one to tell; see `apply_log`."""
+        """Return the log of updates of each shard that has one; see `apply_log`."""
         stores = [self.shard_server(shard).store for shard in range(self.division.servers_per_part)]
         return [log for store in stores if (log := store.log()) is not None]
 
     @override
     def close(self) -> None:
         self.end_attempt()
-        self.manager.die("the run is over")  # before it sees its servers go
+        self.manager.die(
+            "the run is over"
+        )  # before its servers end, or it would report them as lost
         super().close()
 
 
 def order_of(job: Job, run: str, rank: int, attempt: int = 0, **more: Any) -> WorkOrder:
-    """Make the orders of a worker that is a thread here: as far as ports read them."""
+    """Create the order of a worker that is a thread here, with the fields that clients read."""
     fields = {"task": "", "search_path": "", "strategy_file": None, "collective": None}
     return WorkOrder(job, run, attempt, rank, **{"manager": None, **fields, **more})
 
 
 def handle_of(saved: SavedState | None, transport: LocalTransport) -> SavedHandle | None:
-    """Put a checkpoint's tables where servers get them; None: there is no checkpoint."""
+    """Put a checkpoint's tables into the transport's store; None: there is no checkpoint."""
     if saved is None:
         return None
     names = zip(saved.table_files, saved.tables(), strict=True)

@@ -1,13 +1,14 @@
 """
-The transport between threads of one process: no Ray.
+Transport between threads of one process, without Ray.
 
     cluster = LocalCluster()
     server = cluster.spawn("server-0", "node-0", partial(ServerNode, "server-0"))
     worker = cluster.transport("node-0", "worker-0")
     worker.get(worker.call(server, "push", ...), 5.0)
 
-Clients and servers are the real ones. What travels is pickled, so that nothing is shared that two
-processes would not share. Memory is: threads of two processes on one node map the same segments.
+Clients and servers are the real classes. Arguments and answers are pickled, so that objects are
+shared only as between two processes. Shared memory works as on one node: all threads map the same
+segments.
 """
 
 from __future__ import annotations
@@ -33,21 +34,21 @@ class Actor:
     An actor's handle.
 
     Args:
-        name: for messages and rules.
-        node: on which it is.
+        name: name of the actor.
+        node: node of the actor.
     """
 
     def __init__(self, name: str, node: str) -> None:
         self.name, self.node = name, node
-        self.body: Any = None  #: the object itself, for tests that look into it
-        self.died = ""  #: how; empty: it lives
+        self.body: Any = None  #: the object itself
+        self.died = ""  #: cause of death; empty: alive
         self._open: set[Future[Any]] = set()
-        self._changing = threading.Lock()
+        self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def die(self, cause: str) -> None:
-        """End: no call is answered any more. A method `close` of the object is called."""
-        with self._changing:
+        """End the actor: call the object's `close`, if any, and fail all open calls."""
+        with self._lock:
             if self.died:
                 return
             self.died = f"{self.name} died: {cause}"
@@ -61,21 +62,21 @@ class Actor:
             reply.set_exception(ActorDied(self.died))
 
     def expect(self, reply: Future[Any]) -> None:
-        """Make a reply fail if this actor dies."""
-        with self._changing:
+        """Register a reply, which fails if this actor dies."""
+        with self._lock:
             if not self.died:
                 self._open.add(reply)
                 return
         reply.set_exception(ActorDied(self.died))
 
     def open_calls(self) -> list[Future[Any]]:
-        """Give the calls that are not answered yet."""
-        with self._changing:
+        """Return the replies of unanswered calls."""
+        with self._lock:
             return list(self._open)
 
-    def settle(self, reply: Future[Any], answer: Any, error: BaseException | None = None) -> None:
-        """Answer, unless that was done."""
-        with self._changing:
+    def resolve(self, reply: Future[Any], answer: Any, error: BaseException | None = None) -> None:
+        """Set the result or exception of a reply, unless it is already done."""
+        with self._lock:
             if reply not in self._open:
                 return
             self._open.remove(reply)
@@ -85,7 +86,7 @@ class Actor:
             reply.set_exception(error)
 
     def carry_out(self, method: str, args: tuple[Any, ...]) -> Any:
-        """Call the object; coroutines run on a loop of the actor's, one at a time."""
+        """Call a method of the object; coroutines run on the actor's own event loop."""
         if self.died:
             raise ActorDied(self.died)
         bound = getattr(self.body, method)
@@ -94,7 +95,7 @@ class Actor:
         return asyncio.run_coroutine_threadsafe(bound(*args), self._running_loop()).result()
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
-        with self._changing:
+        with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=self._loop.run_forever, daemon=True).start()
@@ -102,37 +103,37 @@ class Actor:
 
 
 class StoredObject:
-    """An object that was put."""
+    """A reference returned by `put`."""
 
     def __init__(self, value: Any) -> None:
         self.packed = Packed(value)
 
 
 class LocalCluster:
-    """Actors as objects in this process, on nodes that are names."""
+    """Actors as objects of this process; nodes are just names."""
 
     def __init__(self) -> None:
         self._actors: list[Actor] = []
-        self.deliver = self._deliver  #: carries calls out; a test puts faults in between
+        self.deliver = self._deliver  #: executes calls; tests replace it to inject faults
 
     def transport(self, node: str = "node-0", process: str = "driver") -> LocalTransport:
-        """Give a process its way to the actors."""
+        """Create the transport of a process."""
         return LocalTransport(self, node, process)
 
-    def spawn(self, name: str, node: str, make: Callable[[LocalTransport], object]) -> Actor:
-        """Make an actor; `make` is given its way to the others."""
+    def spawn(self, name: str, node: str, create: Callable[[LocalTransport], object]) -> Actor:
+        """Create an actor; `create` gets the actor's transport and returns the object."""
         actor = Actor(name, node)
         self._actors.append(actor)
-        actor.body = make(LocalTransport(self, node, name, actor))
+        actor.body = create(LocalTransport(self, node, name, actor))
         return actor
 
     def _deliver(
         self, process: str, actor: Actor, method: str, args: tuple[Any, ...]
     ) -> Future[Any]:
-        """Every call has a thread of its own."""
+        """Execute a call on a new thread."""
         reply: Future[Any] = Future()
         if death := self.death_of(process):
-            reply.set_exception(ActorDied(death))  # its threads go on here, and reach nobody
+            reply.set_exception(ActorDied(death))  # threads of a dead process keep running here
             return reply
         actor.expect(reply)
         work = (actor, method, Packed(args), reply)
@@ -140,11 +141,12 @@ class LocalCluster:
         return reply
 
     def death_of(self, process: str) -> str:
-        """Say how an actor's process died; empty: it lives, or is no actor's."""
-        return next((one.died for one in reversed(self._actors) if one.name == process), "")
+        """Return the cause of death of an actor's process; empty: alive, or not an actor's."""
+        actors = reversed(self._actors)
+        return next((actor.died for actor in actors if actor.name == process), "")
 
     def open_calls(self) -> list[Future[Any]]:
-        """Give the calls that are not answered yet."""
+        """Return the replies of unanswered calls of all actors."""
         return [reply for actor in self._actors for reply in actor.open_calls()]
 
     def close(self) -> None:
@@ -155,13 +157,13 @@ class LocalCluster:
 
 
 class LocalTransport(Transport):
-    """One process's way to the actors; see `Transport`."""
+    """Transport of one process; see `Transport`."""
 
     def __init__(
         self, cluster: LocalCluster, node: str, process: str, owner: Actor | None = None
     ) -> None:
         self._cluster, self._node, self._process = cluster, node, process
-        self._owner = owner  #: the process's actor; another one may have its name later
+        self._owner = owner  #: actor of the process; a later actor may reuse its name
 
     @property
     @override
@@ -198,7 +200,7 @@ class LocalTransport(Transport):
 
     @override
     def prefetch(self, reply: Any, find: Callable[[Any], Any]) -> None:
-        """Here every object is everywhere."""
+        """Do nothing: all objects are local."""
 
     @override
     def kill(self, actor: Any) -> None:
@@ -206,16 +208,16 @@ class LocalTransport(Transport):
 
 
 def fetch_arrays(ref: list[Any]) -> Any:
-    """Give the arrays that a checkpoint refers to: themselves, or what was put into the store."""
+    """Return the arrays of a checkpoint reference: an object of `put`, or the arrays themselves."""
     return ref[0].packed.open() if isinstance(ref[0], StoredObject) else ref
 
 
 def _serve(actor: Actor, method: str, args: Packed, reply: Future[Any]) -> None:
-    actor.settle(reply, *outcome(actor, method, args))
+    actor.resolve(reply, *outcome(actor, method, args))
 
 
 def outcome(actor: Actor, method: str, args: Packed) -> tuple[Any, Exception | None]:
-    """Have an actor carry out a call; give its answer, or what comes in the place of one."""
+    """Execute a call of an actor; return its answer and its error, one of which is None."""
     try:
         return Packed(actor.carry_out(method, args.open())).open(), None
     except (DistplatError, TransportError) as error:
@@ -227,7 +229,7 @@ def outcome(actor: Actor, method: str, args: Packed) -> tuple[Any, Exception | N
 
 
 class Packed:
-    """A copy of a value as it travels; handles, replies and references in it are not copied."""
+    """A pickled value; handles, replies and references in it are shared instead of copied."""
 
     def __init__(self, value: Any) -> None:
         self.kept: list[Any] = []
@@ -238,7 +240,7 @@ class Packed:
         self.data = stream.getvalue()
 
     def open(self) -> Any:
-        """Give another copy."""
+        """Return a new copy of the value."""
         unpickler = _Unpickler(io.BytesIO(self.data))
         unpickler.kept = self.kept
         return unpickler.load()

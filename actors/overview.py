@@ -1,8 +1,7 @@
 """
-Runs seen from outside: which there are, how their roles are doing; they are scaled and ended.
+Find, inspect, scale and stop runs from any process that is connected to the same Ray.
 
-A run's actors are named, in a namespace of the run's own name. So any process that is connected to
-the same Ray finds them, and nothing has to be told where they are.
+Actors of a run are named, in a namespace with the name of the run.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ from distplat.platform.server_group import ServerGroupStatus
 
 @dataclass(frozen=True)
 class RunName:
-    """A run that goes on."""
+    """A running run."""
 
     run: str
-    """Its name: unique on the cluster."""
+    """Name of the run, unique on the cluster."""
     job: str
-    """The name of its job."""
+    """Name of its job."""
 
     def actor(self, role: str) -> Any:
         """
-        Give the newest actor of a role: one that was replaced has an attempt in its name.
+        Return the newest actor of a role; the names of replacements contain their attempt.
 
         Raises:
-            ValueError: there is none, or no more.
+            ValueError: the run has no such actor, or has ended.
         """
         first = f"{self.job}/{role}"
         names = [
@@ -58,18 +57,18 @@ class RunName:
 
 
 class NoSuchRun(SpecError):
-    """Nothing of that name is running."""
+    """No run or job of that name is running."""
 
 
 def find_runs(name: str) -> list[RunName]:
     """
-    Find runs on the Ray that this process is connected to, the oldest first.
+    Find runs on the connected Ray, the oldest first.
 
     Args:
-        name: of a job, or of a run.
+        name: name of a job or a run.
 
     Raises:
-        NoSuchRun: nothing of that name is running.
+        NoSuchRun: no run or job of that name is running.
         DistplatError: this process is not connected to Ray.
     """
     if not ray.is_initialized():
@@ -84,11 +83,11 @@ def find_runs(name: str) -> list[RunName]:
         known = {*runs, *runs.values()}
         advice = hint(name, known, "running") if known else "nothing runs there"
         raise NoSuchRun(Problem((), f"no run or job {name!r} is running", advice))
-    return matches  # names of runs end with the time
+    return matches  # sorted by name, which ends with the start time
 
 
 def named_actors() -> dict[str, list[str]]:
-    """Give the names of all named actors by namespace, which for ours is the run."""
+    """Return the names of all named actors by namespace; ours have the run as namespace."""
     names: dict[str, list[str]] = {}
     for actor in ray.util.list_named_actors(all_namespaces=True):
         names.setdefault(actor["namespace"], []).append(actor["name"])
@@ -96,7 +95,7 @@ def named_actors() -> dict[str, list[str]]:
 
 
 def _attempt(name: str) -> tuple[int, ...]:
-    """Read `attempt-3`, or `attempt-3.1` of a worker that was made before that attempt began."""
+    """Parse `attempt-3`, or `attempt-3.1` of a worker that was started before that attempt."""
     numbers = name.rsplit("-", 1)[1] if "/attempt-" in name else "0"
     return tuple(map(int, numbers.split(".")))
 
@@ -114,17 +113,17 @@ class Overview:
     servers: ServerGroupStatus | None
     """None: the run has no server group."""
     scheduler: SchedulerStatus | None
-    """None: it has no task scheduler."""
+    """None: the run has no task scheduler."""
     scale: ScaleStatus = NO_SCALE_REQUEST
-    """What became of the last request for another number of workers."""
+    """Status of the last scale request."""
 
 
 def one_run(name: str) -> RunName:
     """
-    Find the run that a name means.
+    Find the only run of a name.
 
     Raises:
-        SpecError: there is none, or there are several of that job.
+        SpecError: no run has that name, or several runs of that job are running.
     """
     runs = find_runs(name)
     if len(runs) > 1:
@@ -135,10 +134,10 @@ def one_run(name: str) -> RunName:
 
 def overview(run: RunName) -> Overview:
     """
-    Ask a run's server manager, its task scheduler and its controller.
+    Return the status of a run, from its server manager, task scheduler and controller.
 
     Raises:
-        ActorLost, DeadlineExceeded: they are gone, or do not answer.
+        ActorLost, DeadlineExceeded: an actor is lost or does not answer.
     """
     servers = _ask(run, "server-manager", "seen")
     scheduler = _ask(run, "task-scheduler", "status")
@@ -148,22 +147,22 @@ def overview(run: RunName) -> Overview:
 
 def scale(run: RunName, workers: int, wait_s: float) -> Overview:
     """
-    Have workers join or leave a run.
+    Change the number of workers of a run.
 
     Args:
-        run: which.
-        workers: how many there are to be.
-        wait_s: how long to wait for it; 0: not at all.
+        run: the run.
+        workers: new number of workers.
+        wait_s: seconds to wait until it is reached; 0: do not wait.
 
     Raises:
-        SpecError: it cannot be had; says why.
-        DeadlineExceeded: it is not so yet; the request stands.
+        SpecError: the run cannot have that number of workers.
+        DeadlineExceeded: the number is not reached yet; the request stays in effect.
         ActorLost: the run is over.
     """
     request: ScaleRequest | None = _ask(run, "controller", "scale", workers)
     if request is None:
         raise ActorLost("controller", None, f"run {run.run} is over")
-    until = time.monotonic() + wait_s
+    deadline = time.monotonic() + wait_s
     while True:
         status = _ask(run, "controller", "scale_status")
         scheduler = _ask(run, "task-scheduler", "status")
@@ -172,7 +171,7 @@ def scale(run: RunName, workers: int, wait_s: float) -> Overview:
         _check_pending(request, status)
         if wait_s == 0 or (not status.pending and len(scheduler.workers) == workers):
             return Overview(run.run, run.job, None, scheduler, status)
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             what = f"{workers} workers instead of {len(scheduler.workers)}"
             raise DeadlineExceeded(what, ("workers",), wait_s, "--wait-s")
         time.sleep(_AGAIN_S)
@@ -180,38 +179,38 @@ def scale(run: RunName, workers: int, wait_s: float) -> Overview:
 
 def submitted_run(submission: str, job: str) -> RunName:
     """
-    Find the run of a driver that the job API started.
+    Find the run of a driver that was started through Ray's job API.
 
     Args:
-        submission: its id.
-        job: the name of its job, which others may have too.
+        submission: id of the driver in the job API.
+        job: name of the job; other runs may have the same.
 
     Raises:
-        SpecError: there is none, or none yet.
+        SpecError: the driver has no run, or not yet.
     """
     for run in find_runs(job):
         try:
-            id_there = _ask(run, "controller", "submission")
-        except InfrastructureError:  # another that is just over, or hangs
+            submission_id = _ask(run, "controller", "submission")
+        except InfrastructureError:  # another run that has just ended or hangs
             continue
-        if id_there == submission:
+        if submission_id == submission:
             return run
     raise SpecError(Problem((), f"{submission!r} has no run that goes on"))
 
 
 def stop(run: RunName, wait_s: float) -> str:
     """
-    End a run in order, as Ctrl-C does at its driver: with a checkpoint.
+    Stop a run with a checkpoint, like Ctrl-C in its driver.
 
     Args:
-        run: which.
-        wait_s: how long to wait until it has ended; 0: not at all.
+        run: the run.
+        wait_s: seconds to wait until it has ended; 0: do not wait.
 
     Returns:
-        `STOPPED`, `SUCCEEDED` or `FAILED`; `RUNNING`: it was asked, and has not ended yet.
+        `STOPPED`, `SUCCEEDED` or `FAILED`; `RUNNING`: it has not ended yet.
 
     Raises:
-        ActorLost, DeadlineExceeded: it has no controller, or that does not answer.
+        ActorLost, DeadlineExceeded: the controller is lost or does not answer.
     """
     status: str | None = _ask(run, "controller", "stop", wait_s, True, takes_s=wait_s)
     if status is None:
@@ -221,13 +220,13 @@ def stop(run: RunName, wait_s: float) -> str:
 
 def _check_pending(request: ScaleRequest, status: ScaleStatus) -> None:
     """
-    Look whether a request is still to be carried out.
+    Check that a request is still in effect.
 
     Raises:
-        SpecError: it was refused, or there is a later one.
+        SpecError: it was refused or replaced by a later one.
     """
     latest = status.request
-    # The same number once more may be this request: it was carried out twice on its way.
+    # A later request for the same number may be this one, executed twice by a repeated call.
     if latest is not None and latest.number > request.number and latest.workers != request.workers:
         text = f"{latest.workers} workers were asked for meanwhile"
         raise SpecError(Problem(("--workers",), text))
@@ -237,17 +236,17 @@ def _check_pending(request: ScaleRequest, status: ScaleStatus) -> None:
 
 def _ask(run: RunName, role: str, method: str, *args: Any, takes_s: float = 0.0) -> Any:
     """
-    Ask an actor of a run; None: there is none of that role.
+    Call an actor of a run; None: the run has no such role.
 
     Args:
-        run: whose.
-        role: which.
-        method: is called.
-        args: of the call.
-        takes_s: how long it may take to be carried out.
+        run: the run.
+        role: role of the actor.
+        method: method to call.
+        args: arguments of the call.
+        takes_s: seconds that the method itself may take.
 
     Raises:
-        ActorLost, DeadlineExceeded: it is gone, or does not answer.
+        ActorLost, DeadlineExceeded: the actor is lost or does not answer.
     """
     try:
         actor = run.actor(role)

@@ -1,11 +1,11 @@
 """
-The directory with the files of a Ray of our own, and what of it is kept.
+The directory for the files of a local Ray, and the parts of its logs that are kept.
 
-    /tmp/ray-k2h8x0aa/          for this user alone
-        r/session_.../          Ray's own: sockets, logs, spilled objects
+    /tmp/ray-k2h8x0aa/          accessible to this user only
+        r/session_.../          files of Ray: sockets, logs, spilled objects
 
-Ray makes its directories, sockets and logs too, for everybody to write: whoever may put another
-socket there can have workers run code. Hence a directory around them that nobody else enters.
+Ray creates its directories, sockets and logs world-writable, so any user could replace a socket and
+run code in the workers. Hence they are inside a private directory.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from distplat.platform.owned_folder import OwnedFolder, remove_orphans
 
 _PREFIX = "ray-"
 _MOST_FILES, _MOST_BYTES = 64, 16 * 2**10
-"""Number of logs that are kept, and bytes at the end of each: a megabyte in all."""
+"""Number of logs to keep, and bytes from the end of each: one megabyte in total."""
 _FIRST = ("raylet.", "gcs_server.")
-"""The logs that tell why a cluster failed come before the others."""
-_LEFT_OUT = ("worker-", "runtime_env_agent.log", "runtime_env_setup-")
-"""What workers printed is in the run directory; the others show `env_vars`, which may be secret."""
+"""Logs that come first, because they explain failures of the cluster."""
+_EXCLUDED = ("worker-", "runtime_env_agent.log", "runtime_env_setup-")
+"""Output of workers is in the run directory; the other logs show `env_vars`, maybe with secrets."""
 
 
 class RayFolder:
     """
-    Makes a directory for a Ray that starts, and removes those of drivers that were killed.
+    Creates a directory for a local Ray, and removes those of killed drivers.
 
     Args:
-        base: where.
+        base: parent directory.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the directory cannot be created.
     """
 
     def __init__(self, base: Path) -> None:
         remove_orphans(base, _PREFIX)
         base.mkdir(parents=True, exist_ok=True)
         self._folder = OwnedFolder(base, _PREFIX)
-        self.path = self._folder.path / "r"  #: for Ray, which makes it
+        self.path = self._folder.path / "r"  #: created by Ray
 
     def remove(self) -> None:
-        """Remove it with all in it."""
+        """Delete the directory with its content."""
         self._folder.remove()
 
     def close(self) -> None:
-        """Leave what Ray has written to whoever wants to know why it did not start."""
+        """Keep Ray's files to diagnose its failed start; without files delete the directory."""
         if self.path.exists():
             self._folder.release()
         else:
@@ -58,15 +58,15 @@ class RayFolder:
 
     def ends_of_logs(self, hidden: str) -> bytes:
         """
-        Give the last lines of Ray's logs, one log below the other; empty: there are none.
+        Return the last lines of Ray's logs, concatenated; empty: no logs.
 
         Args:
-            hidden: a text that is left out: Ray's token.
+            hidden: a text to mask: Ray's token.
         """
         logs = [
             path
             for path in self.path.glob("session_2*/logs/*")
-            if path.is_file() and not path.name.startswith(_LEFT_OUT)
+            if path.is_file() and not path.name.startswith(_EXCLUDED)
         ]
         logs.sort(key=lambda path: (not path.name.startswith(_FIRST), -path.stat().st_mtime))
         text = "".join(_ends(logs[:_MOST_FILES]))

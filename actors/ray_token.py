@@ -1,8 +1,8 @@
 """
-The token of Ray's authentication: who can read it may run code in the user's name.
+The token of Ray's authentication: any process that can read it can run code as this user.
 
-It lies in `~/.ray/auth_token`, which Ray writes for everybody to read. Here it is made for its
-owner alone before Ray looks for it, and one that Ray has made is closed to others.
+Ray writes the token to `~/.ray/auth_token`, readable for all users. This module creates the file
+with mode 600 before Ray does, and restricts the mode of an existing one.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ from distplat.platform.errors import Problem, SpecError, naming_path
 
 MODE = "RAY_AUTH_MODE"
 TOKEN, TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-"""Variables that Ray takes the token, or its file, from instead."""
+"""Variables with the token, or the path of its file; they take precedence."""
 _MAX_BYTES = 2**16
 _NO_TOKEN = "holds no token, which is one line of ASCII"
 
 
 def token_of(home: Path, environment: Mapping[str, str]) -> str:
     """
-    Give the token that Ray finds; empty: there is none.
+    Return the token that Ray uses; empty: none.
 
     Args:
-        home: the user's directory.
-        environment: of this process.
+        home: home directory of the user.
+        environment: environment variables.
 
     Raises:
-        SpecError: the file cannot be read, or what is there is none: no message could hold it.
+        SpecError: the file cannot be read, or is not a valid token (one line of ASCII).
     """
     if token := environment.get(TOKEN, "").strip():
-        where = TOKEN
+        source = TOKEN
     else:
         path = _path(home, environment)
-        where = str(path)
+        source = str(path)
         with naming_path(path):
             token = _first_bytes(path).decode("latin-1").strip() if path.is_file() else ""
     if not (token.isascii() and token.isprintable()):
         hint = f"mend it, or set {MODE}=disabled for a cluster that asks for none"
-        raise SpecError(Problem((), f"{where} {_NO_TOKEN}", hint))
+        raise SpecError(Problem((), f"{source} {_NO_TOKEN}", hint))
     return token
 
 
 def check_token(home: Path, environment: Mapping[str, str]) -> None:
     """
-    See that there is a token, where Ray is to send one: at some it ends the process (SIGABRT).
+    Check the token if Ray needs one: without a valid token Ray may abort the process (SIGABRT).
 
     Raises:
-        SpecError: see `token_of`; or a variable names a file in which there is none.
+        SpecError: see `token_of`; or the file that a variable names is missing or empty.
     """
     if environment.get(MODE, "").lower() != "token" or token_of(home, environment):
         return
@@ -61,12 +61,12 @@ def check_token(home: Path, environment: Mapping[str, str]) -> None:
 
 def secure_token(home: Path, environment: MutableMapping[str, str]) -> str:
     """
-    Make sure that a Ray that starts now has a token that only this user can read.
+    Ensure that a local Ray has a token that only this user can read.
 
     Args:
-        home: the user's directory; where nothing can be written there, as in many a container, the
-            token is in the environment of this process and its children alone.
-        environment: of this process.
+        home: home directory of the user. If it is not writable, as in many containers, the token
+            is stored only in `environment`.
+        environment: environment variables of this process, which its children inherit.
 
     Returns:
         A warning; empty: the token is safe.
@@ -106,19 +106,19 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def _warn_of_readers(path: Path) -> str:
-    """Say that others may read a file which the user has named, and which is left as it is."""
+    """Return a warning if others can read the user's own token file, which is not modified."""
     try:
         others = path.stat().st_mode & 0o044
         closed = any(not folder.stat().st_mode & 0o011 for folder in path.absolute().parents)
     except OSError:
-        return ""  # Ray says so
+        return ""  # Ray reports the error
     if not others or closed:
         return ""
     return f"{path} ({TOKEN_PATH}) can be read by other users, who may run code in this run then"
 
 
 def _create_token(path: Path) -> None:
-    """Make the file with a new token, unless there is one."""
+    """Create the file with a new token, unless it exists."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     try:
         descriptor = os.open(path, flags, 0o600)
@@ -129,7 +129,7 @@ def _create_token(path: Path) -> None:
 
 
 def _restrict_permissions(path: Path) -> str:
-    """Take the rights of others away, where the file is the user's own."""
+    """Remove other users' permissions if this user owns the file; return a warning."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         stat_result = os.fstat(descriptor)

@@ -1,4 +1,4 @@
-"""The transport over Ray: actor calls, and objects in its store."""
+"""Transport over Ray: actor calls, and objects in Ray's object store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distplat.platform.torchrun import ProcessLocation
 
 
 class RayTransport(Transport):
-    """Actor calls and objects of Ray; handles and references are Ray's own."""
+    """See `Transport`; handles and references are Ray's."""
 
     @property
     @override
@@ -49,14 +49,14 @@ class RayTransport(Transport):
 
     @override
     def prefetch(self, reply: Any, find: Callable[[Any], Any]) -> None:
-        """Callbacks run on Ray's own thread, which must not wait for anything."""
+        """Callbacks run on a thread of Ray, which must not block."""
 
-        def came(future: Any) -> None:
+        def on_done(future: Any) -> None:
             reference = find(future.result()) if future.exception() is None else None
             if reference is not None:
                 reference.future()
 
-        reply.future().add_done_callback(came)
+        reply.future().add_done_callback(on_done)
 
     @override
     def kill(self, actor: Any) -> None:
@@ -64,18 +64,18 @@ class RayTransport(Transport):
 
 
 def location_here() -> ProcessLocation:
-    """Say on which node this actor is, and which GPUs Ray has given to it."""
+    """Return the node of this actor, and the GPUs that Ray has assigned to it."""
     context = ray.get_runtime_context()
     gpus = context.get_accelerator_ids().get("GPU", [])
     return ProcessLocation(context.get_node_id(), ray.util.get_node_ip_address(), tuple(gpus))
 
 
 def host_here() -> str:
-    """Give the name and the address of this node, for people to read."""
+    """Return name and address of this node, for messages."""
     return f"{socket.gethostname()}, {ray.util.get_node_ip_address()}"
 
 
 def alone() -> RayTransport:
-    """Give the transport of an actor that Ray has made; its process is its own, stderr too."""
+    """Return the transport of a Ray actor, and set up logging: the actor has its own process."""
     log_to_stderr()
     return RayTransport()

@@ -1,7 +1,8 @@
 """
-The Python front door: `Trainer(job, task).fit() -> Result`. The command line is a layer on it.
+The Python entry point: `Trainer(job, task).fit() -> Result`. The command line uses it, too.
 
-The driver imports neither torch nor the user's code: both are slow, and both belong to the workers.
+The driver imports neither torch nor the user's code: both are slow to import and only workers need
+them.
 """
 
 from __future__ import annotations
@@ -55,34 +56,34 @@ from distplat.strategies.task import Task
 logger = logging.getLogger(__name__)
 
 _RESUMED = ".resumed-"
-"""Names of directories with checkpoints that were brought from a URL begin so."""
+"""Prefix of directories with checkpoints that were downloaded from a URL."""
 
 
 class Trainer:
     """
-    Trains a task, or with a train function, as a job says.
+    Trains a task or runs a train function.
 
     Args:
         job: a `Job`, or a mapping with the fields of a job file.
-        task: the task's class, or a train function; None: what `job.task` names. The job of a
+        task: the task's class, or a train function; None: imported from `job.task`. The job of a
             function has no `optimizer`, `global_batch_size`, `epochs` and `steps`.
-        working_dir: where `job.task` is looked for; None: the current directory.
-        storage_dir: what `storage_path`, or `runs` where that is a URL, is relative to; None: the
-            same as `working_dir`.
-        strategy_file: a Python file that registers strategies of your own.
-        callbacks: told what happens, in this process; one that raises is told no more.
-        resume: a run directory, or one of its checkpoints, to go on from; a relative one is taken
-            from `storage_dir`. Or the URL of one: its checkpoint is brought to the local disk, for
-            as long as this object is there.
-        progress: whether to show on stderr how far the run is; None: on a terminal and in a
-            notebook.
-        log_to_driver: whether what workers print appears here, too; it is always in the run
+        working_dir: folder from which `job.task` is imported; None: the current directory.
+        storage_dir: base of a relative `storage_path`, or of `runs` if that is a URL; None:
+            `working_dir`.
+        strategy_file: a Python file that registers your own strategies.
+        callbacks: objects called in this process on events of the run; a callback that raises is
+            removed.
+        resume: a run directory or one of its checkpoints to resume from, relative to
+            `storage_dir`, or a URL. A checkpoint at a URL is downloaded, and deleted together with
+            this object.
+        progress: whether to show progress on stderr; None: on a terminal and in a notebook.
+        log_to_driver: whether to print the output of workers here; it is always in the run
             directory's `logs`.
 
     Raises:
-        SpecError: the job or the task's class is wrong, or the run cannot go on from the
-            checkpoint; says everything that is.
-        StorageError: all checkpoints there are damaged.
+        SpecError: the job or the task's class is invalid, or does not match the checkpoint; lists
+            all problems.
+        StorageError: all checkpoints to resume from are damaged.
     """
 
     def __init__(
@@ -122,11 +123,11 @@ class Trainer:
         self._progress = progress
         self._log_to_driver = log_to_driver
         check_libraries(self.job)
-        self._evaluated: Mapping[str, Any] | None = None  #: of the checkpoint, see `Launch`
+        self._evaluated: Mapping[str, Any] | None = None  #: see `Launch`
         self._resumed = self._find_checkpoint(resume) if resume is not None else None
 
     def _find_checkpoint(self, resume: str | Path) -> Path:
-        """Find the checkpoint to go on from, and compare it with the job."""
+        """Find the checkpoint to resume from, and check that it matches the job."""
         if not self._has_checkpoints:
             text = f"the strategy {self.job.strategy.name!r} cannot go on from a checkpoint"
             raise SpecError(Problem(("strategy",), text))
@@ -139,19 +140,19 @@ class Trainer:
             self._resumed_from = str(checkpoint.path)
         self._evaluated = checkpoint.state.get(EARLY_STOP)
         if self.job.early_stop is not None:
-            EarlyStopping(self.job.early_stop, self._evaluated)  # damaged: before there is a run
+            EarlyStopping(self.job.early_stop, self._evaluated)  # raises if the state is damaged
         return checkpoint.path
 
     def _temporary_folder(self) -> Path:
-        """Make a directory that goes with this object."""
+        """Create a directory that is deleted together with this object."""
         parent = self._storage_dir / local_folder(self.job.storage_path)
 
-        def make(on_progress: OnProgress) -> OwnedFolder:
+        def create(on_progress: OnProgress) -> OwnedFolder:
             parent.mkdir(parents=True, exist_ok=True)
             return OwnedFolder(parent, _RESUMED)
 
         try:
-            folder = with_deadline(make, parent, self.job.failure.storage_timeout_s)
+            folder = with_deadline(create, parent, self.job.failure.storage_timeout_s)
         except OSError as error:
             raise StorageError(f"cannot make a directory in {parent}: {error.strerror}") from error
         weakref.finalize(self, folder.remove)
@@ -160,20 +161,20 @@ class Trainer:
 
     def fit(self) -> Result:
         """
-        Train to the end. Starts a local Ray where none is connected, and ends that one again.
+        Train to the end. If Ray is not connected, start a local one and shut it down afterwards.
 
         Raises:
-            UserCodeError: the task raised; carries its traceback, rank and step.
-            InfrastructureError: a worker or server was lost, or a deadline passed.
-            SpecError: the cluster cannot hold the job.
+            UserCodeError: the task raised an exception; has its traceback, rank and step.
+            InfrastructureError: a worker or server was lost, or a deadline expired.
+            SpecError: the cluster is too small for the job.
             StorageError: the run directory cannot be written.
-            Interrupted: SIGINT, SIGTERM or SIGHUP; the second one does not wait for an orderly end.
+            Interrupted: SIGINT, SIGTERM or SIGHUP. A second signal skips the orderly shutdown.
         """
         for line in self._task_warnings:
             logger.warning("%s", line)
         directory = RunDirectory(self.job, new_run_name(self.job.name), self._storage_dir)
         result = Result(directory.path, None, reported=self.job.own_loop)
-        # Of the run that this one goes on from, which may be gone by now.
+        # The directory of the resumed run may no longer exist.
         resumed_run = None if self._resumed is None else self._resumed.parent.parent
         trackers = [Tracking(self.job.trackers, resumed_run)] if self.job.trackers else []
         view = View() if self._progress else view_here() if self._progress is None else None
@@ -188,11 +189,11 @@ class Trainer:
         return result
 
     def _fit(self, directory: RunDirectory, result: Result, callbacks: Callbacks) -> None:
-        """Train to the end; `result` takes what comes of it."""
-        began, run = time.monotonic(), directory.path.name
+        """Train to the end, and fill `result`."""
+        start, run = time.monotonic(), directory.path.name
         writers, upload = _writers(directory), None
 
-        def tell(summary: Summary) -> None:
+        def on_summary(summary: Summary) -> None:
             if isinstance(summary, EvalSummary):
                 check_metrics(self.job, summary.metrics)
             result.add(summary)
@@ -206,12 +207,12 @@ class Trainer:
             if self.job.checkpoint.save_final:
                 directory.save_model(model, files.keep)
 
-        handlers = RunHandlers(tell, save, files.keep, callbacks.ending)
+        handlers = RunHandlers(on_summary, save, files.keep, callbacks.ending)
         with Stopping() as stopping:
             try:
                 upload = self._upload(directory.path, stopping.check)
                 result.url = upload.url if upload is not None else None
-                with stopping.immediate():  # a callback may wait for a network, or a password
+                with stopping.immediate():  # a callback may block, for example on a password
                     callbacks.start(self.job, run, directory.path)
                 self._train(run, directory.path, handlers, stopping)
                 _close(writers)
@@ -226,8 +227,8 @@ class Trainer:
                 if upload is not None and (missing := upload.close(lambda: stopping.is_requested)):
                     logger.warning("%s", missing)
                 raise
-            result.seconds = time.monotonic() - began
-            # How many steps a train function would have made nobody knows.
+            result.seconds = time.monotonic() - start
+            # The number of steps of a train function is unknown.
             result.stopped = callbacks.stop if result.cut_short or self.job.own_loop else None
             self._conclude(directory, upload, result, stopping)
 
@@ -239,11 +240,11 @@ class Trainer:
         stopping: Stopping,
     ) -> None:
         """
-        Write down that the run ended well, and complete its copy.
+        Record the success of the run, and complete its upload.
 
         Raises:
-            StorageError: one of them cannot be done.
-            Interrupted: a signal broke the upload off.
+            StorageError: the record or the upload failed.
+            Interrupted: a signal interrupted the upload.
         """
         facts: dict[str, Any] = {"metrics": result.metrics, "seconds": result.seconds}
         if result.stopped is not None:
@@ -258,25 +259,25 @@ class Trainer:
         except StorageError:
             _warn_where_model_is(result)
             raise
-        finally:  # where the local disk is full the model is to come there all the more
+        finally:  # upload the model even if the local disk is full
             if upload is not None:
                 missing = upload.close(lambda: stopping.is_requested)
         if missing:
-            lost = incomplete_upload_error(missing, result.checkpoint)
+            error = incomplete_upload_error(missing, result.checkpoint)
             if stopping.is_requested:
-                logger.warning("%s", lost)
-            facts |= {"error": str(lost), NOT_UPLOADED: missing}
+                logger.warning("%s", error)
+            facts |= {"error": str(error), NOT_UPLOADED: missing}
             with suppress(StorageError):
                 directory.finish("STOPPED" if stopping.is_requested else "FAILED", facts)
             stopping.check()
-            raise lost
+            raise error
 
     def _upload(self, folder: Path, check: Callable[[], None]) -> RunUpload | None:
         """
-        Begin to keep a copy of the run directory where the job names a URL.
+        Start to upload the run directory if the job's `storage_path` is a URL.
 
         Raises:
-            StorageError: nothing can be written there, now or later.
+            StorageError: the URL is not writable.
         """
         url, limit_s = self.job.storage_path, self.job.failure.storage_timeout_s
         if not is_url(url):
@@ -315,59 +316,59 @@ class Trainer:
 
 class _TrainedFiles:
     """
-    What a run has trained, on its way to the run directory; to its URL, if that does not take it.
+    Writes the model and other files of a run to its directory, or if that fails, to its URL.
 
     Args:
         directory: the run directory.
-        result: knows the URL, if there is one, and is told where the model is.
+        result: has the URL, if any, and receives the path of the model.
         limit_s: `failure.storage_timeout_s`.
     """
 
     def __init__(self, directory: RunDirectory, result: Result, limit_s: float) -> None:
         self._directory, self._result, self._limit_s = directory, result, limit_s
-        self._refused: list[str] = []  #: names of files that are at the URL alone
-        self._error: StorageError | None = None  #: of the local disk, the first one
-        self._naming = threading.Lock()  #: held while `model` is set, and while it is written down
+        self._refused: list[str] = []  #: names of files that exist only at the URL
+        self._error: StorageError | None = None  #: first error of the local disk
+        self._model_lock = threading.Lock()  #: guards `model` and `_write`
         self._write: Callable[[str], object] | None = None  #: see `record`
-        self.model = ""  #: where the model is; empty: nowhere
+        self.model = ""  #: path or URL of the model; empty: not saved
 
     def keep(self, name: str, data: bytes) -> None:
         """
         Write a file.
 
         Raises:
-            StorageError: neither place takes it.
+            StorageError: neither the directory nor the URL is writable.
         """
         refused: StorageError | None = None
         try:
-            where = str(path := self._directory.keep(name, data))
+            location = str(path := self._directory.keep(name, data))
             if name == MODEL_FILE:
                 self._result.checkpoint = path
         except StorageError as error:
             refused = error
-            where = self._bring(name, data, error)
+            location = self._upload(name, data, error)
         if name == MODEL_FILE:
-            with self._naming:
-                self.model = where
+            with self._model_lock:
+                self.model = location
                 if self._write is not None:
-                    self._write(where)
-        if refused is not None:  # last: a terminal that takes no more holds a warning up
+                    self._write(location)
+        if refused is not None:  # last, because a blocked terminal blocks the warning
             logger.warning("%s; %s is written to %s", refused, name, self._result.url)
 
     def record(self, write: Callable[[str], object]) -> None:
         """
-        Have the end of a run that failed written down, with where its model is.
+        Record the end of a failed run, with the location of its model.
 
         Args:
-            write: takes that; called again where the model comes later, for nobody waits for it
-                after a second signal.
+            write: called with the location, and again if the model is saved later: after a second
+                signal the driver does not wait for it.
         """
-        with self._naming:
+        with self._model_lock:
             self._write = write
             write(self.model)
 
-    def _bring(self, name: str, data: bytes, error: StorageError) -> str:
-        """Write a file to the URL, which needs no local disk."""
+    def _upload(self, name: str, data: bytes, error: StorageError) -> str:
+        """Upload a file from memory; return its URL."""
         if (url := self._result.url) is None:
             raise error
         try:
@@ -380,10 +381,10 @@ class _TrainedFiles:
 
     def check(self) -> None:
         """
-        Called when all is kept.
+        Check that all files are in the run directory; called after the last one.
 
         Raises:
-            StorageError: the local disk has not taken something; says where it is.
+            StorageError: some files exist only at the URL, which the error names.
         """
         if self._error is not None:
             names, url = ", ".join(self._refused), self._result.url
@@ -391,16 +392,15 @@ class _TrainedFiles:
 
 
 def _wants_model(job: Job) -> bool:
-    """Say whether a run that is stopped takes a checkpoint: not of a loop that reports its own."""
+    """Return whether a stopped run writes a checkpoint; train functions write their own."""
     return not job.own_loop and (job.checkpoint.enabled or job.checkpoint.save_final)
 
 
 def _writers(directory: RunDirectory) -> list[BackgroundWriter[Summary]]:
     """
-    Make the writers of metrics and of TensorBoard's curves: each fails by itself.
+    Create the writers of metrics and of TensorBoard's curves, which fail independently.
 
-    After a callback that held the driver up thousands of steps are told at once: a disk that takes
-    them is given the time.
+    Their patience is long, because thousands of steps may arrive at once after a slow callback.
     """
     return [
         BackgroundWriter(directory.record, logger.warning, patience_s=CLOSE_S),
@@ -409,14 +409,14 @@ def _writers(directory: RunDirectory) -> list[BackgroundWriter[Summary]]:
 
 
 def _close(writers: Sequence[BackgroundWriter[Summary]]) -> None:
-    """Wait for what is to be written, within reason for all together."""
-    until = time.monotonic() + CLOSE_S
+    """Wait for pending writes, with one timeout for all writers."""
+    deadline = time.monotonic() + CLOSE_S
     for writer in writers:
-        writer.close(max(0.0, until - time.monotonic()))
+        writer.close(max(0.0, deadline - time.monotonic()))
 
 
 def _warn_where_model_is(result: Result) -> None:
-    """Say where the model is, of a run that fails once that is saved."""
+    """Log where the model is if the run fails after saving it."""
     if result.checkpoint is not None:
         logger.warning("the trained model is in %s all the same", result.checkpoint)
 
@@ -424,14 +424,14 @@ def _warn_where_model_is(result: Result) -> None:
 def _record_failure(
     directory: RunDirectory, result: Result, error: BaseException, model: str
 ) -> None:
-    """Write down how a run failed, and where its model is if it has one."""
+    """Record the error of a run and the location of its model, if any."""
     facts = {"error": "; ".join(filter(None, [str(error), *getattr(error, "__notes__", ())]))}
     if result.best_checkpoint is not None:
         facts["best_checkpoint"] = str(result.best_checkpoint)
-    if model:  # it is the tables, a checkpoint or the local disk that failed
+    if model:  # the run failed after training
         facts["model"] = model
-    with suppress(StorageError):  # the run's own error is the one to tell
+    with suppress(StorageError):  # raise the run's own error instead
         stopped = isinstance(error, Interrupted | KeyboardInterrupt)
         directory.finish("STOPPED" if stopped else "FAILED", facts)
-    if model:  # last: a terminal that takes no more holds a warning up
+    if model:  # last, because a blocked terminal blocks the warning
         _warn_where_model_is(result)

@@ -80,7 +80,7 @@ def _serve(actor: Actor, method: str, args: Packed, reply: Future[Any], fault: F
     """Carry out a call as its fault says, and answer it."""
     time.sleep(fault.delay_s)
     if fault.lose == "request":
-        actor.settle(reply, None, Unanswered("its request got lost"))
+        actor.resolve(reply, None, Unanswered("its request got lost"))
         return
     if fault.kill == "before":
         actor.die(f"before {method}")
@@ -94,7 +94,7 @@ def _serve(actor: Actor, method: str, args: Packed, reply: Future[Any], fault: F
         actor.die(f"after {method}")
     if fault.lose == "reply":
         error = Unanswered("its answer got lost")
-    actor.settle(reply, answer, error)
+    actor.resolve(reply, answer, error)
 
 
 def add_rule(cluster: LocalCluster, rule: Rule) -> None:

@@ -56,8 +56,8 @@ class LocalTaskScheduler(local_actors.LocalTaskScheduler):
         super().__init__(job, roles)
 
     @override
-    def _make(self, transport: LocalTransport) -> Scheduler:
-        return self._maker("task-scheduler", self.job, self.how)
+    def _create(self, transport: LocalTransport) -> Scheduler:
+        return self._maker("task-scheduler", self.job, self.consistency)
 
     @override
     def leases(
@@ -66,7 +66,7 @@ class LocalTaskScheduler(local_actors.LocalTaskScheduler):
         order = order_of(self.job, self.run, rank, attempt, scheduler=self.scheduler)
         transport, eager = (
             self.cluster.transport(HERE, f"worker-{rank}"),
-            self.how.bound is not None,
+            self.consistency.bound is not None,
         )
         return self._keep(RemoteLeases(transport, order, eager, abandoned or threading.Event()))
 

@@ -333,7 +333,7 @@ def test_what_a_callback_raises_ends_the_run_once_the_thread_has_left(
         driver.client.follow(lambda: None, handlers)
     assert [thread.done() for thread in threads] == [True]
     with pytest.raises(DistplatError, match="nobody follows"):
-        driver.client._keep(lambda: driver.heard.append("late"))
+        driver.client._write(lambda: driver.heard.append("late"))
     assert "late" not in driver.heard
 
 
