@@ -1,4 +1,4 @@
-"""A model as layers that follow each other, given or traced."""
+"""A model as a sequence of layers: listed by the user, traced, or around a list of blocks."""
 
 import threading
 from collections import defaultdict
@@ -23,32 +23,32 @@ ModuleOrTensor = nn.Module | Tensor
 
 @dataclass(frozen=True)
 class Layer:
-    """One of the modules that follow each other."""
+    """A module of the sequence."""
 
     name: str
-    """In the model, for example `blocks.3`."""
+    """Name in the model, for example `blocks.3`."""
     module: nn.Module
     parts: Mapping[str, ModuleOrTensor]
-    """What of the model it is made of, by name; one part, or several for a module made around
-    them. Every parameter and buffer is in one."""
+    """The model's modules and tensors in the layer, by name; several for a module built around
+    them. They include every parameter and buffer of the layer."""
 
 
 def layers_of(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> list[Layer]:
     """
-    Give a model's layers with their names.
+    Return a model's layers with their names.
 
     Args:
         model: an `nn.Sequential`; with `modules` any model.
-        modules: what makes up the model, in order, as a task's `stages` gives it: parts of the
-            model, or modules made around parts.
+        modules: the layers in order, as returned by a task's `stages`: modules of the model, or
+            modules built around its parts.
 
     Raises:
-        SpecError: there is no telling what follows what, one module comes twice, or one has
-            parameters that the model does not have.
+        SpecError: the order is unknown, a module occurs twice, or a module has parameters that the
+            model does not have.
     """
     if modules is None:
         if not isinstance(model, nn.Sequential):
-            raise _problem(
+            raise _layer_error(
                 f"{type(model).__name__} does not say in which order its parts run",
                 "give the task a `stages(model)`, or have the model traced",
             )
@@ -62,7 +62,7 @@ def layers_of(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> l
         parts = dict(_parts(module, names, f"layer {number}"))
         name = names.get(id(module)) or next(iter(parts), f"{type(module).__name__}_{number}")
         if (first := seen.setdefault(id(module), number)) != number:
-            raise _problem(
+            raise _layer_error(
                 f"layers {first} and {number} are one module, {name}",
                 "use two modules, or one module around all that lies between them",
             )
@@ -73,14 +73,14 @@ def layers_of(model: nn.Module, modules: Sequence[nn.Module] | None = None) -> l
 def _parts(
     module: nn.Module, names: Mapping[int, str], layer: str
 ) -> Iterator[tuple[str, ModuleOrTensor]]:
-    """Give the largest parts of a module that the model has itself."""
+    """Yield the largest parts of a module that belong to the model."""
     name = names.get(id(module))
     if name:  # "" is the model
         yield name, module
         return
     for own, tensor in named_tensors(module, recurse=False):
         if id(tensor) not in names:
-            raise _problem(
+            raise _layer_error(
                 f"{layer} has a parameter or buffer that the model does not have: {own}",
                 "make it a part of the model",
             )
@@ -90,26 +90,26 @@ def _parts(
 
 
 class Stage(Runner):
-    """Layers one behind the other; every parameter has the name that it has in the model."""
+    """A sequence of layers; parameters have the same names as in the model."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
-        # In a tuple: not registered once more.
+        # A tuple does not register its modules a second time.
         self.in_order = tuple(layer.module for layer in layers)
-        every = (module for layer in layers for module in layer.module.modules())
-        unsaved = {id(one._buffers[n]) for one in every for n in one._non_persistent_buffers_set}
+        modules = (module for layer in layers for module in layer.module.modules())
+        unsaved = {id(m._buffers[n]) for m in modules for n in m._non_persistent_buffers_set}
         for layer in layers:
             for name, part in layer.parts.items():
                 self._attach(name, part, saved=id(part) not in unsaved)
 
     def forward(self, inputs: Any) -> Any:
-        """Run all layers; each is called with what the one before has given."""
+        """Run all layers; each is called with the outputs of the previous one."""
         for module in self.in_order:
             inputs = module(inputs)
         return inputs
 
     def _attach(self, name: str, part: ModuleOrTensor, *, saved: bool) -> None:
-        # Not by add_module and its like: a user's part may have the name of a method of ours.
+        # add_module() would refuse a user's part with the name of a method of this class.
         owner: nn.Module = self
         *path, last = name.split(".")
         for step in path:
@@ -128,7 +128,7 @@ def refuse_tied(layers: Sequence[Layer], points: Sequence[int]) -> None:
     """
     Refuse cuts between layers that share a parameter or a buffer.
 
-    Two processes would each train a copy of it, and the copies drift apart without a word.
+    Each stage would train its own copy, and the copies would diverge silently.
 
     Raises:
         SpecError: names every such tensor with all its names and stages.
@@ -136,8 +136,8 @@ def refuse_tied(layers: Sequence[Layer], points: Sequence[int]) -> None:
     stages_by_name: defaultdict[int, dict[str, int]] = defaultdict(dict)
     for number, (start, stop) in enumerate(bounds(points, len(layers))):
         for layer in layers[start:stop]:
-            for name, tensor in _named(layer):
-                # The same name in two stages is a module that runs in both.
+            for name, tensor in _saved_tensors(layer):
+                # The same name in two stages means that both run the module.
                 stages_by_name[id(tensor)].setdefault(f"{name} (stage {number})", number)
     problems = []
     for names in stages_by_name.values():
@@ -148,33 +148,33 @@ def refuse_tied(layers: Sequence[Layer], points: Sequence[int]) -> None:
         raise SpecError(*problems)
 
 
-def _named(layer: Layer) -> Iterator[tuple[str, Tensor]]:
-    """Give parameters and state; a buffer that is not saved is computed, the same everywhere."""
+def _saved_tensors(layer: Layer) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and persistent buffers; other buffers are computed equally in each stage."""
     for name, part in layer.parts.items():
         if isinstance(part, nn.Module):
             computed = {
-                f"{path}.{own}".lstrip(".")
+                f"{path}.{buffer}".lstrip(".")
                 for path, module in part.named_modules()
-                for own in module._non_persistent_buffers_set
+                for buffer in module._non_persistent_buffers_set
             }
-            kept = ((own, tensor) for own, tensor in named_tensors(part) if own not in computed)
-            yield from ((f"{name}.{own}", tensor) for own, tensor in kept)
+            saved = ((own, tensor) for own, tensor in named_tensors(part) if own not in computed)
+            yield from ((f"{name}.{own}", tensor) for own, tensor in saved)
         else:
             yield name, part
 
 
 def named_tensors(module: nn.Module, *, recurse: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Give parameters and buffers by all of their names."""
+    """Yield parameters and buffers under all of their names."""
     yield from module.named_parameters(recurse=recurse, remove_duplicate=False)
     yield from module.named_buffers(recurse=recurse, remove_duplicate=False)
 
 
-def _problem(message: str, hint: str) -> SpecError:
+def _layer_error(message: str, hint: str) -> SpecError:
     return SpecError(Problem((), message, hint))
 
 
-tracing = threading.Lock()
-"""While torch.fx traces, it changes what calling a module does, for all threads."""
+TRACE_LOCK = threading.Lock()
+"""torch.fx patches `nn.Module.__call__` for all threads while it traces."""
 
 
 class _Tracer(fx.Tracer):
@@ -184,10 +184,10 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """
-        Note a step.
+        Create a node of the graph.
 
         Raises:
-            ValueError: it runs without gradients, or in another precision: a trace has no contexts.
+            ValueError: it runs inside a context such as `no_grad` or autocast, which traces omit.
         """
         changed = changed_modes(self._modes)
         if changed:
@@ -195,31 +195,31 @@ class _Tracer(fx.Tracer):
         return super().create_node(kind, target, *args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Take a module whole; one with hooks always, for a trace would call them once for all."""
+        """Trace only into `nn.Sequential` without hooks: a trace would run hooks only once."""
         return type(m) is not nn.Sequential or bool(called_hooks(m))
 
 
 def traced_layers(model: nn.Module) -> list[Layer]:
     """
-    Trace a model and cut it into as many layers as there are places to cut.
+    Trace a model and cut it into as many layers as possible.
 
-    A layer is named by the first of the model's parts in it.
+    A layer has the name of its first part.
 
     Args:
-        model: takes one tensor and gives one.
+        model: with one input tensor and one output tensor.
 
     Raises:
-        SpecError: the model cannot be traced, or takes or gives more than one tensor.
+        SpecError: the model cannot be traced, or has more than one input or output.
     """
     graph = _trace(model)
-    nodes, result = _computed(graph), _result(graph)
+    nodes, result = _call_nodes(graph), _result(graph)
     runs: list[list[fx.Node]] = [[]]
-    for node, values in zip(nodes, _crossing(graph), strict=True):
+    for node, values in zip(nodes, _live_values(graph), strict=True):
         runs[-1].append(node)
         if values == [node]:
             runs.append([])
     tail = runs.pop()
-    if tail:  # ends with a step whose value nobody takes, such as one in place
+    if tail:  # the graph ends with a node whose value is unused, such as an in-place operation
         runs = [*runs[:-1], [*runs[-1], *tail]] if runs and result in runs[-1] else [*runs, tail]
     entering = next(node for node in graph.nodes if node.op == "placeholder")
     modules = []
@@ -238,15 +238,15 @@ def find_layers(
     model: nn.Module, call: ModelCall | None = None, order: CallOrder | None = None
 ) -> list[Layer]:
     """
-    Find a model's layers: by a trace, or around its list of blocks where that gives more.
+    Find a model's layers by a trace, or around its list of blocks if that yields more layers.
 
     Args:
-        model: any.
-        call: how it is called; None: with its inputs.
+        model: any model.
+        call: how the model is called; None: with its inputs.
         order: see `block_modules`.
 
     Raises:
-        SpecError: there is no such list, and the trace's reason.
+        SpecError: the model has no list of blocks and cannot be traced; says why.
     """
     try:
         traced = traced_layers(model)
@@ -264,9 +264,9 @@ def layers_around_blocks(
     model: nn.Module, call: ModelCall, order: CallOrder | None
 ) -> list[Layer] | None:
     """
-    Give the layers of `block_modules`; the last is named by what the first has not.
+    Return the layers of `block_modules`; None: the model has no list of blocks.
 
-    None: the model has no list of blocks.
+    The last layer has the name of its first part that is not in the first layer.
     """
     blocks = block_modules(model, call, order)
     if blocks is None:
@@ -278,14 +278,14 @@ def layers_around_blocks(
     return with_all_names(model, layers)
 
 
-def with_all_names(model: nn.Module, given: Sequence[Layer]) -> list[Layer]:
-    """Have parameters of several names have all of them, in the first layer that they are in."""
-    layers = list(given)
+def with_all_names(model: nn.Module, layers: Sequence[Layer]) -> list[Layer]:
+    """Add all names of shared parameters to the first layer that contains them."""
+    layers = list(layers)
     first_layers: dict[int, int] = {}
     for number, layer in enumerate(layers):
-        for _, tensor in _named(layer):
+        for _, tensor in _saved_tensors(layer):
             first_layers.setdefault(id(tensor), number)
-    named = {name for layer in layers for name, _ in _named(layer)}
+    named = {name for layer in layers for name, _ in _saved_tensors(layer)}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         if name not in named and (owner := first_layers.get(id(tensor))) is not None:
             layers[owner] = replace(layers[owner], parts={**layers[owner].parts, name: tensor})
@@ -296,12 +296,12 @@ def with_unread_buffers(
     model: nn.Module, layers: Sequence[Layer], inside: Container[int]
 ) -> list[Layer]:
     """
-    Have the first layer keep what no layer reads, such as a version: the saved model has it.
+    Add buffers that no layer reads, such as a version, to the first layer, to save them.
 
     Args:
-        model: whole.
-        layers: of it.
-        inside: the ids of all tensors that they have.
+        model: the whole model.
+        layers: of the model.
+        inside: the ids of all tensors in the layers.
     """
     saved = model.state_dict()
     unread = {n: b for n, b in model.named_buffers() if n in saved and id(b) not in inside}
@@ -310,22 +310,22 @@ def with_unread_buffers(
 
 def _trace(model: nn.Module) -> fx.Graph:
     modes = [(module, module.training) for module in model.modules()]
-    held, graphs = ModuleSnapshot(model.named_modules(), trained=True), []
+    snapshot, graphs = ModuleSnapshot(model.named_modules(), trained=True), []
     try:
         for mode in (True, False):
             model.train(mode)
-            # Once inside of autocast, so that one that is switched off is seen, too.
-            with tracing, torch.autocast("cpu", enabled=mode), RandomOpWatch(_refuse_draws):
+            # One trace runs inside autocast, to detect a forward that disables it.
+            with TRACE_LOCK, torch.autocast("cpu", enabled=mode), RandomOpWatch(_refuse_draws):
                 graphs.append(_Tracer().trace(model))
     except Exception as error:
-        raise _problem(f"{type(model).__name__} cannot be traced: {error}", _LIST) from error
+        raise _layer_error(f"{type(model).__name__} cannot be traced: {error}", _LIST) from error
     finally:
         for module, was_training in modes:
             module.training = was_training
-        changed = held.changed()
-        held.put_back()
+        changed = snapshot.changed()
+        snapshot.restore()
     _refuse_side_effects(model, changed)
-    _check(model, *graphs)
+    _check_graphs(model, *graphs)
     return graphs[0]
 
 
@@ -338,50 +338,50 @@ def _refuse_draws() -> None:
 
 def _refuse_side_effects(model: nn.Module, changed: Sequence[str]) -> None:
     """
-    Refuse what forward does beside computing its outputs: layers would never do it again.
+    Refuse side effects of forward: traced layers would not repeat them.
 
     Raises:
-        SpecError: it writes something, draws numbers, or makes tensors that its inputs do not give.
+        SpecError: forward writes state, draws random numbers, or creates constant tensors.
     """
     name = f"{type(model).__name__}.forward"
-    written = [one for one in changed if not one.startswith(_CONSTANT)]
+    written = [attribute for attribute in changed if not attribute.startswith(_CONSTANT)]
     if written:
         text = f"{name} writes {', '.join(written)}, which a trace does once for all"
-        raise _problem(text, f"write it in a part of the model that has a forward, or {_LIST}")
+        raise _layer_error(text, f"write it in a part of the model that has a forward, or {_LIST}")
     if named := referenced_names(type(model).forward) & {"random", "default_rng"}:
         text = f"{name} names `{min(named)}`, and a trace draws random numbers once for all"
-        raise _problem(text, f"draw them in a part of the model that has a forward, or {_LIST}")
+        raise _layer_error(text, f"draw them in a part of the model that has a forward, or {_LIST}")
     if changed:
         text = f"{name} makes a tensor without its inputs, which a trace would keep for all steps"
-        raise _problem(text, f"make it in a part of the model that has a forward, or {_LIST}")
+        raise _layer_error(text, f"make it in a part of the model that has a forward, or {_LIST}")
 
 
 _CONSTANT = "_tensor_constant"
-"""How attributes begin in which torch.fx keeps such a tensor."""
+"""Prefix of the attributes in which torch.fx stores constant tensors."""
 
 
-def _check(model: nn.Module, training: fx.Graph, evaluating: fx.Graph) -> None:
+def _check_graphs(model: nn.Module, training: fx.Graph, evaluating: fx.Graph) -> None:
     name = type(model).__name__
     if str(training) != str(evaluating):
-        raise _problem(
+        raise _layer_error(
             f"{name}.forward differs between training and evaluation, and a trace has only one way",
             "use modules that know the mode themselves, such as nn.Dropout for F.dropout",
         )
     inputs = [node.name for node in training.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
-        raise _problem(
+        raise _layer_error(
             f"{name}.forward takes {len(inputs)} inputs ({', '.join(inputs)}), and a pipeline one",
             "wrap the model in one that takes a single tensor",
         )
-    if _result(training) not in _computed(training):
-        raise _problem(
+    if _result(training) not in _call_nodes(training):
+        raise _layer_error(
             f"{name}.forward gives something else than one tensor that it has computed",
             "wrap the model in one that gives a single tensor",
         )
 
 
-def _computed(graph: fx.Graph) -> list[fx.Node]:
-    """Give the steps; a parameter that a step takes directly belongs to the step."""
+def _call_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Return the nodes that compute; a `get_attr` node belongs to the node that uses it."""
     return [node for node in graph.nodes if node.op not in ("placeholder", "output", "get_attr")]
 
 
@@ -389,13 +389,13 @@ def _result(graph: fx.Graph) -> Any:
     return graph.output_node().args[0]
 
 
-def _crossing(graph: fx.Graph) -> list[list[fx.Node]]:
-    """Give, for the place behind each step, the values made before it and used after it."""
-    nodes = _computed(graph)
-    at = {node: number for number, node in enumerate(nodes)}
+def _live_values(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Return, for the position after each node, the values created before it and used after it."""
+    nodes = _call_nodes(graph)
+    numbers = {node: number for number, node in enumerate(nodes)}
     entering = [node for node in graph.nodes if node.op == "placeholder"]
     last_use = {
-        value: max((at.get(user, len(nodes)) for user in value.users), default=-1)
+        value: max((numbers.get(user, len(nodes)) for user in value.users), default=-1)
         for value in (*entering, *nodes)
     }
     return [
@@ -407,13 +407,13 @@ def _crossing(graph: fx.Graph) -> list[list[fx.Node]]:
 def _segment(
     model: nn.Module, run: Sequence[fx.Node], entering: fx.Node, leaving: fx.Node
 ) -> fx.GraphModule:
-    """Make a module of some steps, around the model's own parts."""
+    """Build a module of some nodes, which shares the model's own parts."""
     graph = fx.Graph()
     copies = {entering: graph.placeholder("inputs")}
     for node in run:
-        for needed in node.all_input_nodes:
-            if needed.op == "get_attr" and needed not in copies:
-                copies[needed] = graph.node_copy(needed)
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" and source not in copies:
+                copies[source] = graph.node_copy(source)
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[leaving])
     return fx.GraphModule(model, graph)

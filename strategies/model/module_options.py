@@ -1,7 +1,7 @@
 """
-What a job asks of the model's modules: activations computed again in backward, calls compiled.
+Activation checkpointing and compilation of a model's modules.
 
-Both leave names, parameters and `state_dict` as they are.
+Neither changes names, parameters or the `state_dict`.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,27 +16,27 @@ from torch.utils.checkpoint import checkpoint
 
 from distplat.platform.errors import Problem, SpecError, nearest
 from distplat.platform.spec import Job
-from distplat.strategies.model.trials import ReadAgain, beside
+from distplat.strategies.model.trials import AttributeReplay, external_objects
 from distplat.strategies.torch_compat import (
     call_compiled,
     fall_back_to_eager,
     has_running_statistics,
 )
 
-_LEARNING = 3
-"""Forwards with gradients in which all buffers are copied."""
+_OBSERVED_FORWARDS = 3
+"""Number of first forwards with gradients in which all buffers are copied."""
 
 
 def apply_module_options(job: Job, model: nn.Module) -> None:
     """
-    Change a model's modules as the job asks, in place.
+    Apply `activation_checkpointing` and `compile` to a model, in place.
 
     Args:
-        job: `activation_checkpointing` and `compile`.
-        model: the whole one.
+        job: has the two fields.
+        model: the whole model.
 
     Raises:
-        SpecError: a pattern that no module's name matches.
+        SpecError: a pattern matches no module name.
     """
     for module in checkpointed_modules(job, model):
         checkpoint_activations(module)
@@ -44,7 +44,7 @@ def apply_module_options(job: Job, model: nn.Module) -> None:
 
 
 def compile_calls(job: Job, model: nn.Module) -> None:
-    """Have a model's calls compiled, in place, if the job says so."""
+    """Compile a model's calls, in place, if the job has `compile`."""
     if job.compile is not None:
         if not job.compile.fullgraph:
             fall_back_to_eager()
@@ -53,23 +53,23 @@ def compile_calls(job: Job, model: nn.Module) -> None:
 
 def checkpointed_modules(job: Job, model: nn.Module) -> list[nn.Module]:
     """
-    Give the modules that `activation_checkpointing` names; none where the job does not have it.
+    Return the modules named by `activation_checkpointing`; without the field, none.
 
     Raises:
-        SpecError: a pattern that no module's name matches.
+        SpecError: a pattern matches no module name.
     """
     if job.activation_checkpointing is None:
         return []
-    return _outermost(model, [one.strip() for one in job.activation_checkpointing.split(",")])
+    patterns = job.activation_checkpointing.split(",")
+    return _outermost(model, [pattern.strip() for pattern in patterns])
 
 
 def checkpoint_activations(module: nn.Module) -> None:
     """
-    Have a module keep its inputs only, and compute its activations again in backward.
+    Let a module save only its inputs, and recompute its activations in backward.
 
-    Buffers and attributes that its forward writes are written once and not twice, and the second
-    forward reads what the first one read: a power iteration, or a counter, would give other
-    activations.
+    The recomputation reads the buffers and attributes of the first forward, and its own writes are
+    discarded: otherwise a power iteration, or a counter, would change the activations.
     See `torch.utils.checkpoint`, and Chen et al., Training Deep Nets with Sublinear Memory Cost.
     """
     buffers = WrittenBuffers(module)
@@ -79,58 +79,57 @@ def checkpoint_activations(module: nn.Module) -> None:
 
 
 _BufferKey = tuple[dict[str, Any], str]
-"""Of a buffer, or a tensor in an attribute: the module's dictionary that has it, and its name."""
+"""The module's dictionary that holds a buffer or a tensor attribute, and the name in it."""
 
 _Read = list[tuple[_BufferKey, Tensor | None]]
-"""Buffers, and copies of them."""
+"""Buffers, and copies of their values."""
 
 
 class WrittenBuffers:
     """
-    The buffers of a module that its forward writes, or puts others in the place of, and attributes.
+    The buffers and tensor attributes of a module that its forward writes or replaces.
 
-    Which they are is seen in the first forwards, for which all are copied.
+    They are detected in the first forwards, in which all of them are copied.
 
     Args:
-        module: computed again in backward.
+        module: recomputed in backward.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._buffers: list[_BufferKey] = []
-        #: written without a version, and not read in the mode that writes them
+        #: written without a version change, and not read in the mode that writes them
         self._statistics: list[_BufferKey] = []
-        for one in module.modules():
-            keys = [(one._buffers, key) for key in one._buffers]
-            (self._statistics if has_running_statistics(one) else self._buffers).extend(keys)
-            own = (
-                (vars(one), key) for key, value in vars(one).items() if isinstance(value, Tensor)
-            )
-            self._buffers.extend(own)
+        for child in module.modules():
+            keys = [(child._buffers, key) for key in child._buffers]
+            (self._statistics if has_running_statistics(child) else self._buffers).extend(keys)
+            attributes = vars(child)
+            names = [name for name, value in attributes.items() if isinstance(value, Tensor)]
+            self._buffers.extend((attributes, name) for name in names)
         self._module = module
         self._written: set[int] = set()  #: indices of `_buffers`
-        self._seen = 0  #: forwards that were looked at
+        self._observed = 0  #: number of observed forwards
 
     def contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """Give what is around a forward, and around the same one in backward."""
+        """Return the contexts of a forward and of its recomputation."""
         read: _Read = []
         return self._around_first(read), self.around_second(read)
 
     def around_second(self, read: _Read) -> AbstractContextManager[None]:
         """
-        Give what is around forwards in backward: they read and write copies.
+        Return the context of recomputations: they read and write copies.
 
         Args:
-            read: what the first one has read of the buffers that it writes; filled until then.
+            read: values of the written buffers before the first forward; filled by that forward.
         """
-        return _ReentrantContext(partial(self._with_copies, read, ReadAgain(self._module)))
+        return _ReentrantContext(partial(self._with_copies, read, AttributeReplay(self._module)))
 
     @contextmanager
     def _around_first(self, read: _Read) -> Iterator[None]:
-        copied = range(len(self._buffers)) if self._seen < _LEARNING else self._written
+        copied = range(len(self._buffers)) if self._observed < _OBSERVED_FORWARDS else self._written
         values = {number: _clone(_tensor_at(self._buffers[number])) for number in copied}
         before = [_identity_and_version(buffer) for buffer in self._buffers]
         yield
-        self._seen += torch.is_grad_enabled()
+        self._observed += torch.is_grad_enabled()
         for number, buffer in enumerate(self._buffers):
             if _identity_and_version(buffer) != before[number]:
                 if number not in values:
@@ -139,7 +138,7 @@ class WrittenBuffers:
                 read.append((buffer, values[number]))
 
     @contextmanager
-    def _with_copies(self, read: _Read, attributes: ReadAgain) -> Iterator[None]:
+    def _with_copies(self, read: _Read, attributes: AttributeReplay) -> Iterator[None]:
         copies = [(buffer, _clone(value)) for buffer, value in read]
         copies += [(buffer, _clone(_tensor_at(buffer))) for buffer in self._statistics]
         after = [_tensor_at(buffer) for buffer, _ in copies]
@@ -155,10 +154,10 @@ class WrittenBuffers:
 
 def recomputed(stage: nn.Module, inputs: Any) -> Any:
     """
-    Run a stage so that its activations are computed again in backward.
+    Run a stage so that its activations are recomputed in backward.
 
     Raises:
-        SpecError: forward writes into tensors that are not trained, and would do so twice.
+        SpecError: forward writes untrained tensors, and recomputation would write them twice.
     """
     if not torch.is_grad_enabled():
         return stage(inputs)
@@ -167,12 +166,13 @@ def recomputed(stage: nn.Module, inputs: Any) -> Any:
         return nullcontext(), written.around_second([])
 
     written = WrittenBuffers(stage)
-    before, kept = _state(stage), [*_kept_in_attributes(stage)]
+    before, attributes = _versions_by_name(stage), [*_attribute_tensors(stage)]
     outputs = checkpoint(
         stage, inputs, use_reentrant=False, preserve_rng_state=True, context_fn=contexts
     )
-    names = [name for name, known in _state(stage).items() if before.get(name) != known]
-    names += [name for name, tensor, version in kept if tensor._version != version]
+    after = _versions_by_name(stage)
+    names = [name for name, version in after.items() if before.get(name) != version]
+    names += [name for name, tensor, version in attributes if tensor._version != version]
     if names:
         text = f"forward writes into {', '.join(names)}, and `recompute` runs it twice"
         hint = "leave out `recompute`, or the job's `activation_checkpointing`"
@@ -180,12 +180,12 @@ def recomputed(stage: nn.Module, inputs: Any) -> Any:
     return outputs
 
 
-def _state(stage: nn.Module) -> dict[str, tuple[int, int]]:
-    """Give by name what tells that a tensor that is not trained was written, or replaced."""
+def _versions_by_name(stage: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return identity and version of untrained tensors by name, to detect writes."""
     versions = {}
     for path, module in stage.named_modules():
         own = dict(module._parameters)
-        if not has_running_statistics(module):  # of norms, the second forward has copies
+        if not has_running_statistics(module):  # recomputation uses copies of running statistics
             own |= module._buffers
         for name, tensor in own.items():
             if tensor is not None and not tensor.requires_grad:
@@ -193,9 +193,9 @@ def _state(stage: nn.Module) -> dict[str, tuple[int, int]]:
     return versions
 
 
-def _kept_in_attributes(stage: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
-    """Give tensors in attributes, with their names and versions: `ReadAgain` puts them back."""
-    holders = [*stage.named_modules(), *(("task", one) for one in beside(stage))]
+def _attribute_tensors(stage: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
+    """Yield names and versions of tensors in attributes, which `AttributeReplay` restores."""
+    holders = [*stage.named_modules(), *(("task", task) for task in external_objects(stage))]
     for path, holder in holders:
         for name, value in vars(holder).items():
             if isinstance(value, Tensor) and not value.requires_grad:
@@ -208,20 +208,19 @@ def _name_in_model(path: str, name: str) -> str:
 
 class _ReentrantContext:
     """
-    A context that is made anew whenever it is entered.
+    A context manager that can be entered several times.
 
-    Activations are computed again for each backward that needs them: for a gradient of a gradient
-    twice.
+    Each backward recomputes the activations: a gradient of a gradient does so twice.
     """
 
-    def __init__(self, made: Callable[[], AbstractContextManager[None]]) -> None:
-        self._made = made
+    def __init__(self, build: Callable[[], AbstractContextManager[None]]) -> None:
+        self._build = build
         self._entered: list[AbstractContextManager[None]] = []
 
     def __enter__(self) -> None:
-        one = self._made()
-        one.__enter__()
-        self._entered.append(one)
+        context = self._build()
+        context.__enter__()
+        self._entered.append(context)
 
     def __exit__(self, *error: Any) -> None:
         self._entered.pop().__exit__(*error)
@@ -238,7 +237,7 @@ def _clone(tensor: Tensor | None) -> Tensor | None:
 
 
 def _identity_and_version(buffer: _BufferKey) -> tuple[int, int]:
-    """Tell whether a buffer was written, or another one put in its place."""
+    """Return a buffer's identity and version, which change when it is replaced or written."""
     tensor = _tensor_at(buffer)
     return id(tensor), -1 if tensor is None else tensor._version
 
@@ -251,7 +250,7 @@ def _late_write(name: str) -> ValueError:
 
 
 def _outermost(model: nn.Module, patterns: list[str]) -> list[nn.Module]:
-    """Give the modules whose names match, but none inside of another one that does."""
+    """Return the modules whose names match, except those inside another match."""
     names = [name for name, _ in model.named_modules() if name]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -261,7 +260,7 @@ def _outermost(model: nn.Module, patterns: list[str]) -> list[nn.Module]:
             hint = f"did you mean {near!r}?" if near else f"its modules: {shown}"
             raise SpecError(Problem(("activation_checkpointing",), text, hint))
     chosen: list[str] = []
-    for name in names:  # outer modules come before those in them
+    for name in names:  # named_modules() yields parents before their children
         inside = any(name.startswith(f"{outer}.") for outer in chosen)
         if not inside and any(fnmatchcase(name, pattern) for pattern in patterns):
             chosen.append(name)

@@ -1,4 +1,4 @@
-"""Stand-ins for the parts of a model that a stage has not, while its forward runs there."""
+"""Placeholders for modules that a stage lacks, while the model's forward runs there."""
 
 from __future__ import annotations
 
@@ -17,100 +17,100 @@ from distplat.strategies.torch_compat import tree_leaves, tree_map
 
 
 class AllCalled(BaseException):
-    """All blocks are called; no `except Exception` of the model's is to catch it."""
+    """All blocks were called; an `except Exception` in the model must not catch it."""
 
 
 class BetweenBlocks(BaseException):
-    """A block is called with something else than what the one before has given."""
+    """A block was called with other features than the previous block returned."""
 
 
 class Placeholder(nn.Module):
     """
-    Stands for a module that is not called.
+    Replaces a module that is not computed on this stage.
 
     Args:
-        module: whose attributes may be asked for, such as a block's `attention_type` or the type of
-            an embedding's weight; kept without values.
-        number: of the block that it is; None: it is something else.
+        module: its attributes stay readable, such as a block's `attention_type` or the dtype of an
+            embedding's weight; its tensors are copied to `meta`.
+        number: of the block; None: the module is no block.
     """
 
     def __init__(self, module: nn.Module, *, number: int | None = None) -> None:
         super().__init__()
         self.number = number
-        self.is_behind = False  #: it is a block, and has been called
-        self.answer: Callable[..., Any] = _not_called
+        self.called_before = False  #: the module is a block that an earlier stage has called
+        self._handler: Callable[..., Any] = _not_called
         tensors = (*module.parameters(), *module.buffers())
-        empty = {id(one): torch.empty_like(one, device="meta") for one in tensors}
-        # In a tuple, so that it is no module of this one, and has no name in it.
-        self._like = (copy.deepcopy(module, cast(dict[int, Any], empty)),)
+        empty = {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors}
+        # A tuple, so that the copy is not registered as a child.
+        self._original = (copy.deepcopy(module, cast(dict[int, Any], empty)),)
 
     def __getattr__(self, name: str) -> Any:
         """
-        Give an attribute of the module that it stands for.
+        Return an attribute of the replaced module.
 
         Raises:
-            SpecError: it may be what the block's forward has left, such as `aux_loss`.
+            SpecError: the block's forward may have written the attribute, such as `aux_loss`.
         """
-        attribute = getattr(self.__dict__["_like"][0], name)
-        if self.__dict__["is_behind"] and (
+        attribute = getattr(self.__dict__["_original"][0], name)
+        if self.__dict__["called_before"] and (
             attribute is None or isinstance(attribute, float | Tensor)
         ):
-            raise no_blocks(
+            raise not_blocks_error(
                 f"behind its blocks its forward reads what they may have kept, `{name}`"
             )
         return attribute
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Answer as it is told to."""
-        return self.answer(*args, **kwargs)
+        """Return the outputs of the handler set by `placeholder_outputs`."""
+        return self._handler(*args, **kwargs)
 
 
 def _not_called(*args: Any, **kwargs: Any) -> Any:
     text = "its forward goes on before all blocks are called, or its parts are in another order"
-    raise no_blocks(text)
+    raise not_blocks_error(text)
 
 
 @contextmanager
-def with_answers(model: nn.Module, block: Callable[..., Any], other: Any) -> Iterator[None]:
+def placeholder_outputs(model: nn.Module, block: Callable[..., Any], other: Any) -> Iterator[None]:
     """
-    Have a model's stand-ins answer: those of blocks by a call, others with a value.
+    Set the outputs of a model's placeholders.
 
     Args:
-        model: with stand-ins.
-        block: gets the number of a block, and what that is called with.
-        other: None: others are not to be called.
+        model: with placeholders.
+        block: returns a block's outputs; gets its number and the arguments of the call.
+        other: outputs of the other placeholders; None: they must not be called.
 
     Raises:
-        SpecError: blocks are called in another order than they are listed in, or once more.
+        SpecError: blocks are called out of the list's order, or more than once.
     """
-    stand_ins = [one for one in model.modules() if isinstance(one, Placeholder)]
+    placeholders = [module for module in model.modules() if isinstance(module, Placeholder)]
     called: list[int] = []
 
     def in_turn(number: int, *args: Any, **kwargs: Any) -> Any:
         if number != len(called):
             text = "its forward calls blocks in another order than they are listed in, or again"
-            raise no_blocks(text)
+            raise not_blocks_error(text)
         called.append(number)
         return block(number, *args, **kwargs)
 
     try:
-        for one in stand_ins:
-            if one.number is not None:
-                one.answer = partial(in_turn, one.number)
+        for placeholder in placeholders:
+            if placeholder.number is not None:
+                placeholder._handler = partial(in_turn, placeholder.number)
             elif other is not None:
-                one.answer = lambda *args, **kwargs: other
+                placeholder._handler = lambda *args, **kwargs: other
         yield
     finally:
-        for one in stand_ins:
-            one.answer = _not_called
+        for placeholder in placeholders:
+            placeholder._handler = _not_called
 
 
 Ancestors = Sequence[tuple[str, nn.Module]]
-"""The modules that have the blocks inside, with the beginnings of their tensors' names."""
+"""The modules that contain the blocks, with the prefixes of their tensors' names."""
 
 
 def ancestors_of(model: nn.Module, path: str) -> Ancestors:
-    """Give a model and what it has on the way to the list of this name."""
+    """Return a model and its modules on the path to the list of blocks."""
     ancestors, prefix = [], ""
     for step in path.split("."):
         ancestors.append((prefix, model))
@@ -121,59 +121,59 @@ def ancestors_of(model: nn.Module, path: str) -> Ancestors:
 @contextmanager
 def check_unwritten(ancestors: Ancestors) -> Iterator[None]:
     """
-    See that a forward writes no tensor of the modules that have the blocks inside.
+    Check that a forward writes no tensor of the modules that contain the blocks.
 
     Raises:
-        SpecError: it does; two stages run it, each with a copy.
+        SpecError: the forward writes one; two stages run it, each on its own copy.
     """
     before = _own_tensors(ancestors)
     yield
     now = _own_tensors(ancestors)
     for name, (tensor, version) in before.items():
         if name not in now or now[name][0] is not tensor or now[name][1] != version:
-            raise no_blocks(f"its forward writes `{name}`, and two stages run it")
+            raise not_blocks_error(f"its forward writes `{name}`, and two stages run it")
 
 
 def _own_tensors(ancestors: Ancestors) -> dict[str, tuple[Tensor, int]]:
-    held = [(path, {**parent._parameters, **parent._buffers}) for path, parent in ancestors]
+    tensors_by_path = [(path, {**m._parameters, **m._buffers}) for path, m in ancestors]
     return {
         f"{path}{name}": (tensor, tensor._version)
-        for path, tensors in held
+        for path, tensors in tensors_by_path
         for name, tensor in tensors.items()
         if tensor is not None
     }
 
 
 def nan_like(outputs: Any) -> Any:
-    """Give what has the form of a block's outputs, and is not a number: whoever uses it notices."""
+    """Return a block's outputs with all floats replaced by NaN, to detect their use."""
 
-    def one(value: Any) -> Any:
-        floats = isinstance(value, Tensor) and value.is_floating_point()
-        return torch.full_like(value, math.nan) if floats else value
+    def to_nan(value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return torch.full_like(value, math.nan) if is_float else value
 
-    return tree_map(one, outputs)
+    return tree_map(to_nan, outputs)
 
 
 def refuse_nan(features: Tensor, outputs: Any) -> None:
     """
-    See that a model's outputs are numbers where what its last block gave is.
+    Check that a model's outputs are not NaN if its last block's features are not.
 
     Raises:
-        SpecError: they come of what only other stages have, see `nan_like`.
+        SpecError: the outputs depend on values of other stages, see `nan_like`.
     """
-    floats = [one for one in tree_leaves(outputs) if isinstance(one, Tensor)]
-    if bool(features.isnan().any()) or not any(map(_is_lost, floats)):
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    if bool(features.isnan().any()) or not any(map(_is_invalid, tensors)):
         return
     text = "in training its forward uses behind the blocks what comes before them, or what another "
-    raise no_blocks(f"{text}than the last one has given")
+    raise not_blocks_error(f"{text}than the last one has given")
 
 
-def _is_lost(tensor: Tensor) -> bool:
-    """On `meta` is what comes of a stand-in's weights."""
+def _is_invalid(tensor: Tensor) -> bool:
+    """Return whether a tensor has NaN, or is on `meta` and so from a placeholder's weights."""
     return tensor.is_meta or bool(tensor.isnan().any())
 
 
-def no_blocks(text: str) -> SpecError:
-    """Give the error of a model that is not one of blocks, and why it is not."""
+def not_blocks_error(text: str) -> SpecError:
+    """Return the error for a model that does not consist of blocks."""
     hint = "give the task a `stages(model)` that lists the parts in order"
     return SpecError(Problem(("strategy", "cut"), f"the model is not one of blocks: {text}", hint))

@@ -1,12 +1,12 @@
 """
-What a model holds, before it is called for a look at it: found changed, or put back.
+Snapshots of a model's state around trial calls, to restore the state or to report changes.
 
-    attributes           of every module: a counter, a list of losses, which buffer it has
+    attributes           of every module: a counter, a list of losses, references to buffers
     untrained tensors    buffers, frozen parameters, tensors in attributes: by their values
-    trained parameters   whether they are frozen; on request whether they were written
+    trained parameters   whether they are frozen; optionally whether they were written
 
-A trial leaves the model as it was (`untouched`). A trace runs forward once for all steps: what that
-changes is refused by name (`layers.py`).
+A trial call leaves the model unchanged (`preserve_state`). A trace runs forward only once, so
+changes by that forward are refused by name (`layers.py`).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from distplat.strategies.model.parameter_layout import bits_of, fill
 _CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 _PLAIN = (bool, int, float, str)
 MODULE_VARS = frozenset(vars(nn.Module()))
-"""Attributes that every module has."""
+"""Attributes of every `nn.Module`."""
 _OWN = ("_parameters", "_buffers", "_modules")
-"""Attributes of `nn.Module` whose keys are the names that users know."""
+"""Attributes of `nn.Module` whose keys are user-visible names."""
 
 Attributes = Mapping[str, tuple[Any, Any]]
-"""By name the value, and a copy of it where it is a container."""
+"""By name: the value, and a copy if the value is a container."""
 
 
 _DROPOUTS: Mapping[Any, tuple[int, str]] = {
@@ -41,14 +41,14 @@ _DROPOUTS: Mapping[Any, tuple[int, str]] = {
     **dict.fromkeys((F.alpha_dropout, F.feature_alpha_dropout, torch.dropout), (1, "p")),
     F.scaled_dot_product_attention: (4, "dropout_p"),
 }
-"""Functions that draw what they drop, and where the share of it is among their arguments."""
+"""Dropout functions, with position and name of their probability argument."""
 
 
 class WithoutDropout(TorchFunctionMode):
-    """Has torch's functions drop nothing: neither do they draw random numbers."""
+    """Disables dropout in torch's functions, so that they draw no random numbers."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function with 0 as the share that it drops."""
+        """Call a function with a dropout probability of 0."""
         named = dict(kwargs or {})
         position, name = _DROPOUTS.get(func, (0, ""))
         if name and len(args) > position:
@@ -58,151 +58,152 @@ class WithoutDropout(TorchFunctionMode):
         return func(*args, **named)
 
 
-def stop_dropping(module: nn.Module) -> None:
-    """Have all parts of a module drop nothing; `untouched` puts that back."""
-    for one in module.modules():
-        if isinstance(one, _DropoutNd):
-            one.training = False
-        elif isinstance(one, nn.MultiheadAttention | nn.RNNBase):
-            one.dropout = 0.0
+def disable_dropout(module: nn.Module) -> None:
+    """Disable dropout in all modules; `preserve_state` restores it."""
+    for child in module.modules():
+        if isinstance(child, _DropoutNd):
+            child.training = False
+        elif isinstance(child, nn.MultiheadAttention | nn.RNNBase):
+            child.dropout = 0.0
 
 
 class Runner(nn.Module):
-    """A module of ours that runs what it need not have."""
+    """A module of distplat that runs modules which are not all registered as its children."""
 
     in_order: tuple[nn.Module, ...] = ()
-    """Modules that it runs, some of which are not its own."""
+    """Modules that it runs, in order; some are not its children."""
 
-    def beside(self) -> tuple[object, ...]:
-        """Give objects whose attributes it may change."""
+    def external_objects(self) -> tuple[object, ...]:
+        """Return objects outside the module whose attributes a forward may change."""
         return ()
 
 
-def _every(*modules: nn.Module) -> list[nn.Module]:
-    """Give all modules in these, and those that they run, each once."""
+def _all_modules(*modules: nn.Module) -> list[nn.Module]:
+    """Return all submodules, including those that runners run, without duplicates."""
     modules_by_id: dict[int, nn.Module] = {}
-    for one in (part for module in modules for part in module.modules()):
-        run = one.in_order if isinstance(one, Runner) else ()
-        modules_by_id |= {id(part): part for top in (one, *run) for part in top.modules()}
+    for child in (child for module in modules for child in module.modules()):
+        run = child.in_order if isinstance(child, Runner) else ()
+        modules_by_id |= {id(part): part for top in (child, *run) for part in top.modules()}
     return [*modules_by_id.values()]
 
 
-def beside(*modules: nn.Module) -> list[object]:
-    """Give the objects, each once, whose attributes the runners among modules may change."""
-    runners = (one for one in _every(*modules) if isinstance(one, Runner))
-    return [*{id(holder): holder for one in runners for holder in one.beside()}.values()]
+def external_objects(*modules: nn.Module) -> list[object]:
+    """Return the external objects of all runners among modules, without duplicates."""
+    runners = (module for module in _all_modules(*modules) if isinstance(module, Runner))
+    objects = (obj for runner in runners for obj in runner.external_objects())
+    return [*{id(obj): obj for obj in objects}.values()]
 
 
 class ModuleSnapshot:
     """
-    What modules hold now.
+    The state of modules at one moment.
 
     Args:
-        modules: with the names that `changed` is to give.
-        trained: whether `changed` is to tell of trained parameters that were written.
+        modules: with the names that `changed` reports.
+        trained: whether `changed` also reports written trained parameters.
     """
 
     def __init__(self, modules: Iterable[tuple[str, nn.Module]], *, trained: bool = False) -> None:
-        self._modules = {id(one): (name, one, _attributes(one)) for name, one in modules}
+        self._modules = {id(m): (name, m, _attributes(m)) for name, m in modules}
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}
-        self._wanted: dict[int, tuple[Tensor, bool]] = {}
+        self._requires_grad: dict[int, tuple[Tensor, bool]] = {}
         self._marks: dict[int, tuple[Tensor, object]] = {}
         for tensor in self._tensors():
             if tensor.is_meta or tensor.layout is not torch.strided or not tensor.is_leaf:
                 continue
-            self._wanted[id(tensor)] = tensor, tensor.requires_grad
+            self._requires_grad[id(tensor)] = tensor, tensor.requires_grad
             if not (isinstance(tensor, nn.Parameter) and tensor.requires_grad):
                 self._copies[id(tensor)] = tensor, tensor.detach().clone()
             elif trained:
                 self._marks[id(tensor)] = tensor, mark_of(tensor)
 
     def changed(self) -> list[str]:
-        """Give the names of what is another than it was, in the order of the modules."""
-        written = {key for key, (one, copied) in self._copies.items() if not _equal(one, copied)}
-        written |= {
-            key for key, (one, wanted) in self._wanted.items() if _freeze_changed(one, wanted)
-        }
-        written |= {key for key, (one, mark) in self._marks.items() if mark_of(one) != mark}
+        """Return the names of changed attributes and tensors, in the order of the modules."""
+        written = {key for key, (t, copied) in self._copies.items() if not _equal(t, copied)}
+        written |= {key for key, (t, old) in self._requires_grad.items() if _freeze_changed(t, old)}
+        written |= {key for key, (t, mark) in self._marks.items() if mark_of(t) != mark}
         return [
             f"{path}.{name}".lstrip(".")
-            for path, module, held in self._modules.values()
-            for name in _differing(held, vars(module), written)
+            for path, module, attributes in self._modules.values()
+            for name in _changed_names(attributes, vars(module), written)
         ]
 
     @torch.no_grad()
-    def put_back(self) -> None:
-        """Have modules hold what they held; trained parameters keep their values."""
-        for _, module, held in self._modules.values():
+    def restore(self) -> None:
+        """Restore the modules' state, except the values of trained parameters."""
+        for _, module, attributes in self._modules.values():
             now = vars(module)
-            for name in now.keys() - held.keys() - {"training"}:
+            for name in now.keys() - attributes.keys() - {"training"}:
                 del now[name]
-            _restore_attributes(module, held)
-        for tensor, wanted in self._wanted.values():
-            if _freeze_changed(tensor, wanted):
-                tensor.requires_grad_(wanted)
+            _restore_attributes(module, attributes)
+        for tensor, requires_grad in self._requires_grad.values():
+            if _freeze_changed(tensor, requires_grad):
+                tensor.requires_grad_(requires_grad)
         for tensor, copied in self._copies.values():
             if not _equal(tensor, copied):
                 fill(tensor, copied)
 
     def _tensors(self) -> Iterator[Tensor]:
-        for _, _, held in self._modules.values():
-            for value, content in held.values():
-                every = [value] if content is None else _parts(content).values()
-                yield from (one for one in every if isinstance(one, Tensor))
+        for _, _, attributes in self._modules.values():
+            for value, content in attributes.values():
+                values = [value] if content is None else _items(content).values()
+                yield from (item for item in values if isinstance(item, Tensor))
 
 
-def _attributes(holder: object, left_out: Container[str] = ("training",)) -> Attributes:
+def _attributes(holder: object, excluded: Container[str] = ("training",)) -> Attributes:
     return {
         name: (value, copy.copy(value) if type(value) in _CONTAINERS else None)
         for name, value in vars(holder).items()
-        if name not in left_out
+        if name not in excluded
     }
 
 
-def _differing(held: Attributes, now: Mapping[str, Any], written: set[int]) -> Iterator[str]:
-    """Give the names of attributes that differ, of parameters, buffers and modules their own."""
-    yield from sorted(now.keys() - held.keys() - {"training"})
-    for name, (value, content) in held.items():
-        if name not in now or not _same(value, now[name]) or id(value) in written:
+def _changed_names(old: Attributes, now: Mapping[str, Any], written: set[int]) -> Iterator[str]:
+    """Yield the names of changed attributes; for `_OWN` attributes, of their changed entries."""
+    yield from sorted(now.keys() - old.keys() - {"training"})
+    for name, (value, content) in old.items():
+        if name not in now or not _unchanged(value, now[name]) or id(value) in written:
             yield name
         elif content is not None:
-            old, new = _parts(content), _parts(now[name])
-            keys = [key for key in {**old, **new} if _differs(old, new, key, written)]
+            items, new = _items(content), _items(now[name])
+            keys = [key for key in {**items, **new} if _item_changed(items, new, key, written)]
             yield from map(str, keys) if name in _OWN else [name][: len(keys)]
 
 
-def _parts(content: Any) -> dict[Any, Any]:
-    """Give what a container holds by key or index."""
+def _items(content: Any) -> dict[Any, Any]:
+    """Return a container's items by key or index."""
     return dict(content) if isinstance(content, dict) else dict(enumerate(content))
 
 
-def _differs(old: Mapping[Any, Any], new: Mapping[Any, Any], key: Any, written: set[int]) -> bool:
-    both = key in old and key in new
-    return not both or not _same(old[key], new[key]) or id(new[key]) in written
+def _item_changed(
+    old: Mapping[Any, Any], new: Mapping[Any, Any], key: Any, written: set[int]
+) -> bool:
+    in_both = key in old and key in new
+    return not in_both or not _unchanged(old[key], new[key]) or id(new[key]) in written
 
 
-def _same_content(one: Any, other: Any) -> bool:
-    old, new = _parts(one), _parts(other)
-    return [*old] == [*new] and all(map(_same, old.values(), new.values()))
+def _equal_content(first: Any, second: Any) -> bool:
+    old, new = _items(first), _items(second)
+    return [*old] == [*new] and all(map(_unchanged, old.values(), new.values()))
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two are one object, or equal numbers or strings."""
-    if one is other:
+def _unchanged(old: Any, new: Any) -> bool:
+    """Return whether two values are the same object, or equal numbers or strings."""
+    if old is new:
         return True
-    return type(one) is type(other) and type(one) in _PLAIN and bool(one == other)
+    return type(old) is type(new) and type(old) in _PLAIN and bool(old == new)
 
 
-def _restore_attributes(holder: object, held: Attributes) -> None:
-    """Have an object's attributes be these; it may have others, too."""
-    for name, (value, content) in held.items():
+def _restore_attributes(holder: object, attributes: Attributes) -> None:
+    """Restore an object's attributes; new ones are not removed."""
+    for name, (value, content) in attributes.items():
         vars(holder)[name] = value
-        if content is not None and not _same_content(content, value):
-            _refill(value, content)
+        if content is not None and not _equal_content(content, value):
+            _set_content(value, content)
 
 
-def _refill(container: Any, content: Any) -> None:
-    """Have a container, which others may hold as well, contain this."""
+def _set_content(container: Any, content: Any) -> None:
+    """Replace a container's content in place, since it may be referenced elsewhere."""
     container.clear()
     if isinstance(container, dict | set):
         container.update(content)
@@ -210,13 +211,13 @@ def _refill(container: Any, content: Any) -> None:
         container.extend(content)
 
 
-def _freeze_changed(tensor: Tensor, wanted: bool) -> bool:
-    """Whether a tensor was frozen or unfrozen; one that was computed is none of the model's."""
-    return tensor.is_leaf and tensor.requires_grad != wanted
+def _freeze_changed(tensor: Tensor, requires_grad: bool) -> bool:
+    """Return whether a leaf tensor was frozen or unfrozen."""
+    return tensor.is_leaf and tensor.requires_grad != requires_grad
 
 
 def mark_of(tensor: Tensor) -> object:
-    """Give what tells of a write: the counter, and for one through `.data` the sum."""
+    """Return a value that changes with a write: the version, and the sum for `.data` writes."""
     if tensor.is_meta or tensor.layout is not torch.strided:
         return tensor._version
     return tensor._version, str(tensor.detach().sum().item())
@@ -229,68 +230,67 @@ def _equal(tensor: Tensor, copied: Tensor) -> bool:
     return torch.equal(bits_of(tensor), bits_of(copied))
 
 
-class ReadAgain:
+class AttributeReplay:
     """
-    Has a second forward find the attributes that the first one found, and leave no trace in them.
+    Lets a recomputing forward read the first forward's attributes, and discards its changes.
 
-    A counter would be a step ahead, and count twice. So would one of what a `Runner` has beside. A
-    context, to be entered once for each time
-    that activations are computed again.
+    Otherwise a counter would be one step ahead, and count twice; this includes the external objects
+    of a `Runner`. The context is entered once for each recomputation.
 
     Args:
         module: before the first forward.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._holders = [*_every(module), *beside(module)]
-        self._found = self._values()
+        self._holders = [*_all_modules(module), *external_objects(module)]
+        self._before = self._snapshot()
 
     def __enter__(self) -> None:
-        self._after = self._values()
-        self._restore_attributes(self._found)
+        self._after = self._snapshot()
+        self._restore_attributes(self._before)
 
     def __exit__(self, *error: object) -> None:
         self._restore_attributes(self._after)
 
-    def _values(self) -> list[Attributes]:
-        return [_attributes(one, MODULE_VARS) for one in self._holders]
+    def _snapshot(self) -> list[Attributes]:
+        return [_attributes(holder, MODULE_VARS) for holder in self._holders]
 
     def _restore_attributes(self, values: list[Attributes]) -> None:
-        for holder, held in zip(self._holders, values, strict=True):
-            _restore_attributes(holder, held)
+        for holder, attributes in zip(self._holders, values, strict=True):
+            _restore_attributes(holder, attributes)
 
 
 @contextmanager
 def preserve_attributes(*holders: object) -> Iterator[None]:
-    """Have objects' attributes, and what containers among them contain, be as before at the end."""
-    before = [(one, _attributes(one, ())) for one in holders]
+    """Restore objects' attributes, and the content of containers among them, at the end."""
+    before = [(holder, _attributes(holder, ())) for holder in holders]
     try:
         yield
     finally:
-        for one, held in before:
-            for name in vars(one).keys() - held.keys():
-                del vars(one)[name]
-            _restore_attributes(one, held)
+        for holder, attributes in before:
+            for name in vars(holder).keys() - attributes.keys():
+                del vars(holder)[name]
+            _restore_attributes(holder, attributes)
 
 
 @contextmanager
-def untouched(*modules: nn.Module) -> Iterator[None]:
+def preserve_state(*modules: nn.Module) -> Iterator[None]:
     """
-    Try modules in evaluation mode; modes, what they hold and torch's generators stay.
+    Put modules into evaluation mode; restore modes, state and torch's generators at the end.
 
-    So does what a `Runner` among them runs, and has beside.
+    This includes the modules that a `Runner` runs, and its external objects.
     """
-    every = _every(*modules)
-    modes = [(one, one.training) for one in every]
-    held = ModuleSnapshot(("", one) for one in every)
-    tensors = (t for one in every for t in (*one.parameters(), *one.buffers()))
+    all_modules = _all_modules(*modules)
+    modes = [(module, module.training) for module in all_modules]
+    snapshot = ModuleSnapshot(("", module) for module in all_modules)
+    tensors = (t for module in all_modules for t in (*module.parameters(), *module.buffers()))
     devices = sorted({t.device.index for t in tensors if t.is_cuda})
-    with torch.random.fork_rng(devices=devices), preserve_attributes(*beside(*modules)):
-        for one in every:
-            one.training = False
+    with torch.random.fork_rng(devices=devices), preserve_attributes(*external_objects(*modules)):
+        for module in all_modules:
+            module.training = False
         try:
             yield
         finally:
-            for one, training in modes:
-                one.training = training
-            held.put_back()
+            for module, training in modes:
+                module.training = training
+            snapshot.restore()

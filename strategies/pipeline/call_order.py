@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from distplat.strategies.collective import Collective, broadcast_value, gather_values
-from distplat.strategies.model.block_layers import CallOrder, beside_blocks, list_of_blocks
+from distplat.strategies.model.block_layers import CallOrder, list_of_blocks, modules_around_blocks
 from distplat.strategies.model.model_call import ModelCall
-from distplat.strategies.model.trials import preserve_attributes, untouched
+from distplat.strategies.model.trials import preserve_attributes, preserve_state
 from distplat.strategies.pipeline.values import clone_tensors, move_tensors
 from distplat.strategies.task import Task, overrides
 
@@ -80,7 +80,7 @@ def call_order_of(model: nn.Module, call: ModelCall, inputs: Callable[[], Any]) 
     with preserve_attributes(*call.holders):
         behind = _called_behind(model, blocks, lambda: call(model, _load_inputs(model, inputs)))
     order = {}
-    for name, child, registered in beside_blocks(model, path):
+    for name, child, registered in modules_around_blocks(model, path):
         parts = [behind[id(module)] for module in child.modules() if id(module) in behind]
         if parts and all(parts) != registered:
             order[name] = all(parts)
@@ -108,7 +108,7 @@ def _called_behind(
     hook = partial(record, [])
     handles = [module.register_forward_pre_hook(hook) for module in model.modules()]
     try:
-        with untouched(model):
+        with preserve_state(model):
             run()
     except Exception:  # raised by user code; training or the layer check reports it
         return {}

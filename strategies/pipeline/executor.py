@@ -30,7 +30,7 @@ from distplat.strategies.algorithms.pipeline_schedule import (
 )
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.model_call import Batch
-from distplat.strategies.model.trials import untouched
+from distplat.strategies.model.trials import preserve_state
 from distplat.strategies.pipeline.channel import Channel
 from distplat.strategies.pipeline.forward_writes import ForwardWrites
 from distplat.strategies.pipeline.interfaces import BackwardListener, Source, TraceSpan
@@ -459,7 +459,7 @@ class Executor:
             if self._context.channel.varies:
                 return
             self._set_mode(training=False)
-            with untouched(*self._context.chunks.values()):
+            with preserve_state(*self._context.chunks.values()):
                 self._pass_through(source, size, first[size])
             self._sizes.add(size)
 

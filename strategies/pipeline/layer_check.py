@@ -22,9 +22,9 @@ from distplat.strategies.model.model_call import ModelCall
 from distplat.strategies.model.trials import (
     Runner,
     WithoutDropout,
+    disable_dropout,
     preserve_attributes,
-    stop_dropping,
-    untouched,
+    preserve_state,
 )
 from distplat.strategies.pipeline.limits import leaves, pipeline_error
 from distplat.strategies.pipeline.values import clone_tensors, move_tensors, tensor_leaves
@@ -100,12 +100,12 @@ class _Trial:
             function: may write into its inputs.
             seed: for random numbers.
         """
-        with untouched(*self._modules), preserve_rng_state(), torch.enable_grad():
+        with preserve_state(*self._modules), preserve_rng_state(), torch.enable_grad():
             seed_quickly(seed)
             for module in self._modules:
                 for part in module.modules():
                     part.training = self._training
-                stop_dropping(module)
+                disable_dropout(module)
             with WithoutDropout() if self._training else nullcontext():
                 return function(clone_tensors(self._inputs))
 
@@ -164,8 +164,8 @@ def _run_layers(model: nn.Module, layers: Sequence[Layer], value: Any) -> Any:
     try:
         for layer in layers:
             # Each stage has its own task object, which may hold state.
-            beside = layer.module.beside() if isinstance(layer.module, Runner) else ()
-            with preserve_attributes(*beside):
+            objects = layer.module.external_objects() if isinstance(layer.module, Runner) else ()
+            with preserve_attributes(*objects):
                 value = layer.module(value)
     except SpecError:
         raise

@@ -24,12 +24,12 @@ from distplat.strategies.loop.collate import to_device
 from distplat.strategies.loop.prepared import Prepared
 from distplat.strategies.model.block_layers import CallOrder
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.layers import Layer, tracing
+from distplat.strategies.model.layers import TRACE_LOCK, Layer
 from distplat.strategies.model.meta import materialise
 from distplat.strategies.model.model_call import ModelCall
 from distplat.strategies.model.module_options import checkpointed_modules, compile_calls
 from distplat.strategies.model.sync_batch_norm import refuse_sync_batch_norm
-from distplat.strategies.model.trials import untouched
+from distplat.strategies.model.trials import preserve_state
 from distplat.strategies.pipeline.call_order import agree_on_order, call_order_of, has_order
 from distplat.strategies.pipeline.executor import training_plan
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
@@ -355,7 +355,7 @@ class _Partitioner:
             return part, {} if group is None else {0: _broadcast(self._samples(), group)}
         layers = layers_for(task, model, order)
         if self._group.rank == 0 and seed is None:
-            with tracing:
+            with TRACE_LOCK:
                 check_layers(model, layers, lambda: check_inputs(self._samples()), ModelCall(task))
         points = self.agree_on_points(layers, None)
         own_stages = range(position.stage, options.virtual_stages, options.pipeline)
@@ -363,7 +363,7 @@ class _Partitioner:
         if group is not None:
             samples = _broadcast(check_inputs(self._samples()), group)
             starts = {stage: [0, *points][stage] for stage in own_stages}
-            with tracing:
+            with TRACE_LOCK:
                 inputs = _inputs_of(layers, starts, samples)
         part = build_part(layers, points, own_stages, recompute=recompute, seed=seed, device=device)
         return part, inputs
@@ -463,7 +463,7 @@ def _inputs_of(layers: Sequence[Layer], starts: Mapping[int, int], inputs: Any) 
     needed = layers[: max(starts.values())]
     device = tensor_leaves(inputs)[0].device
     values = move_tensors(inputs, next((p.device for p in layers[0].module.parameters()), device))
-    with untouched(*(layer.module for layer in needed)):
+    with preserve_state(*(layer.module for layer in needed)):
         for number in range(len(needed) + 1):
             inputs_by_stage |= {
                 virtual_stage: clone_tensors(values)

@@ -286,7 +286,7 @@ class WholeModelChunk(Runner, Chunk):
         self.model, self._call, self.recompute = model, call, recompute
 
     @override
-    def beside(self) -> tuple[object, ...]:
+    def external_objects(self) -> tuple[object, ...]:
         return self._call.holders
 
     @override

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from distplat.platform.errors import DistplatError, Problem, SpecError
-from distplat.strategies.model.trials import WithoutDropout, stop_dropping, untouched
+from distplat.strategies.model.trials import WithoutDropout, disable_dropout, preserve_state
 from distplat.strategies.pipeline.layer_check import (
     NamedGradients,
     all_close,
@@ -97,9 +97,9 @@ class SlicingTrial:
     def _run(self, virtual_stage: int, seed: int, *, training: bool) -> tuple[Any, NamedGradients]:
         """Return a chunk's outputs, and gradients of the parameters that stay whole."""
         chunk = self._chunks[virtual_stage]
-        with untouched(chunk), WithoutDropout():
+        with preserve_state(chunk), WithoutDropout():
             chunk.set_mode(training=training)
-            stop_dropping(chunk)
+            disable_dropout(chunk)
             outputs = chunk.run(clone_tensors(self._inputs[virtual_stage]), seed)
             named = dict(self._module.named_parameters())
             trained = {name: named[name] for name in self._whole if named[name].requires_grad}

@@ -51,7 +51,7 @@ from distplat.strategies.server.store import (
 from distplat.strategies.sparse.files import PartSource, packed_part
 from distplat.strategies.sparse.routing import server_of
 from distplat.strategies.sparse.saved import copies_of, fill
-from distplat.strategies.sparse.table import RowGradients, Table, make_rule
+from distplat.strategies.sparse.table import RowGradients, Table, build_rule
 
 _CREATED_AT_ONCE = 1 << 16
 
@@ -318,7 +318,7 @@ class TableStore(ServerStore, ReplicatedStore):
 
     def _build_table(self, plan: TablePlan, spec: TableSpec) -> Table:
         assert plan.job.embeddings is not None, "embedding servers need the field"
-        rule = make_rule(plan.job.embeddings.optimizer)
+        rule = build_rule(plan.job.embeddings.optimizer)
         return Table(spec, plan.job.seed, rule, rewinds=plan.rewinds)
 
     def _build_tables(

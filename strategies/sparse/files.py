@@ -1,12 +1,12 @@
 """
-Trained tables on disk: parts that are written as they come, and a list of them.
+Files of trained embedding tables: parts, and a list of tables and parts.
 
     embeddings.json                          the tables, and the files of each
     embeddings.<number>-<table>.<server>.0000.safetensors
-                                             `ids` [n] in rising order, `rows` [n, width]
+                                             `ids` [n] in ascending order, `rows` [n, width]
 
-No process holds a table to save it. What a table has not, it need not have: rows that were never
-trained follow from the seed.
+No process holds a whole table to save it. Rows that were never trained are not saved: they follow
+from the seed.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ from distplat.strategies.sparse.table import Table
 LIST_NAME = "embeddings.json"
 PART_BYTES = 64 * 2**20
 _LIST_BYTES = 64 * 2**20
-"""The largest list that is read: a million parts."""
+"""Maximum size of a list that is read: about a million parts."""
 
 
 class PartSource(Protocol):
-    """A server, asked for what it keeps; while nobody pushes."""
+    """A server from which table parts are read; no pushes may run meanwhile."""
 
     def sizes(self) -> list[tuple[TableSpec, int]]:
-        """Give every table and the number of its rows here."""
+        """Return each table, and the number of its rows on this server."""
 
     def part(self, table: int, first: int, count: int) -> bytes:
-        """Give so many rows, counted in the order of ids, as a safetensors file."""
+        """Return `count` rows from `first` on, in the order of ids, as a safetensors file."""
 
 
 def packed_part(table: Table, first: int, count: int) -> bytes:
-    """Give the rows at `first`, `first + 1`, ... in the order of ids, as a safetensors file."""
+    """Return the rows at `first`, `first + 1`, ... in the order of ids, as a safetensors file."""
     ids = table.ids()[first : first + count]
     rows = np.empty((len(ids), table.spec.width), np.float32)
     table.read(ids, rows)
@@ -57,12 +57,12 @@ def keep_tables(
     sources: Sequence[PartSource], seed: int, keep: Callable[[str, bytes], object]
 ) -> None:
     """
-    Write all tables, part by part.
+    Save all tables, part by part.
 
     Args:
         sources: the servers, in order.
         seed: of the job.
-        keep: writes a file of that name.
+        keep: writes a file of a name.
     """
     tables: dict[str, dict[str, object]] = {}
     files: dict[str, list[str]] = {}
@@ -77,20 +77,20 @@ def keep_tables(
     for name, facts in tables.items():
         facts["files"] = files[name]
     text = json.dumps({"seed": seed, "tables": list(tables.values())}, indent=2)
-    keep(LIST_NAME, text.encode())  # last: who finds it finds all
+    keep(LIST_NAME, text.encode())  # last, so that a list implies complete parts
 
 
 def _stem(number: int, table: str) -> str:
-    """Call a table's files: a name may hold anything but a dot, and be longer than a file's."""
+    """Return the file name prefix of a table, whose name may be no valid file name."""
     return f"embeddings.{number}-{re.sub(r'[^A-Za-z0-9_.-]', '_', table)[:80]}"
 
 
 def read_list(run: Path) -> tuple[int, dict[str, tuple[TableSpec, list[Path]]]]:
     """
-    Give the seed, and by name each table and its files.
+    Return the seed, and each table with its files, by name.
 
     Raises:
-        StorageError: there is no list, or it is not one of ours.
+        StorageError: the list is missing or invalid.
     """
     try:
         facts = json.loads(_list_text(run / LIST_NAME))
@@ -116,10 +116,10 @@ def _list_text(path: Path) -> bytes:
 
 def read_part(path: Path, table: Table) -> None:
     """
-    Put the rows of one file into a table.
+    Load the rows of a file into a table.
 
     Raises:
-        StorageError: it cannot be read.
+        StorageError: the file cannot be read, or does not fit the table.
     """
     check_whole_file(path)
     try:
@@ -127,15 +127,15 @@ def read_part(path: Path, table: Table) -> None:
         ids, rows = part["ids"], part["rows"]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise StorageError(f"{path} is no part of an embedding table: {error}") from error
-    if mismatch := _unlike(table.spec, ids, rows):
+    if mismatch := _mismatch(table.spec, ids, rows):
         raise StorageError(f"{path} is no part of table {table.spec.name!r}: it has {mismatch}")
     table.put(ids, rows)
 
 
-def _unlike(spec: TableSpec, ids: NDArray[Any], rows: NDArray[Any]) -> str:
-    """Say what a part has that the table cannot have; empty: nothing."""
-    kinds = ids.dtype == np.int64 and rows.dtype == np.float32
-    if not kinds or ids.ndim != 1 or rows.shape != (len(ids), spec.width):
+def _mismatch(spec: TableSpec, ids: NDArray[Any], rows: NDArray[Any]) -> str:
+    """Return what in a part does not fit the table; empty: it fits."""
+    right_dtypes = ids.dtype == np.int64 and rows.dtype == np.float32
+    if not right_dtypes or ids.ndim != 1 or rows.shape != (len(ids), spec.width):
         return f"{ids.dtype} of shape {ids.shape}, {rows.dtype} of shape {rows.shape}"
     if len(ids) and not 0 <= ids.min() <= ids.max() < (spec.rows or np.inf):
         return f"ids from {ids.min()} to {ids.max()}"

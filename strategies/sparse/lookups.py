@@ -1,12 +1,12 @@
 """
-One worker's look-ups: rows that its model asks for, and gradients that it owes for them.
+A worker's look-ups: rows that its model reads, and their gradients.
 
-Every forward pulls the rows of its ids into a small tensor; backward leaves their gradients there.
-When the step's last backward is over, what belongs to one row is added up, in the order of the
-forwards, and pushed.
+Every forward pulls the rows of its ids into a small tensor, and backward accumulates their
+gradients there. After the step's last backward, the gradients of each row are summed in the order
+of the forwards, and pushed.
 
-A table is used in a step where a backward has come to rows of it. What is pushed has an entry for
-each table that was used, without rows where no id was looked up: torch counts such steps, too.
+A table is used in a step if a backward has reached its rows. A push has an entry for each used
+table, even without rows if no id was looked up: torch counts such steps, too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from distplat.strategies.sparse.table import RowGradients
 
 @dataclass
 class _PendingGradient:
-    """One forward's rows, whose gradients are to be pushed."""
+    """A forward's rows, whose gradients will be pushed."""
 
     ids: Routed
     rows: Tensor
@@ -42,14 +42,14 @@ class _PendingGradient:
 
 class Lookups(RowSource):
     """
-    The embeddings of one worker's model.
+    The sharded embeddings of a worker's model.
 
     Args:
-        model: whose modules are looked for.
+        model: searched for embeddings.
         job: must have the field `embeddings`.
 
     Raises:
-        ValueError: the model has no table, or one that the job cannot place.
+        ValueError: the model has no table, or a table that the job's partition cannot split.
     """
 
     def __init__(self, model: nn.Module, job: Job) -> None:
@@ -57,25 +57,25 @@ class Lookups(RowSource):
         self._numbers = {module: n for n, module in enumerate(self._modules.values())}
         self.specs = tuple(module.spec(name) for name, module in self._modules.items())
         self._padding = [module.padding_idx for module in self._modules.values()]
-        self._owed: list[list[_PendingGradient]] = [[] for _ in self.specs]
-        self._made: list[tuple[Routed, RowGradients]] | None = None
+        self._pending: list[list[_PendingGradient]] = [[] for _ in self.specs]
+        self._summed: list[tuple[Routed, RowGradients]] | None = None
         self._pull_s, self._figures = 0.0, dict[str, float]()
         self._check()
 
     def connect(self, tables: Tables, total_steps: int, saved: SavedState | None = None) -> int:
         """
-        Join an attempt; `begin` must follow before the model is used.
+        Join an attempt; call `begin` before the model is used.
 
         Args:
             tables: the port.
             total_steps: of the run.
-            saved: the checkpoint to begin from.
+            saved: the checkpoint to resume from.
 
         Returns:
-            Steps that the tables have behind them, on every server.
+            Number of steps that the tables have applied, on every server.
 
         Raises:
-            SpecError: it has other tables.
+            SpecError: the checkpoint has other tables.
         """
         if saved is not None:
             saved.check_tables(self.specs)
@@ -85,52 +85,52 @@ class Lookups(RowSource):
         return steps
 
     def begin(self, version: int) -> None:
-        """Begin to serve rows, of the version after so many steps."""
+        """Start to serve rows of a version."""
         self._tables.begin(version)
         for module in self._modules.values():
             module.source = self
 
     @override
     def rows(self, module: Sharded, ids: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Rows of a table that is trained are owed a gradient."""
+        """See `RowSource`. Rows of a trained table are recorded, to push their gradients later."""
         number = self._numbers[module]
         routed, order = route(self._plan, self.specs[number], ids.numpy())
-        keep = torch.is_grad_enabled()  # of a frozen table, too: backward may read its rows
-        began = time.perf_counter()
+        keep = torch.is_grad_enabled()  # also for a frozen table: backward may read its rows
+        started = time.perf_counter()
         values = torch.from_numpy(self._tables.pull(number, routed, keep=keep))
-        self._pull_s += keep * (time.perf_counter() - began)
+        self._pull_s += keep * (time.perf_counter() - started)
         if module.padding_idx is not None:
             values[torch.from_numpy(routed.ids == module.padding_idx)] = 0.0
         if module.trained:
             values.requires_grad_()
-            self._owed[number].append(_PendingGradient(routed, values))
+            self._pending[number].append(_PendingGradient(routed, values))
         return values, None if order is None else torch.from_numpy(_inverse(order))
 
     def first_non_finite(self) -> str | None:
         """
-        Look for nan and inf in what `push` is about to send; after the step's last backward.
+        Check the gradients of the next `push` for NaN and infinity, after the last backward.
 
         Returns:
-            Table and id of the first row with one, None where there is none.
+            Table and id of the first row with such a gradient, or None.
         """
-        for _, given in self._gradients():
-            if given.values.size and not isfinite(sum(_ends(given.values))):
-                finite = np.isfinite(given.values).all(axis=1)
-                return f"{self.specs[given.table].name}, id {given.ids[finite.argmin()]}"
+        for _, rows in self._gradients():
+            if rows.values.size and not isfinite(sum(_min_max(rows.values))):
+                finite = np.isfinite(rows.values).all(axis=1)
+                return f"{self.specs[rows.table].name}, id {rows.ids[finite.argmin()]}"
         return None
 
     def push(
         self, step: int, task: int | None = None, *, skip: bool = False, scale: float = 1.0
     ) -> PendingPush:
         """
-        Begin to push what the step's backwards have left.
+        Start to push the gradients of the step's backwards.
 
         Args:
-            step: as for `Tables.push`.
-            task: as there.
-            skip: push nothing, and have all servers leave out what other ranks push for this step;
-                asynchronous tables leave out this rank's push alone.
-            scale: what gradients are multiplied by: makes them those of a weighted mean.
+            step: see `Tables.push`.
+            task: see `Tables.push`.
+            skip: push nothing, and let all servers ignore other ranks' pushes of this step;
+                asynchronous tables ignore only this rank's push.
+            scale: factor of the gradients, for a weighted mean.
         """
         gradients = [] if skip else self._gradients()
         if scale != 1.0:
@@ -146,35 +146,35 @@ class Lookups(RowSource):
         return self._tables.push(step, gradients, task, skip)
 
     def copies(self, version: int) -> ArrayRefs | None:
-        """Fetch what the servers have kept of a version, for a checkpoint; from any thread."""
+        """Fetch the servers' copies of a version, for a checkpoint; from any thread."""
         copies = self._tables.copies(version)
         return None if copies is None else [(copy.ref, copy.entries) for copy in copies]
 
     def figures(self) -> dict[str, float]:
-        """Give rows that the step just made has updated for this rank, and seconds of pulls."""
+        """Return the last step's number of updated rows of this rank, and seconds of pulls."""
         return self._figures
 
     def _clear(self) -> None:
-        self._made = None
-        for owed in self._owed:
-            owed.clear()
+        self._summed = None
+        for pending in self._pending:
+            pending.clear()
 
     def _gradients(self) -> list[tuple[Routed, RowGradients]]:
-        """Give what the step's backwards have left, an entry for each table that was used."""
-        if self._made is None:
-            self._made = []
-            for number, (spec, owed) in enumerate(zip(self.specs, self._owed, strict=True)):
-                parts = [self._without_padding(number, one.ids, one.rows.grad) for one in owed]
+        """Return the gradients of the step's backwards, an entry for each used table."""
+        if self._summed is None:
+            self._summed = []
+            for number, (spec, pending) in enumerate(zip(self.specs, self._pending, strict=True)):
+                parts = [self._without_padding(number, g.ids, g.rows.grad) for g in pending]
                 reached = [part for part in parts if part is not None]
                 if reached:
-                    routed, sums = _added_up(self._plan, spec, reached)
-                    self._made.append((routed, RowGradients(number, routed.ids, sums)))
-        return self._made
+                    routed, sums = _sum_duplicates(self._plan, spec, reached)
+                    self._summed.append((routed, RowGradients(number, routed.ids, sums)))
+        return self._summed
 
     def _without_padding(
         self, number: int, ids: Routed, gradient: Tensor | None
     ) -> tuple[Routed, NDArray[np.float32]] | None:
-        """Give ids and gradients of one forward, but for the padding; None: no backward came."""
+        """Return a forward's ids and gradients without the padding; None: no backward ran."""
         if gradient is None:
             return None
         gradients = gradient.numpy()
@@ -193,7 +193,7 @@ class Lookups(RowSource):
                 "ShardedEmbedding: remove the field, or use one"
             )
         embeddings = self._job.embeddings
-        assert embeddings is not None, "made only for jobs that have the field"
+        assert embeddings is not None, "built only for jobs that have the field"
         open_ended = [name for name, m in self._modules.items() if m.num_embeddings is None]
         if embeddings.partition == "range" and open_ended:
             raise ValueError(
@@ -202,28 +202,28 @@ class Lookups(RowSource):
             )
 
 
-@np.errstate(over="ignore", invalid="ignore")  # `first_non_finite` is there for that
-def _added_up(
+@np.errstate(over="ignore", invalid="ignore")  # `first_non_finite` reports such values
+def _sum_duplicates(
     plan: TablePlan, spec: TableSpec, parts: list[tuple[Routed, NDArray[np.float32]]]
 ) -> tuple[Routed, NDArray[np.float32]]:
-    """Sum the gradients of rows that forwards have used, in the order of the forwards."""
+    """Sum the gradients of each row, in the order of the forwards."""
     if len(parts) == 1:
         return parts[0]
-    together = torch.from_numpy(np.concatenate([ids.ids for ids, _ in parts]))
-    unique, inverse = torch.unique(together, return_inverse=True)
+    all_ids = torch.from_numpy(np.concatenate([ids.ids for ids, _ in parts]))
+    unique, inverse = torch.unique(all_ids, return_inverse=True)
     routed, order = route(plan, spec, unique.numpy())
     if order is not None:
         inverse = torch.from_numpy(_inverse(order))[inverse]
     sums = np.zeros((len(unique), spec.width), np.float32)
     first = 0
-    for ids, gradients in parts:  # within one part each id comes once
+    for ids, gradients in parts:  # ids are unique within a part
         sums[inverse[first : first + len(ids.ids)].numpy()] += gradients
         first += len(ids.ids)
     return routed, sums
 
 
-def _ends(values: NDArray[np.float32]) -> tuple[float, float]:
-    """Give least and largest element; both are nan where one is."""
+def _min_max(values: NDArray[np.float32]) -> tuple[float, float]:
+    """Return the minimum and maximum; both are NaN if an element is."""
     low, high = torch.from_numpy(values).aminmax()
     return float(low), float(high)
 
@@ -236,10 +236,10 @@ def _inverse(order: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def lookups_of(model: nn.Module, job: Job) -> Lookups | None:
     """
-    Give a model's look-ups; None where neither model nor job knows of tables.
+    Return a model's look-ups; None: neither model nor job has tables.
 
     Raises:
-        ValueError: only one of the two does, or see `Lookups`.
+        ValueError: only the model or only the job has tables, or see `Lookups`.
     """
     if job.embeddings is not None:
         return Lookups(model, job)
@@ -253,15 +253,15 @@ def lookups_of(model: nn.Module, job: Job) -> Lookups | None:
 
 class RowPush:
     """
-    One step's push of rows.
+    A step's push of rows.
 
     Args:
         lookups: the model's embedding tables.
-        steps: what becomes of steps that are not finite.
+        steps: policy for non-finite steps.
         local: this rank's control record.
         number: of the push.
-        task: what it is of, where tasks are leased.
-        weighted: whether loss() gave weights.
+        task: of the push, if tasks are leased.
+        weighted: whether loss() returned weights.
         slots: of the flat vector.
     """
 
@@ -279,16 +279,17 @@ class RowPush:
         self._number, self._task = number, task
         self._row = lookups.first_non_finite() if steps.checks else None
         self.local = local if self._row is None else replace(local, non_finite=1, slot=slots)
-        """The record, with what was found in the rows."""
+        """The control record, with the result of the check of the rows."""
         self._sent: PendingPush | None = None
         self._pushed = False
 
     def before(self, *, waits: bool) -> None:
         """
-        Have the rows leave, if they may before the gradients do.
+        Push the rows before the dense gradients, if possible.
 
         Args:
-            waits: the tables are asynchronous, and must have the rows before the gradients leave.
+            waits: the tables are asynchronous, and must have the rows before the dense gradients
+                are pushed.
         """
         if waits:
             skip = self._skips and not self.local.finite
@@ -298,13 +299,13 @@ class RowPush:
             self._push(skip=False, scale=1.0)
 
     def after(self, total: StepControl) -> None:
-        """Push the rows now, unless that was done; return when all servers have the step."""
+        """Push the rows unless `before` did; wait until all servers have the step."""
         if not self._pushed:
             self._push(skip=total.skip, scale=total.scale)
         self._wait()
 
     def name(self, index: int) -> str:
-        """Name what `StepControl.slot` counts behind the parameters: rows are all there is."""
+        """Return the name for a `StepControl.slot` after the parameters, which stands for rows."""
         return self._row or "rows of an embedding table"
 
     def _wait(self) -> None:

@@ -5,8 +5,8 @@ Embeddings whose rows live on servers: drop-ins for `nn.Embedding` and `nn.Embed
                                 │                        │
                              servers ◀── one gradient per row, duplicates summed ── backward
 
-No worker ever holds the table, no strategy ever sees it. The module's only parameter, `table`, has
-no elements: whether it requires a gradient says whether the rows are trained.
+No worker holds the table, and strategies do not handle it. The module's only parameter, `table`,
+has no elements: its `requires_grad` says whether the rows are trained.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from distplat.platform.shard_map import TableSpec
 
 
 class RowSource(Protocol):
-    """Where a connected module gets its rows."""
+    """Source of a connected module's rows."""
 
     def rows(self, module: Sharded, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """
-        Give rows of the module's table.
+        Return rows of the module's table.
 
         Args:
-            module: who asks.
-            ids: shape [n], int64 on the CPU, each once.
+            module: owner of the table.
+            ids: shape [n], int64 on the CPU, unique.
 
         Returns:
-            The rows, shape [n, embedding_dim], on the CPU: their gradient reaches the servers.
-            And the index of each id among them, shape [n]; None: they are in the ids' order.
+            The rows, shape [n, embedding_dim], on the CPU: their gradient is sent to the servers.
+            And the index of each id among the rows, shape [n]; None: rows are in the ids' order.
         """
 
 
 class Sharded(nn.Module):
-    """What both modules share: the table's facts, and the way to its rows."""
+    """Base of both modules: the table's properties, and access to its rows."""
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class Sharded(nn.Module):
         self._check()
         if padding_idx is not None and padding_idx < 0:
             self.padding_idx = padding_idx + (num_embeddings or 0)
-        self.source: RowSource | None = None  #: set while a run, or a loaded model, is at work
+        self.source: RowSource | None = None  #: set by a run, or by `connect`
         self.table = nn.Parameter(torch.empty(0))
 
     def spec(self, name: str) -> TableSpec:
-        """Give what servers need to know of the table, which has this name."""
+        """Return the specification of the table, for servers."""
         return TableSpec(name, self.num_embeddings, self.embedding_dim, self.init_std, self.whole)
 
     def _check(self) -> None:
@@ -79,20 +79,20 @@ class Sharded(nn.Module):
 
     @property
     def trained(self) -> bool:
-        """Whether a look-up now leaves gradients, as it would for `nn.Embedding`."""
+        """Whether a look-up now records gradients, as for `nn.Embedding`."""
         return torch.is_grad_enabled() and self.table.requires_grad
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Save the module, but not `table`, which has nothing to save."""
+        """Save the module without `table`, which is empty."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[f"{prefix}table"]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Load the module; `table` is not missed."""
+        """Load the module; a state dict has no `table`."""
         super()._load_from_state_dict({**state_dict, f"{prefix}table": self.table}, prefix, *args)
 
     def _look_up(self, ids: Tensor) -> tuple[Tensor, Tensor, int | None]:
-        """Give the batch's rows, the index of each id among them, and that of the padding."""
+        """Return the batch's rows, the index of each id among them, and of the padding."""
         if self.source is None:
             raise RuntimeError(
                 "this embedding has no rows yet: they live on servers. Train with the job's "
@@ -103,14 +103,14 @@ class Sharded(nn.Module):
         unique, inverse = torch.unique(ids.detach().to("cpu", torch.int64), return_inverse=True)
         self._check_range(unique)
         rows, order = self.source.rows(self, unique)
-        wanted = -1 if self.padding_idx is None else self.padding_idx  # -1: no id is
-        padding = (unique == wanted).nonzero().flatten()
+        padding_id = -1 if self.padding_idx is None else self.padding_idx  # ids are never -1
+        padding = (unique == padding_id).nonzero().flatten()
         if order is not None:
             inverse, padding = order[inverse], order[padding]
         return rows.to(ids.device), inverse.to(ids.device), int(padding) if len(padding) else None
 
     def _check_range(self, unique: Tensor) -> None:
-        """Ids come sorted: the ends tell."""
+        """Check that sorted ids are in range, by the first and the last."""
         if len(unique) == 0:
             return
         low, high = int(unique[0]), int(unique[-1])
@@ -120,7 +120,7 @@ class Sharded(nn.Module):
             raise IndexError(f"id {wrong} is out of range: allowed are {allowed}")
 
     def extra_repr(self) -> str:
-        """Give what `nn.Embedding` shows."""
+        """Return the same text as `nn.Embedding`."""
         padding = f", padding_idx={self.padding_idx}" if self.padding_idx is not None else ""
         return f"{self.num_embeddings}, {self.embedding_dim}{padding}"
 
@@ -130,19 +130,19 @@ class ShardedEmbedding(Sharded):
     `nn.Embedding` with its rows on servers.
 
     Args:
-        num_embeddings: ids go from 0 to one less; None: any id that is not negative.
+        num_embeddings: number of rows, with ids from 0; None: any non-negative id.
         embedding_dim: elements of a row, float32.
         padding_idx: an id whose row is zero and stays zero.
-        init_std: standard deviation of a row's first values (torch's is 1).
-        whole: have all rows from the start, in memory and in the saved table; else a row comes
-            with its first gradient.
+        init_std: standard deviation of a row's initial values (torch's is 1).
+        whole: create all rows at the start, in memory and in the saved table; otherwise a row is
+            created by its first gradient.
 
     Raises:
-        ValueError: an argument that makes no sense.
+        ValueError: an invalid argument.
     """
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Give the rows of ids: shape [...] -> [..., embedding_dim]."""
+        """Return the rows of ids: shape [...] -> [..., embedding_dim]."""
         rows, inverse, padding = self._look_up(ids)
         return nn.functional.embedding(inverse, rows, padding)
 
@@ -161,7 +161,7 @@ class ShardedEmbeddingBag(Sharded):
         whole: see there.
 
     Raises:
-        ValueError: an argument that makes no sense.
+        ValueError: an invalid argument.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class ShardedEmbeddingBag(Sharded):
 
         Args:
             ids: shape [bags, ids of a bag], or [n] with `offsets`.
-            offsets: shape [bags]: where each bag begins in `ids`.
+            offsets: shape [bags]: start of each bag in `ids`.
             per_sample_weights: shape of `ids`; only for `sum`.
 
         Returns:
@@ -207,11 +207,11 @@ class ShardedEmbeddingBag(Sharded):
 
 
 def dense_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Give the parameters that lie in the model, with their names: all but those of tables."""
+    """Return the model's named parameters without those of embedding tables."""
     tables = {id(module.table) for module in tables_of(model).values()}
     return ((name, p) for name, p in model.named_parameters() if id(p) not in tables)
 
 
 def tables_of(model: nn.Module) -> dict[str, Sharded]:
-    """Give the embeddings of a model by their paths in it; one that is used twice, once."""
+    """Return the sharded embeddings of a model by their paths, without duplicates."""
     return {name: m for name, m in model.named_modules() if isinstance(m, Sharded)}

@@ -1,4 +1,4 @@
-"""Which server keeps a row, and the order in which a worker asks for rows."""
+"""Assignment of rows to servers, and the order of ids in a request."""
 
 from dataclasses import dataclass
 
@@ -11,25 +11,25 @@ from distplat.strategies.algorithms.seeds import GOLDEN, mix
 
 @dataclass(frozen=True)
 class Routed:
-    """Ids in the order of the servers that keep them, each once."""
+    """Unique ids in the order of the servers that store them."""
 
     ids: NDArray[np.int64]
     """Shape [n]."""
     cuts: tuple[int, ...]
-    """Server k has those from `cuts[k]` to `cuts[k + 1]`."""
+    """Server k stores the ids from `cuts[k]` to `cuts[k + 1]`."""
 
     def part(self, server: int) -> slice:
-        """Give the slice of one server's ids."""
+        """Return the slice of a server's ids."""
         return slice(self.cuts[server], self.cuts[server + 1])
 
 
 def server_of(plan: TablePlan, table: TableSpec, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Give the server of each id, shape [n]; a pure function, so nobody keeps a directory."""
+    """Return the server of each id, shape [n]; a pure function, so no directory is needed."""
     servers = plan.servers
     if plan.job.embeddings is not None and plan.job.embeddings.partition == "range":
-        assert table.rows is not None, "checked when the model was looked at"
+        assert table.rows is not None, "checked by `Lookups`"
         return np.minimum(ids // -(-table.rows // servers), servers - 1)
-    # High bits: the row index of a server goes by the low ones.
+    # High bits, because a server's row index uses the low bits.
     high = mix(ids.astype(np.uint64) + GOLDEN) >> np.uint64(33)
     return (high % np.uint64(servers)).astype(np.int64)
 
@@ -38,15 +38,15 @@ def route(
     plan: TablePlan, table: TableSpec, ids: NDArray[np.int64]
 ) -> tuple[Routed, NDArray[np.int64] | None]:
     """
-    Bring ids into the order of their servers.
+    Sort ids by their servers.
 
     Args:
-        plan: number of servers and partition count.
-        table: whose ids they are.
-        ids: shape [n], each once.
+        plan: number of servers and partition.
+        table: of the ids.
+        ids: shape [n], unique.
 
     Returns:
-        The ids, and where in `ids` each of them stood; None: they are in order as they came.
+        The sorted ids, and the index of each in `ids`; None: the order is unchanged.
     """
     if plan.servers == 1:
         return Routed(ids, (0, len(ids))), None

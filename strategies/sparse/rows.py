@@ -1,4 +1,4 @@
-"""Rows of one server: their index by id, their memory, and the first values of a row."""
+"""Rows of a server: their index by id, their memory, and the initial values of a row."""
 
 import mmap
 import zlib
@@ -12,7 +12,7 @@ from distplat.platform.shard_map import TableSpec
 from distplat.strategies.algorithms.seeds import GOLDEN, mix
 
 _BLOCK = 1 << 15
-"""Elements made at a time: the numbers between stay in the cache."""
+"""Number of elements generated at a time, so that intermediate values stay in the cache."""
 _LOW = np.uint64(0x0000FFFF0000FFFF)
 _MEAN = 2 * 65535
 _SIGMA = 2 * ((65536**2 - 1) / 12) ** 0.5
@@ -20,14 +20,14 @@ _SIGMA = 2 * ((65536**2 - 1) / 12) ** 0.5
 
 def initial_rows(table: TableSpec, seed: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     """
-    Give the first values of rows.
+    Return the initial values of rows.
 
-    Each is the sum of four uniform numbers: like a normal one of `table.std` that never goes
-    beyond 3.5 of it.
+    Each value is a sum of four uniform numbers, which approximates a normal distribution with
+    standard deviation `table.std`, truncated at 3.5 standard deviations.
 
     Args:
-        table: name, width and std count.
-        seed: the job's.
+        table: its name, width and std determine the values.
+        seed: of the job.
         ids: shape [n].
 
     Returns:
@@ -57,9 +57,9 @@ _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 class Rows:
     """
-    An array of shape [count, width], which the kernel moves when it grows.
+    An array of shape [count, width] that grows by `mremap`, without copying.
 
-    Memory that was reserved ahead is not used before it is written to.
+    Memory reserved in advance is not allocated before the first write.
 
     Args:
         width: elements of a row.
@@ -71,7 +71,7 @@ class Rows:
         self._row = np.dtype((np.void, 4 * width))
         self._memory = mmap.mmap(-1, _PAGE, flags=_PRIVATE)
         self._count = 0
-        self._look()
+        self._map_array()
 
     @property
     def array(self) -> NDArray[np.float32]:
@@ -86,23 +86,23 @@ class Rows:
             slots: shape [n].
             values: shape [n, width].
         """
-        # A row in one piece: numpy then copies it in one go, not element by element.
-        whole = np.ascontiguousarray(values).reshape(-1).view(self._row)
-        self.array.reshape(-1).view(self._row)[slots] = whole
+        # With a row as one element, numpy copies whole rows instead of single floats.
+        rows = np.ascontiguousarray(values).reshape(-1).view(self._row)
+        self.array.reshape(-1).view(self._row)[slots] = rows
 
     def grow(self, count: int) -> None:
-        """Have so many rows, not fewer than before."""
+        """Grow to `count` rows, at least as many as before."""
         before, self._count = self._count, count
         if count > len(self._array):
-            del self._array  # the kernel may move the memory only while nobody looks at it
+            del self._array  # resize() fails while a view of the memory exists
             rows = count + count // 4
             self._memory.resize(-(-rows * self.width * 4 // _PAGE) * _PAGE)
-            self._look()
+            self._map_array()
         if self._fill:
             self._array[before:count] = self._fill
 
-    def _look(self) -> None:
-        self._memory.madvise(mmap.MADV_HUGEPAGE)  # rows are read here and there
+    def _map_array(self) -> None:
+        self._memory.madvise(mmap.MADV_HUGEPAGE)  # row accesses are random
         elements = len(self._memory) // 4
         rows = elements // self.width
         flat = np.frombuffer(self._memory, np.float32, count=rows * self.width)
@@ -112,14 +112,14 @@ class Rows:
 _FREE = -1
 _SMALLEST = 1 << 10
 MOST_BY_ARRAY = 1 << 25
-"""Ids that an array may have, 4 bytes each; of pages without an id that is here, none is used."""
+"""Maximum `rows` of an `ArrayIndex`, 4 bytes each; pages without a stored id are not allocated."""
 
 Ids = NDArray[np.int64]
 Slots = NDArray[np.int64]
 
 
 class RowIndex(ABC):
-    """Gives each id a slot, in the order in which they are added."""
+    """Maps ids to slots, which are numbered in the order of insertion."""
 
     def __init__(self) -> None:
         self._ids = np.empty(0, np.int64)  #: by slot
@@ -135,19 +135,19 @@ class RowIndex(ABC):
 
     @abstractmethod
     def find(self, ids: Ids) -> Slots:
-        """Give the ids' slots, shape [n]; -1 for an id that was never added."""
+        """Return the ids' slots, shape [n]; -1 for an unknown id."""
 
     @abstractmethod
     def add(self, ids: Ids) -> Slots:
         """
-        Add ids, and give their slots.
+        Add ids, and return their slots.
 
         Args:
-            ids: shape [n]; each once, none of them added before.
+            ids: shape [n]; unique, and not added before.
         """
 
     def _append(self, ids: Ids) -> int:
-        """Give the first one's slot."""
+        """Append ids, and return the slot of the first."""
         first, self._count = self._count, self._count + len(ids)
         if self._count > len(self._ids):
             self._ids = np.resize(self._ids, max(_SMALLEST, self._count * 5 // 4))
@@ -155,13 +155,13 @@ class RowIndex(ABC):
         return first
 
 
-def make_index(rows: int | None) -> RowIndex:
-    """Make the index of a table with ids below `rows`; None: any that is not negative."""
+def build_index(rows: int | None) -> RowIndex:
+    """Build the index of a table with ids below `rows`; None: any non-negative id."""
     return HashIndex() if rows is None or rows > MOST_BY_ARRAY else ArrayIndex(rows)
 
 
 class ArrayIndex(RowIndex):
-    """Where rows lie, for ids below `rows`: an array."""
+    """Index for ids below `rows`: an array."""
 
     def __init__(self, rows: int) -> None:
         super().__init__()
@@ -181,21 +181,21 @@ class ArrayIndex(RowIndex):
 
 
 class HashIndex(RowIndex):
-    """Where rows lie, for any ids: a hash table."""
+    """Index for any ids: a hash table with open addressing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._make(_SMALLEST)
+        self._allocate(_SMALLEST)
 
     @override
     def find(self, ids: Ids) -> Slots:
         positions = self._first_positions(ids)
-        slots_of_ids, pending = self._look(ids, positions)
+        slots_of_ids, pending = self._probe(ids, positions)
         while len(pending):
             positions[pending] = (positions[pending] + 1) & self._mask
-            slots, still = self._look(ids[pending], positions[pending])
+            slots, collisions = self._probe(ids[pending], positions[pending])
             slots_of_ids[pending] = slots
-            pending = pending[still]
+            pending = pending[collisions]
         return slots_of_ids
 
     @override
@@ -205,20 +205,22 @@ class HashIndex(RowIndex):
             size = self._mask + 1
             while 2 * self._count > size:
                 size *= 2
-            self._make(size)
+            self._allocate(size)
             self._insert(self.ids, 0)
         else:
             self._insert(ids, first)
         return np.arange(first, self._count)
 
-    def _make(self, size: int) -> None:
+    def _allocate(self, size: int) -> None:
         self._mask = size - 1
         self._cells = np.full((size, 2), _FREE, np.int64)  #: (id, slot)
-        self._whole_cells = self._cells.reshape(-1).view(np.complex128)  #: 16 bytes in one piece
+        self._cell_view = self._cells.reshape(-1).view(
+            np.complex128
+        )  #: a cell as one 16-byte element
 
-    def _look(self, ids: Ids, positions: NDArray[np.int64]) -> tuple[Slots, NDArray[np.int64]]:
-        """Give the slots of ids found at these positions, else -1; and which must look further."""
-        cells = np.take(self._whole_cells, positions, mode="clip").view(np.int64).reshape(-1, 2)
+    def _probe(self, ids: Ids, positions: NDArray[np.int64]) -> tuple[Slots, NDArray[np.int64]]:
+        """Return the slots of ids at these positions, else -1; and the indices of collisions."""
+        cells = np.take(self._cell_view, positions, mode="clip").view(np.int64).reshape(-1, 2)
         keys = cells[:, 0]
         hit = keys == ids
         return np.where(hit, cells[:, 1], -1), np.flatnonzero(~hit & (keys != _FREE))
@@ -230,8 +232,8 @@ class HashIndex(RowIndex):
         slots, positions = np.arange(first_slot, first_slot + len(ids)), self._first_positions(ids)
         while len(ids):
             free = self._cells[positions, 0] == _FREE
-            self._cells[positions[free], 0] = ids[free]  # where several come to one, the last stays
-            here = self._cells[positions, 0] == ids
-            self._cells[positions[here], 1] = slots[here]
-            ids, slots = ids[~here], slots[~here]
-            positions = (positions[~here] + 1) & self._mask
+            self._cells[positions[free], 0] = ids[free]  # of several ids for a cell, the last wins
+            stored = self._cells[positions, 0] == ids
+            self._cells[positions[stored], 1] = slots[stored]
+            ids, slots = ids[~stored], slots[~stored]
+            positions = (positions[~stored] + 1) & self._mask

@@ -1,14 +1,14 @@
 """
-Embedding tables in a checkpoint: what a server gives to it, and what another takes from it.
+Embedding tables in a checkpoint: saved by servers, and loaded by the same or other servers.
 
     embeddings-<server>.safetensors
-        <table>/ids       [n] int64, in the order in which the rows came
+        <table>/ids       [n] int64, in the order in which the rows were created
         <table>/rows      [n, width] float32
         <table>/<state>   [n, width or 1] float32, for each state of the rows' optimizer
         <table>/step      int64: updates of the table, the same on all servers
 
-The files are those of the servers that wrote them; whoever reads takes the rows that are its own,
-so a run may go on with another number of servers.
+Each server writes a file. A server that loads the checkpoint reads its own rows from all files, so
+a run can continue with another number of servers.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from distplat.platform.tensor_slices import Bundle, Bytes, RawTensor, TensorEntr
 from distplat.strategies.sparse.files import read_list, read_part
 from distplat.strategies.sparse.modules import Sharded, tables_of
 from distplat.strategies.sparse.routing import server_of
-from distplat.strategies.sparse.table import Table, make_rule
+from distplat.strategies.sparse.table import Table, build_rule
 
-_AT_ONCE = 1 << 18
-"""Rows that are copied at a time when a table is filled."""
+_ROWS_AT_ONCE = 1 << 18
+"""Number of rows copied at a time when a table is filled."""
 
 
 def copies_of(tables: Sequence[Table], server: int) -> Bundle:
-    """Copy all tables of one server."""
+    """Copy all tables of a server."""
     arrays: list[Bytes] = []
     entries = []
     for table in tables:
@@ -54,43 +54,42 @@ def fill(
     table: Table, plan: TablePlan, server: int, files: Iterable[Mapping[str, RawTensor]]
 ) -> None:
     """
-    Put those rows of a checkpoint into a table that belong to one server.
+    Load a server's rows from a checkpoint into a table.
 
     Args:
-        table: empty, or with rows at their first values.
-        plan: says which rows are whose.
-        server: number of it.
+        table: empty, or with initial rows.
+        plan: assigns rows to servers.
+        server: number of the server.
         files: of all servers that wrote the checkpoint.
 
     Raises:
-        ProtocolError: the files are not those of such a table.
+        ProtocolError: the files do not contain this table.
     """
     for file in files:
         try:
             _fill(table, plan, server, file)
         except (KeyError, ValueError) as error:
-            what = f"no table {table.spec.name!r} of width {table.spec.width} in the checkpoint"
-            raise ProtocolError(f"{what}: {error}") from None
+            text = f"no table {table.spec.name!r} of width {table.spec.width} in the checkpoint"
+            raise ProtocolError(f"{text}: {error}") from None
 
 
 def _fill(table: Table, plan: TablePlan, server: int, file: Mapping[str, RawTensor]) -> None:
-    start = f"{table.spec.name}/"
-    columns = {k.removeprefix(start): _array(v) for k, v in file.items() if k.startswith(start)}
+    prefix = f"{table.spec.name}/"
+    columns = {k.removeprefix(prefix): _array(v) for k, v in file.items() if k.startswith(prefix)}
     table.updates = max(table.updates, int(columns.pop("step")))
     ids = columns.pop("ids")
     own = np.flatnonzero(server_of(plan, table.spec, ids) == server)
-    for first in range(0, len(own), _AT_ONCE):
-        some = own[first : first + _AT_ONCE]
-        table.restore(ids[some], {name: values[some] for name, values in columns.items()})
+    for first in range(0, len(own), _ROWS_AT_ONCE):
+        block = own[first : first + _ROWS_AT_ONCE]
+        table.restore(ids[block], {name: values[block] for name, values in columns.items()})
 
 
-def _array(whole: RawTensor) -> NDArray[Any]:
-    dtype = np.dtype(whole.dtype)
-    return np.frombuffer(whole.data, dtype).reshape(whole.shape)
+def _array(raw: RawTensor) -> NDArray[Any]:
+    return np.frombuffer(raw.data, np.dtype(raw.dtype)).reshape(raw.shape)
 
 
 class _SavedRows:
-    """A module's rows in this process (see `RowSource`): read, not trained."""
+    """Read-only rows in this process, see `RowSource`."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
@@ -105,25 +104,25 @@ class _SavedRows:
 
 def connect(model: nn.Module, run: str | Path | None = None, *, seed: int = 0) -> None:
     """
-    Give the embeddings of a model their rows, outside of a run; to be read, not trained.
+    Connect the embeddings of a model to read-only rows, outside of a run.
 
     Args:
-        model: built as the task builds it.
-        run: a run directory; all rows of its tables are read into this process. None: all rows
-            have their first values, for trying a model out.
-        seed: of the first values, where there is no run.
+        model: built as in the task.
+        run: a run directory; all rows of its tables are loaded into this process. None: all rows
+            have their initial values, for trying out a model.
+        seed: of the initial values, without `run`.
 
     Raises:
-        StorageError: the directory has no such tables, or not those of this model.
+        StorageError: the directory has no such tables, or tables of another model.
     """
-    seed, kept = (seed, {}) if run is None else read_list(Path(run))
+    seed, saved_tables = (seed, {}) if run is None else read_list(Path(run))
     for name, module in tables_of(model).items():
         spec = module.spec(name)
-        table = Table(spec, seed, make_rule(RowSGD(name="SGD", lr=1.0)))
+        table = Table(spec, seed, build_rule(RowSGD(name="SGD", lr=1.0)))
         if run is not None:
-            if name not in kept:
-                raise StorageError(f"{run} has no table {name!r}: {hint(name, kept)}")
-            saved_spec, files = kept[name]
+            if name not in saved_tables:
+                raise StorageError(f"{run} has no table {name!r}: {hint(name, saved_tables)}")
+            saved_spec, files = saved_tables[name]
             if saved_spec != spec:
                 raise StorageError(f"table {name!r} of {run} is another: {saved_spec}, not {spec}")
             for file in files:

@@ -1,17 +1,17 @@
 """
-One server's part of one embedding table: index, rows, optimizer state, and the way back by a step.
+A server's part of an embedding table: index, rows, optimizer state, and undo of the last update.
 
                  index            rows             states
     id 904 ──▶   slot 2   ──▶   [ . . . . ]      [ . . . . ]
-                                one line per slot, in the order in which rows came
+                                one line per slot, in the order in which rows were created
 
-A row comes into being with its first gradient. Whoever reads one before gets its first values,
-which are a pure function of seed and id, and nothing is stored: evaluations leave no trace.
+A row is created by its first gradient. A read of a missing row returns its initial values, which
+are a pure function of seed and id, and stores nothing: evaluations have no side effects.
 
-Update rules are torch's optimizers as they treat sparse gradients, and row-wise Adagrad. Only the
-rows of a step and their states are touched: what torch does for an `nn.Embedding(sparse=True)`
-under SGD, Adagrad and SparseAdam, up to rounding. SparseAdam alone counts steps, and as torch does
-it counts the table's: those in which it had a gradient.
+Update rules are torch's optimizers for sparse gradients, and row-wise Adagrad. An update changes
+only the rows of the step and their states, as torch does for `nn.Embedding(sparse=True)` under SGD,
+Adagrad and SparseAdam, up to rounding. Only SparseAdam counts steps; as in torch, it counts the
+steps in which the table had a gradient.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,20 +30,20 @@ from distplat.platform.model_options import (
     RowWiseAdagrad,
 )
 from distplat.platform.shard_map import TableSpec
-from distplat.strategies.sparse.rows import Rows, initial_rows, make_index
+from distplat.strategies.sparse.rows import Rows, build_index, initial_rows
 
 Block = NDArray[np.float32]
 
 
 Update = Callable[[Block, Sequence[Block], Block, float, int], None]
 """
-Updates rows and their states in place; the gradient is not ours and stays as it is. It gets:
+Updates rows and their states in place, and must not change the gradient. Arguments:
 
     rows       shape [n, width]
     states     one of shape [n, its width] for each name
     gradient   shape [n, width]
     rate       learning rate of the step
-    step       updates that the table has behind it, not steps of the run
+    step       number of earlier updates of the table, not steps of the run
 """
 
 
@@ -53,13 +53,13 @@ class RowRule:
 
     update: Update
     states: Mapping[str, float] = field(default_factory=dict)
-    """First value of each state that a row has, by torch's name."""
+    """Initial value of each state of a row, by torch's name."""
     per_row: bool = False
-    """Whether a state is one number for each row, else of the row's width."""
+    """Whether a state is one number per row; otherwise it has the row's width."""
 
 
-def make_rule(options: AnyRowOptimizer) -> RowRule:
-    """Make the rule that a job names."""
+def build_rule(options: AnyRowOptimizer) -> RowRule:
+    """Build the update rule of a job's options."""
     match options:
         case RowSGD():
             return RowRule(_sgd)
@@ -109,7 +109,7 @@ def _sparse_adam(
 
 
 _BLOCK_BYTES = 1 << 17
-"""Rows that are updated at a time: what was read is still in a core's cache when it is written."""
+"""Size of a block of updated rows, which stays in the core's cache from read to write."""
 
 Ids = NDArray[np.int64]
 Values = NDArray[np.float32]
@@ -117,41 +117,41 @@ Values = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class RowGradients:
-    """Gradients of some rows of one table."""
+    """Gradients of rows of a table."""
 
     table: int
-    """Its number in the plan."""
+    """Number of the table in the plan."""
     ids: Ids
-    """Shape [n]; each once."""
+    """Shape [n]; unique."""
     values: Values
     """Shape [n, width]."""
 
 
 class Table:
     """
-    Rows of one table and all that belongs to them.
+    Rows of a table with their optimizer state.
 
     Args:
         spec: of the table.
         seed: of the job.
-        rule: how rows are updated.
-        rewinds: keep what an update changes, so that `rewind` can take it back.
+        rule: update rule of the rows.
+        rewinds: save the values that an update changes, so that `rewind` can undo it.
     """
 
     def __init__(self, spec: TableSpec, seed: int, rule: RowRule, *, rewinds: bool = False) -> None:
         self.spec, self._seed, self._rule = spec, seed, rule
-        self.updates = 0  #: steps in which some rank used the table, torch's `step` of a parameter
-        self._index = make_index(spec.rows)
+        self.updates = 0  #: steps in which any rank used the table; torch's `step` of a parameter
+        self._index = build_index(spec.rows)
         width = 1 if rule.per_row else spec.width
         states = [Rows(width, first) for first in rule.states.values()]
         self._arrays = [Rows(spec.width), *states]
         self._columns = ("rows", *rule.states)
-        self._summed = np.zeros(0, np.int64)  #: by slot: 1 + its index in the sum being made
+        self._sum_positions = np.zeros(0, np.int64)  #: by slot: 1 + its index in the current sum
         self._block = max(1, _BLOCK_BYTES // (4 * spec.width))
         self._sorted = np.zeros(0, np.int64)
         self._rewinds = rewinds
-        self._kept: list[Rows] = []
-        self._before: NDArray[np.int64] | None = None  #: slots of what `_kept` holds
+        self._saved_rows: list[Rows] = []
+        self._saved_slots: NDArray[np.int64] | None = None  #: slots of the rows in `_saved_rows`
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -159,37 +159,41 @@ class Table:
 
     @property
     def state_bytes(self) -> int:
-        """Memory of rows and optimizer state."""
+        """Size of rows and optimizer state in bytes."""
         return sum(array.array.nbytes for array in self._arrays)
 
     def create(self, ids: Ids) -> None:
-        """Have these rows, each named once; those that are there stay as they are."""
+        """Create the rows of unique ids; existing rows are unchanged."""
         self._slots(ids)
 
     def put(self, ids: Ids, values: Values) -> None:
         """Set rows, shape [n, width], from a saved table."""
-        slots = self._slots(ids)  # first: the array may move
+        slots = self._slots(ids)  # first, because it may move the array
         self._arrays[0].put(slots, values)
 
     def copy(self) -> dict[str, Ids | Values]:
-        """Copy all of it: `ids` in the order in which they came, `rows`, and states by name."""
-        held = zip(self._columns, self._arrays, strict=True)
-        return {"ids": self._index.ids.copy(), **{name: a.array.copy() for name, a in held}}
+        """Copy the table: `ids` in the order of creation, `rows`, and states by name."""
+        columns = zip(self._columns, self._arrays, strict=True)
+        return {"ids": self._index.ids.copy(), **{name: a.array.copy() for name, a in columns}}
 
     def snapshot(self) -> dict[str, Any]:
-        """Copy all that `load` makes an equal table of, the way back included."""
-        before = self._before
-        kept = [] if before is None else [rows.array[: len(before)].copy() for rows in self._kept]
+        """Copy everything that `load` needs for an equal table, including the undo data."""
+        before = self._saved_slots
+        kept = (
+            []
+            if before is None
+            else [rows.array[: len(before)].copy() for rows in self._saved_rows]
+        )
         return {"columns": self.copy(), "updates": self.updates, "before": before, "kept": kept}
 
     def load(self, snapshot: Mapping[str, Any]) -> None:
-        """Take over the state of a `snapshot` of another table; this one is empty."""
+        """Load the `snapshot` of another table into this empty one."""
         columns = dict(snapshot["columns"])
         self.restore(columns.pop("ids"), columns)
-        self.updates, self._before = snapshot["updates"], snapshot["before"]
-        if self._before is not None:
+        self.updates, self._saved_slots = snapshot["updates"], snapshot["before"]
+        if self._saved_slots is not None:
             for rows, kept in zip(
-                self._room_to_keep(len(self._before)), snapshot["kept"], strict=True
+                self._rows_for_undo(len(self._saved_slots)), snapshot["kept"], strict=True
             ):
                 rows.array[: len(kept)] = kept
 
@@ -198,8 +202,8 @@ class Table:
         Set rows and their states.
 
         Args:
-            ids: shape [n], each once.
-            columns: `rows` and states by name, as `copy` gives them.
+            ids: shape [n], unique.
+            columns: `rows` and states by name, as in `copy`.
 
         Raises:
             KeyError: a state is missing.
@@ -212,80 +216,80 @@ class Table:
         """
         Write the rows of `ids`, shape [n], into `out`, shape [n, width].
 
-        Ids may come more than once. Rows that do not exist have their first values.
+        Ids may repeat. Missing rows have their initial values.
         """
         slots = self._index.find(ids)
         rows = self._arrays[0].array
         new = np.flatnonzero(slots < 0)
         if len(rows):
-            # `clip` spares numpy a buffer; rows of new ids are overwritten right away.
+            # `clip` avoids a buffer in numpy; rows of missing ids are overwritten below.
             np.take(rows, slots, axis=0, out=out, mode="clip")
         if len(new):
             out[new] = initial_rows(self.spec, self._seed, ids[new])
 
-    @np.errstate(over="ignore", invalid="ignore")  # torch says nothing of nan and inf either
+    @np.errstate(over="ignore", invalid="ignore")  # torch does not warn of NaN and infinity either
     def apply(self, parts: Sequence[RowGradients], rate: float) -> None:
         """
-        Make one update of the rows that have gradients.
+        Update the rows that have gradients.
 
         Args:
-            parts: one for each rank that used the table, in rank order; they are added in that
-                order. Without rows the update counts nevertheless: they are on other servers, or
-                nowhere, as where torch's sparse gradient is empty.
+            parts: one for each rank that used the table; they are summed in rank order. An update
+                without rows counts as well: the rows are on other servers, or there are none, like
+                an empty sparse gradient in torch.
             rate: learning rate.
         """
         self.forget()
-        slots, gradient = self._add_up(parts)
-        kept = [rows.array[: len(slots)] for rows in self._room_to_keep(len(slots))]
+        slots, gradient = self._sum_gradients(parts)
+        saved = [rows.array[: len(slots)] for rows in self._rows_for_undo(len(slots))]
         arrays = [rows.array for rows in self._arrays]
         for first in range(0, len(slots), self._block):
             part = slice(first, first + self._block)
             old = [array.take(slots[part], axis=0) for array in arrays]
-            for keep, block in zip(kept, old, strict=False):
-                keep[part] = block
+            for saved_rows, block in zip(saved, old, strict=False):
+                saved_rows[part] = block
             self._rule.update(old[0], old[1:], gradient[part], rate, self.updates)
             for rows, block in zip(self._arrays, old, strict=True):
                 rows.put(slots[part], block)
         self.updates += 1
         if self._rewinds:
-            self._before = slots
+            self._saved_slots = slots
 
     def summed(self, parts: Sequence[RowGradients]) -> RowGradients:
-        """Add gradients up as `apply` does: one that has the same effect as all of them."""
+        """Sum gradients as `apply` does; the sum has the same effect as all parts."""
         used = [part for part in parts if len(part.ids)]
         if len(used) <= 1:
             return (used or parts)[0]
-        slots, values = self._add_up(used)
+        slots, values = self._sum_gradients(used)
         return RowGradients(parts[0].table, self._index.ids[slots], values)
 
     def forget(self) -> None:
-        """Let go of what the last update has changed: nobody will take it back."""
-        self._before = None
+        """Discard the undo data of the last update."""
+        self._saved_slots = None
 
     def rewind(self) -> None:
-        """Take the last update back, to the bit; rows that it brought are at their first values."""
-        if self._before is not None:
-            for rows, kept in zip(self._arrays, self._kept, strict=True):
-                rows.put(self._before, kept.array[: len(self._before)])
+        """Undo the last update exactly; rows that it created keep their initial values."""
+        if self._saved_slots is not None:
+            for rows, kept in zip(self._arrays, self._saved_rows, strict=True):
+                rows.put(self._saved_slots, kept.array[: len(self._saved_slots)])
             self.updates -= 1
-            self._before = None
+            self._saved_slots = None
 
     def ids(self) -> Ids:
-        """Give the ids of all rows in rising order, shape [len]."""
+        """Return the ids of all rows in ascending order, shape [len]."""
         if len(self._sorted) != len(self):
             self._sorted = np.sort(self._index.ids)
         return self._sorted
 
-    def _room_to_keep(self, count: int) -> list[Rows]:
-        """Give rows for what an update changes, none where it is not kept; used again and again."""
+    def _rows_for_undo(self, count: int) -> list[Rows]:
+        """Return reusable memory for the values that an update changes; empty without `rewinds`."""
         if self._rewinds:
-            self._kept = self._kept or [Rows(rows.width) for rows in self._arrays]
-            for rows in self._kept:
+            self._saved_rows = self._saved_rows or [Rows(rows.width) for rows in self._arrays]
+            for rows in self._saved_rows:
                 rows.grow(max(count, len(rows.array)))
-        return self._kept
+        return self._saved_rows
 
     def _slots(self, ids: Ids) -> NDArray[np.int64]:
-        """Find rows, and make those that are missing."""
+        """Return the slots of rows, after creating missing rows."""
         slots = self._index.find(ids)
         new = np.flatnonzero(slots < 0)
         if len(new):
@@ -295,23 +299,23 @@ class Table:
             self._arrays[0].array[slots[new]] = initial_rows(self.spec, self._seed, ids[new])
         return slots
 
-    def _add_up(self, parts: Sequence[RowGradients]) -> tuple[NDArray[np.int64], Values]:
-        """Give slots, each once, and the sums of their gradients (I2)."""
+    def _sum_gradients(self, parts: Sequence[RowGradients]) -> tuple[NDArray[np.int64], Values]:
+        """Return unique slots and the sums of their gradients, in rank order (I2)."""
         parts = [part for part in parts if len(part.ids)] or parts[:1]
         slots_by_part = [self._slots(part.ids) for part in parts]
         if len(parts) == 1:
             return slots_by_part[0], parts[0].values
-        if len(self._summed) < len(self):
-            self._summed = np.zeros(len(self) * 5 // 4, np.int64)
+        if len(self._sum_positions) < len(self):
+            self._sum_positions = np.zeros(len(self) * 5 // 4, np.int64)
         slots = np.empty(sum(map(len, slots_by_part)), np.int64)
         sums, count = np.empty((len(slots), self.spec.width), np.float32), 0
         for part_slots, part in zip(slots_by_part, parts, strict=True):
-            positions = self._summed[part_slots] - 1
+            positions = self._sum_positions[part_slots] - 1
             new = positions < 0
             more = slice(count, count + int(new.sum()))
             slots[more], sums[more] = part_slots[new], part.values[new]
-            self._summed[part_slots[new]] = np.arange(more.start, more.stop) + 1
+            self._sum_positions[part_slots[new]] = np.arange(more.start, more.stop) + 1
             sums[positions[~new]] += part.values[~new]
             count = more.stop
-        self._summed[slots[:count]] = 0
+        self._sum_positions[slots[:count]] = 0
         return slots[:count], sums[:count]

@@ -37,8 +37,8 @@ REGISTRIES = (
     "_forward_hooks_with_kwargs",
     "_forward_pre_hooks_with_kwargs",
     "_forward_hooks_always_called",
-    *module_hooks._CALLED,
-    *module_hooks._SAVED,
+    *module_hooks._CALL_HOOKS,
+    *module_hooks._STATE_DICT_HOOKS,
 )
 
 

@@ -15,8 +15,8 @@ from distplat.strategies.sparse.rows import (
     HashIndex,
     RowIndex,
     Rows,
+    build_index,
     initial_rows,
-    make_index,
 )
 
 SPEC = TableSpec("users", 1000, 8, 1.0)
@@ -59,7 +59,7 @@ def check_against_a_dict(index: RowIndex, batches: list[list[int]], more: tuple[
 
 @pytest.mark.parametrize("rows", [None, 80_000, MOST_BY_ARRAY + 1])
 def test_the_index_grows_and_keeps_what_it_has(rows: int | None) -> None:
-    index, ids = make_index(rows), np.random.default_rng(0).permutation(40_000)
+    index, ids = build_index(rows), np.random.default_rng(0).permutation(40_000)
     for part in np.array_split(ids, 17):
         index.add(part)
     assert index.find(ids).tolist() == list(range(40_000))
@@ -72,9 +72,9 @@ def test_an_array_takes_no_id_beyond_its_end() -> None:
 
 
 def test_ids_without_end_are_hashed() -> None:
-    assert isinstance(make_index(MOST_BY_ARRAY), ArrayIndex)
-    assert isinstance(make_index(MOST_BY_ARRAY + 1), HashIndex)
-    assert isinstance(make_index(None), HashIndex)
+    assert isinstance(build_index(MOST_BY_ARRAY), ArrayIndex)
+    assert isinstance(build_index(MOST_BY_ARRAY + 1), HashIndex)
+    assert isinstance(build_index(None), HashIndex)
 
 
 def test_ids_whose_places_collide_are_told_apart() -> None:

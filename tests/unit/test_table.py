@@ -23,7 +23,7 @@ from distplat.strategies.sparse.files import (
     read_part,
 )
 from distplat.strategies.sparse.rows import initial_rows
-from distplat.strategies.sparse.table import RowGradients, Table, make_rule
+from distplat.strategies.sparse.table import RowGradients, Table, build_rule
 
 SPEC = TableSpec("t", 60, 5, 1.0)
 OPTIMIZERS: list[dict[str, Any]] = [
@@ -34,7 +34,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
 
 
 def table(optimizer: dict[str, Any], *, rewinds: bool = False, spec: TableSpec = SPEC) -> Table:
-    rule = make_rule(TypeAdapter(AnyRowOptimizer).validate_python(optimizer))
+    rule = build_rule(TypeAdapter(AnyRowOptimizer).validate_python(optimizer))
     return Table(spec, 0, rule, rewinds=rewinds)
 
 
