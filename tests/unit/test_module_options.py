@@ -271,7 +271,7 @@ def test_compile_may_be_a_flag_or_what_torch_is_told(given: Any, found: Compile 
 def test_stages_are_not_compiled() -> None:
     data = options_job().model_dump()
     data |= {"strategy": {"name": "hybrid", "pipeline": 2}, "scaling": {"num_workers": 2}}
-    with pytest.raises(SpecError, match=r"(?s)compile: cannot.* with stages.*take `ring`"):
+    with pytest.raises(SpecError, match=r"(?s)compile: cannot.* with stages.*use `ring`"):
         make_job({**data, "compile": True})
 
 
