@@ -19,7 +19,7 @@ SAMPLES, BATCH, STEPS = 22, 6, 5
 
 
 class Tagger(nn.Module):
-    """Classes of words, called as Hugging Face's models are."""
+    """Classifier of words, with the call signature of Hugging Face's models."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Tagger(nn.Module):
 
 
 def padded(samples: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """Give words, mask and classes; -100 where there is no word."""
+    """Return padded words, mask, and classes; the class of padding is -100."""
     longest = max(len(words) for words, _ in samples)
     words = torch.stack([F.pad(one, (0, longest - len(one))) for one, _ in samples])
     classes = torch.stack([F.pad(c, (0, longest - len(c)), value=-100) for _, c in samples])
@@ -47,7 +47,7 @@ def summed(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Tags(Task):
-    """What the tasks below share."""
+    """Base class of the tasks below."""
 
     def model(self) -> nn.Module:
         return Tagger()
@@ -60,7 +60,7 @@ class Tags(Task):
 
 
 class Dicts(Tags):
-    """A dict goes into the model by keywords, and is what `loss` gets as targets."""
+    """The batch is a dict, passed to the model as keyword arguments and to `loss` as targets."""
 
     def collate(self, samples: list[Any]) -> Any:
         words, mask, classes = padded(samples)
@@ -74,7 +74,7 @@ class Dicts(Tags):
 
 
 class Triples(Tags):
-    """A tuple of three, with a `forward` that takes it apart."""
+    """The batch is a tuple of three; `forward` unpacks it."""
 
     def collate(self, samples: list[Any]) -> Any:
         return padded(samples)
@@ -90,7 +90,7 @@ class Triples(Tags):
 
 
 class Nested(Triples):
-    """A tree, and a `step` of its own that gives a dict."""
+    """The batch is a tree; the task's `step` returns a dict."""
 
     forward, loss = Task.forward, Task.loss
 
@@ -108,7 +108,7 @@ class Nested(Triples):
 
 
 class Listed(Nested):
-    """No tensor of the batch has a dimension of samples: lists of sentences of any length."""
+    """The batch is a list of sentences of any length: no tensor has a sample dimension."""
 
     def collate(self, samples: list[Any]) -> Any:
         return [words for words, _ in samples]
@@ -127,14 +127,14 @@ class Listed(Nested):
 
 @dataclass
 class Graph:
-    """Sentences behind each other, and whose each word is: as batches of graphs are."""
+    """Concatenated sentences with the sentence of each word, as in batches of graphs."""
 
     words: PackedSequence
     samples: int
 
 
 class Packed(Listed):
-    """A dataclass of the user's."""
+    """The batch is a dataclass defined by the user."""
 
     def collate(self, samples: list[Any]) -> Any:
         words = pack_sequence([words for words, _ in samples], enforce_sorted=False)
@@ -150,9 +150,9 @@ class Packed(Listed):
 
 
 def of_the_end(run: LocalRun) -> list[EvalReport]:
-    """Give what each rank found in the last evaluation; ranks of a group have that of all."""
-    reports = [one for rank in run.reports for one in rank if isinstance(one, EvalReport)]
-    return [*{one.rank: one for one in reports if one.step == STEPS}.values()]
+    """Return the ranks' reports of the last evaluation; ranks of a group report for the group."""
+    reports = [r for rank in run.reports for r in rank if isinstance(r, EvalReport)]
+    return [*{report.rank: report for report in reports if report.step == STEPS}.values()]
 
 
 def total(reports: list[EvalReport], name: str) -> float:

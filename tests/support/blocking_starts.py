@@ -1,4 +1,4 @@
-"""All-reduces in memory whose start waits for the other ranks, as that of gloo's first ones."""
+"""In-memory all-reduces whose start waits for the other ranks, as gloo's first operations do."""
 
 import pytest
 from torch import Tensor
@@ -7,24 +7,24 @@ from distplat.strategies.collective import Handle, ReduceOp
 from distplat.strategies.fakes import InMemoryCollective
 
 
-class _Over(Handle):
+class _Done(Handle):
     def wait(self) -> None:
         """Return at once."""
 
 
 def block_starts(patch: pytest.MonkeyPatch, *, said: bool) -> None:
     """
-    Have each start of an all-reduce wait for the other ranks.
+    Make each start of an all-reduce wait for the other ranks.
 
     Args:
-        patch: undoes it.
-        said: whether the group says so. As NCCL does not: there what a rank has started may hold up
-            its operations in other groups.
+        patch: undoes the change.
+        said: value of `start_waits`. With NCCL it is false, though a started operation may block
+            the rank's operations in other groups.
     """
 
     def start(group: InMemoryCollective, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
         group.all_reduce(tensor, op)
-        return _Over()
+        return _Done()
 
     patch.setattr(InMemoryCollective, "start_all_reduce", start)
     patch.setattr(InMemoryCollective, "start_waits", property(lambda group: said))

@@ -1,8 +1,8 @@
 """
-Faults of calls over `LocalTransport`: delayed, lost, carried out twice, or with the actor's death.
+Fault injection for calls over `LocalTransport`: delays, losses, duplicates, and actor deaths.
 
     inject(cluster, "push", Fault(lose="reply"), actor="server-0")
-    worker.get(worker.call(server, "push", ...), 5.0)   # Unanswered: the push was made
+    worker.get(worker.call(server, "push", ...), 5.0)   # Unanswered: the push was executed
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ from distplat.actors.transport import Unanswered
 
 @dataclass(frozen=True)
 class Call:
-    """A call on its way."""
+    """A call in flight."""
 
     process: str
-    """Who calls."""
+    """Name of the calling process."""
     actor: str
-    """Name of who is called."""
+    """Name of the called actor."""
     method: str
     args: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What becomes of a call."""
+    """Fault of a call."""
 
     delay_s: float = 0.0
-    """It reaches the actor so much later; later than any deadline: the actor is frozen."""
+    """Delay of the request; longer than all deadlines: the actor is frozen."""
     reply_delay_s: float = 0.0
-    """So much later its answer comes."""
+    """Delay of the reply."""
     lose: Literal["", "request", "reply"] = ""
-    """Who called is told that no answer came: the call was not carried out, or it was."""
+    """Lost message: the caller gets `Unanswered`, and the call was not executed, or it was."""
     twice: bool = False
-    """It is carried out twice, one after the other; the first answer counts."""
+    """Execute the call twice in sequence; the first answer counts."""
     kill: Literal["", "before", "after"] = ""
-    """The actor dies before it is carried out, or before it is answered."""
+    """Kill the actor before the call is executed, or before it is answered."""
     then: Callable[[], object] | None = None
-    """Is called when it was carried out, before it is answered."""
+    """Called after the call is executed, before it is answered."""
 
 
 NO_FAULT = Fault()
 Rule = Callable[[Call], Fault | None]
-"""Says what becomes of a call; what it raises, the call raises: as if the caller had died."""
+"""Returns the fault of a call; if it raises, the caller gets the error, as if it had died."""
 
 
-class _Disturbed:
-    """Carries out the calls of a cluster as rules say: of several, the first that gives a fault."""
+class _FaultyDelivery:
+    """Delivers the calls of a cluster with faults; the first rule that returns a fault applies."""
 
     def __init__(self, cluster: LocalCluster) -> None:
         self.rules: list[Rule] = []
@@ -66,18 +66,18 @@ class _Disturbed:
     ) -> Future[Any]:
         call = Call(process, actor.name, method, args)
         faults = (rule(call) for rule in self.rules)
-        fault = next((one for one in faults if one is not None), NO_FAULT)
+        fault = next((fault for fault in faults if fault is not None), NO_FAULT)
         if fault is NO_FAULT or self._cluster.death_of(process):
             return self._deliver(process, actor, method, args)
         reply: Future[Any] = Future()
         actor.expect(reply)
-        work = (actor, method, Packed(args), reply, fault)
-        threading.Thread(target=_serve, args=work, daemon=True, name=method).start()
+        serve_args = (actor, method, Packed(args), reply, fault)
+        threading.Thread(target=_serve, args=serve_args, daemon=True, name=method).start()
         return reply
 
 
 def _serve(actor: Actor, method: str, args: Packed, reply: Future[Any], fault: Fault) -> None:
-    """Carry out a call as its fault says, and answer it."""
+    """Execute a call with its fault, and answer it."""
     time.sleep(fault.delay_s)
     if fault.lose == "request":
         actor.resolve(reply, None, Unanswered("its request got lost"))
@@ -98,11 +98,11 @@ def _serve(actor: Actor, method: str, args: Packed, reply: Future[Any], fault: F
 
 
 def add_rule(cluster: LocalCluster, rule: Rule) -> None:
-    """Have a rule decide on a cluster's calls, after those that it has."""
-    disturbed = cluster.deliver
-    if not isinstance(disturbed, _Disturbed):
-        disturbed = cluster.deliver = _Disturbed(cluster)
-    disturbed.rules.append(rule)
+    """Add a rule for a cluster's calls, after its existing rules."""
+    delivery = cluster.deliver
+    if not isinstance(delivery, _FaultyDelivery):
+        delivery = cluster.deliver = _FaultyDelivery(cluster)
+    delivery.rules.append(rule)
 
 
 def inject(
@@ -119,13 +119,13 @@ def inject(
     Inject a fault into some calls.
 
     Args:
-        cluster: whose.
+        cluster: of the actors.
         method: of the calls.
-        fault: what becomes of them.
-        actor: who is called; empty: anybody.
-        process: who calls; the same.
-        after: so many of these calls pass before.
-        times: so many are hit.
+        fault: to inject.
+        actor: name of the called actor; empty: any.
+        process: name of the calling process; empty: any.
+        after: number of matching calls to pass first.
+        times: number of calls with the fault.
     """
     count = 0
     counting = threading.Lock()
@@ -144,5 +144,5 @@ def inject(
 
 
 def drain(cluster: LocalCluster, limit_s: float) -> bool:
-    """Wait until every call is answered that was made so far; False: some are not in time."""
+    """Wait for the answers of all calls made so far; return whether all came in time."""
     return not concurrent.futures.wait(cluster.open_calls(), limit_s).not_done

@@ -1,4 +1,4 @@
-"""Small classifiers, jobs that train them, and the plain loop to compare with."""
+"""Small classifiers, jobs that train them, and a plain torch loop to compare with."""
 
 from functools import cache
 from typing import Any
@@ -85,7 +85,7 @@ def recipe_job(recipe: str, strategy: str, workers: int, servers: int) -> Job:
 
 @cache
 def plain(recipe: str) -> tuple[dict[str, Tensor], list[float]]:
-    """Train in one process, the way any textbook does; give the model and the losses."""
+    """Train in a plain torch loop in one process; return the model and the losses."""
     task_type, optimizer_spec, _, clip_norm = RECIPES[recipe]
     job = recipe_job(recipe, "ring", 1, 0)
     task = task_type()

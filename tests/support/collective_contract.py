@@ -1,11 +1,10 @@
 """
-The contract of `Collective`, as checks that every rank of a group calls with its own end of it.
+The contract of `Collective`, as checks that every rank of a group calls.
 
-The same list is held against the fake in memory and against the backend over Ray, so that what a
-strategy is tested with is what it will meet. Values are small whole numbers: sums are exact
-whatever the order in which a backend adds.
+The in-memory fake and the backends over Ray run the same checks, so that strategies can be tested
+with the fake. Values are small integers: sums are exact in any order.
 
-`CHECKS` leave the group fit for more; each of `FAILURES` breaks it, and wants a group of its own
+After `CHECKS` the group is still usable; each of `FAILURES` breaks it, and needs a separate group
 with a short deadline.
 """
 
@@ -24,14 +23,14 @@ Check = Callable[[Collective], None]
 
 
 def check_place(group: Collective) -> None:
-    """Ranks are numbered from 0, each once."""
-    everybody = [torch.zeros(1) for _ in range(group.world)]
-    group.all_gather(everybody, torch.tensor([float(group.rank)]))
-    assert [int(t) for t in everybody] == list(range(group.world))
+    """Ranks are numbered from 0, each number once."""
+    ranks = [torch.zeros(1) for _ in range(group.world)]
+    group.all_gather(ranks, torch.tensor([float(group.rank)]))
+    assert [int(t) for t in ranks] == list(range(group.world))
 
 
 def check_all_reduce(group: Collective, op: ReduceOp) -> None:
-    """Every rank ends with the combination, in its own tensor."""
+    """Every rank has the result in its own tensor."""
     for shape, dtype in kinds(op):
         tensor = part_of(group.rank, shape, dtype)
         group.all_reduce(tensor, op)
@@ -39,16 +38,16 @@ def check_all_reduce(group: Collective, op: ReduceOp) -> None:
 
 
 def check_all_reduce_same_bits(group: Collective) -> None:
-    """Fractions round; yet all ranks must end with the same bits, or their models drift apart."""
+    """Rounded results are bitwise equal on all ranks, or the ranks' models would diverge."""
     tensor = torch.linspace(0.1, 1.7, 1000) / (group.rank + 3)
     group.all_reduce(tensor)
-    everybody = [torch.empty_like(tensor) for _ in range(group.world)]
-    group.all_gather(everybody, tensor)
-    assert all(torch.equal(everybody[0], other) for other in everybody)
+    results = [torch.empty_like(tensor) for _ in range(group.world)]
+    group.all_gather(results, tensor)
+    assert all(torch.equal(results[0], result) for result in results)
 
 
 def check_all_reduce_of_a_view(group: Collective) -> None:
-    """A run of a longer vector is reduced in place, and its neighbours stay as they are."""
+    """A slice of a longer vector is reduced in place, and the rest does not change."""
     vector = torch.full((12,), -1.0)
     vector[3:10] = part_of(group.rank)
     group.all_reduce(vector[3:10])
@@ -57,7 +56,7 @@ def check_all_reduce_of_a_view(group: Collective) -> None:
 
 
 def check_start_all_reduce(group: Collective, op: ReduceOp) -> None:
-    """Two may be under way; each result is there once its handle is done."""
+    """Two operations may be pending; each result is complete once its handle is done."""
     first, second = part_of(group.rank), part_of(group.rank + 1)
     handles = [group.start_all_reduce(first, op), group.start_all_reduce(second, op)]
     for handle in handles:
@@ -68,35 +67,35 @@ def check_start_all_reduce(group: Collective, op: ReduceOp) -> None:
 
 
 def check_starts_that_do_not_wait(group: Collective) -> None:
-    """Where the group says that a start waits for nobody, rank 1 may need what comes behind it."""
+    """Unless `start_waits`, a rank may start an operation and then send what another rank needs."""
     for _ in range(30):
-        if group.start_waits:  # at the same place on all ranks
+        if group.start_waits:  # equal on all ranks here
             group.all_reduce(torch.ones(1))
     assert not group.start_waits
-    tensor, news = part_of(group.rank), torch.zeros(7)
+    tensor, message = part_of(group.rank), torch.zeros(7)
     if group.rank == 1:
-        group.recv(news, 0)
+        group.recv(message, 0)
     handle = group.start_all_reduce(tensor)
     if group.rank == 0:
-        group.send(news, 1)
+        group.send(message, 1)
     handle.wait()
     assert torch.equal(tensor, combined(all_parts(group, (7,), torch.float32), ReduceOp.SUM))
 
 
 def check_reduce_scatter(group: Collective, op: ReduceOp) -> None:
-    """Rank r ends with the combination of everybody's r-th input; inputs stay as they are."""
+    """Rank r has the reduction of all r-th inputs; inputs do not change."""
     for shape, dtype in kinds(op):
         inputs = [part_of(group.rank + 2 * to, shape, dtype) for to in range(group.world)]
-        kept = [t.clone() for t in inputs]
+        copies = [t.clone() for t in inputs]
         output = torch.zeros(shape, dtype=dtype)
         group.reduce_scatter(output, inputs, op)
         parts = [part_of(r + 2 * group.rank, shape, dtype) for r in range(group.world)]
         torch.testing.assert_close(output, combined(parts, op))
-        assert all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
 
 
 def check_all_gather(group: Collective) -> None:
-    """Every rank ends with everybody's tensor, in rank order."""
+    """Every rank has the tensors of all ranks, in rank order."""
     for shape, dtype in kinds(ReduceOp.SUM):
         outputs = [torch.zeros(shape, dtype=dtype) for _ in range(group.world)]
         group.all_gather(outputs, part_of(group.rank, shape, dtype))
@@ -114,36 +113,36 @@ def check_broadcast(group: Collective) -> None:
 
 
 def check_send_recv(group: Collective) -> None:
-    """Messages of one sender come in order; even ranks send first, odd ranks receive first."""
+    """Messages of a sender arrive in order; even ranks send first, odd ranks receive first."""
     partner = group.rank ^ 1
     if partner < group.world:
         for number in range(3):
-            arriving = torch.zeros(7)
-            turns = [
+            received = torch.zeros(7)
+            operations = [
                 partial(group.send, part_of(group.rank + number), partner),
-                partial(group.recv, arriving, partner),
+                partial(group.recv, received, partner),
             ]
-            for turn in turns if group.rank % 2 == 0 else reversed(turns):
-                turn()
-            assert torch.equal(arriving, part_of(partner + number))
+            for operation in operations if group.rank % 2 == 0 else reversed(operations):
+                operation()
+            assert torch.equal(received, part_of(partner + number))
     group.barrier()
 
 
 def check_started_sends(group: Collective) -> None:
-    """Both sides of a pair begin to send before either receives; nobody stands still."""
+    """Both ranks of a pair may start to send before either receives, without a deadlock."""
     partner = group.rank ^ 1
     if partner < group.world:
         for number in range(3):
-            mine, arriving = part_of(group.rank + number), torch.zeros(7)
-            pending = group.start_send(mine, partner)
-            group.recv(arriving, partner)
-            pending.wait()
-            assert torch.equal(arriving, part_of(partner + number))
+            sent, received = part_of(group.rank + number), torch.zeros(7)
+            handle = group.start_send(sent, partner)
+            group.recv(received, partner)
+            handle.wait()
+            assert torch.equal(received, part_of(partner + number))
     group.barrier()
 
 
 def check_sent_is_a_copy(group: Collective) -> None:
-    """Once `send` returned, the sender may write into its tensor."""
+    """After `send` returns, the sender may write to its tensor."""
     tensor = part_of(0)
     if group.rank == 0:
         group.send(tensor, 1)
@@ -155,58 +154,58 @@ def check_sent_is_a_copy(group: Collective) -> None:
 
 
 def check_disjoint_subgroups(group: Collective) -> None:
-    """Evens and odds reduce apart from each other, at the same time, and then all together."""
-    mine = list(range(group.rank % 2, group.world, 2))
-    small = group.subgroup(f"parity-{group.rank % 2}", mine)
-    assert (small.rank, small.world) == (mine.index(group.rank), len(mine))
+    """Even and odd ranks reduce separately at the same time, and then all ranks together."""
+    ranks = list(range(group.rank % 2, group.world, 2))
+    subgroup = group.subgroup(f"parity-{group.rank % 2}", ranks)
+    assert (subgroup.rank, subgroup.world) == (ranks.index(group.rank), len(ranks))
     tensor = part_of(group.rank)
-    small.all_reduce(tensor)
-    assert torch.equal(tensor, combined([part_of(r) for r in mine], ReduceOp.SUM))
+    subgroup.all_reduce(tensor)
+    assert torch.equal(tensor, combined([part_of(r) for r in ranks], ReduceOp.SUM))
     tensor = part_of(group.rank)
     group.all_reduce(tensor)
     assert torch.equal(tensor, combined([part_of(r) for r in range(group.world)], ReduceOp.SUM))
 
 
 def check_overlapping_subgroups(group: Collective) -> None:
-    """A rank may be in several groups; in one with its ranks turned round it has another place."""
-    everyone = list(range(group.world))
-    turned = group.subgroup("turned", everyone[::-1])
-    assert turned.rank == group.world - 1 - group.rank
+    """A rank may be in several groups; a sub-group of all ranks may have another rank order."""
+    ranks = list(range(group.world))
+    reverse = group.subgroup("turned", ranks[::-1])
+    assert reverse.rank == group.world - 1 - group.rank
     tensor = part_of(group.rank)
-    turned.broadcast(tensor, 0)
+    reverse.broadcast(tensor, 0)
     assert torch.equal(tensor, part_of(group.world - 1))
-    for left in everyone[:-1]:  # 0-1, 1-2, 2-3 ...: neighbours share a rank
+    for left in ranks[:-1]:  # 0-1, 1-2, 2-3 ...: neighbours share a rank
         pair = [left, left + 1]
         if group.rank in pair:
-            small = group.subgroup(f"pair-{left}", pair)
+            subgroup = group.subgroup(f"pair-{left}", pair)
             tensor = part_of(group.rank)
-            small.all_reduce(tensor, ReduceOp.MAX)
+            subgroup.all_reduce(tensor, ReduceOp.MAX)
             assert torch.equal(tensor, combined([part_of(r) for r in pair], ReduceOp.MAX))
     group.barrier()
 
 
 def check_late_rank_is_named(group: Collective) -> None:
-    """The last rank never comes to an operation: who waits for it gets its name."""
+    """The last rank never calls an operation: the errors of the waiting ranks name it."""
     last = group.world - 1
     if group.rank != last:
         _expect_missing(partial(group.all_reduce, part_of(group.rank)), last)
 
 
 def check_late_rank_is_named_by_its_place(group: Collective) -> None:
-    """In a sub-group, missing ranks are places in the sub-group, as in all its calls."""
+    """Errors of a sub-group name missing ranks by their ranks in the sub-group."""
     pair = group.subgroup("pair", [1, 0]) if group.rank in (0, 1) else None
     if group.rank == 1 and pair is not None:
         _expect_missing(partial(pair.all_reduce, part_of(0)), 1)
 
 
-def _expect_missing(operation: Callable[[], None], place: int) -> None:
+def _expect_missing(operation: Callable[[], None], rank: int) -> None:
     try:
         operation()
     except CollectiveError as error:
-        assert error.missing == (place,), error
+        assert error.missing == (rank,), error
         assert error.operation == "all_reduce"
     else:
-        raise AssertionError("the operation ended without a rank of the group")
+        raise AssertionError("the operation completed without a rank of the group")
 
 
 CHECKS: dict[str, Check] = {
@@ -226,10 +225,10 @@ CHECKS: dict[str, Check] = {
     "disjoint_subgroups": check_disjoint_subgroups,
     "overlapping_subgroups": check_overlapping_subgroups,
 }
-"""By name; every rank of a group of at least two calls them in this order or any other."""
+"""By name; all ranks of a group of at least two call them, in any common order."""
 
 FAILURES: dict[str, Check] = {
     "late_rank": check_late_rank_is_named,
     "late_rank_of_subgroup": check_late_rank_is_named_by_its_place,
 }
-"""By name; each on a group of its own, of at least two ranks, with a short deadline."""
+"""By name; each needs a separate group of at least two ranks, with a short deadline."""

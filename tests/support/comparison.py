@@ -1,4 +1,4 @@
-"""How far trained models are from each other."""
+"""Comparison of trained models."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Relative distance of two models, in the 2-norm over all parameters."""
+    """Return the relative distance of two models, in the 2-norm over all parameters."""
     assert found.keys() == expected.keys()
     a = torch.cat([found[name].flatten() for name in expected]).double()
     b = torch.cat([expected[name].flatten() for name in expected]).double()

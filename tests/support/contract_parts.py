@@ -1,4 +1,4 @@
-"""Checks of `Collective` with uneven parts, parts of one vector, shared vectors, and accounts."""
+"""Checks of `Collective`: uneven parts, parts of one vector, shared vectors, and traffic."""
 
 from dataclasses import replace
 
@@ -10,12 +10,12 @@ from distplat.strategies.collective import Collective, ReduceOp
 
 
 def uneven(group: Collective) -> list[int]:
-    """Sizes of the ranks' parts; rank 1 has none."""
+    """Return the sizes of the ranks' parts; that of rank 1 is empty."""
     return [(rank * 7 + 5) % (4 * group.world) if rank != 1 else 0 for rank in range(group.world)]
 
 
 def check_uneven_reduce_scatter(group: Collective) -> None:
-    """Ranks may get parts of different sizes, or nothing."""
+    """Outputs may have different sizes, or be empty."""
     sizes = uneven(group)
     inputs = [part_of(group.rank + 2 * to, (size,)) for to, size in enumerate(sizes)]
     output = torch.zeros(sizes[group.rank])
@@ -25,7 +25,7 @@ def check_uneven_reduce_scatter(group: Collective) -> None:
 
 
 def check_uneven_all_gather(group: Collective) -> None:
-    """Ranks may bring parts of different sizes, or nothing."""
+    """Inputs may have different sizes, or be empty."""
     sizes = uneven(group)
     outputs = [torch.zeros(size) for size in sizes]
     group.all_gather(outputs, part_of(group.rank, (sizes[group.rank],)))
@@ -33,7 +33,7 @@ def check_uneven_all_gather(group: Collective) -> None:
 
 
 def check_parts_of_one_vector(group: Collective) -> None:
-    """Reduce-scatter into the own part of a vector, then all-gather from it, equals all-reduce."""
+    """Reduce-scatter into the rank's part of a vector, then all-gather, equals all-reduce."""
     _scatter_and_gather(group, torch.zeros(sum(uneven(group))))
 
 
@@ -42,12 +42,12 @@ def _scatter_and_gather(group: Collective, vector: Tensor) -> None:
     parts = list(torch.split_with_sizes(vector, uneven(group)))
     group.reduce_scatter(parts[group.rank], parts)
     group.all_gather(parts, parts[group.rank])
-    everybodys = all_parts(group, (vector.numel(),), torch.float32)
-    assert torch.equal(vector, combined(everybodys, ReduceOp.SUM))
+    expected = combined(all_parts(group, (vector.numel(),), torch.float32), ReduceOp.SUM)
+    assert torch.equal(vector, expected)
 
 
 def check_shared_vector(group: Collective) -> None:
-    """A shared vector is zeros, and does for every operation what any tensor does."""
+    """A shared vector is zero-filled, and every operation works on it as on other tensors."""
     shared = group.share(torch.ones(4, 5))
     assert shared.shape == (4, 5) and shared.eq(0).all()
     assert shared.dtype is torch.float32 and shared.is_contiguous()
@@ -55,8 +55,8 @@ def check_shared_vector(group: Collective) -> None:
     for op in (ReduceOp.SUM, ReduceOp.AVG, ReduceOp.MAX):
         vector.copy_(part_of(group.rank, (20,)))
         group.all_reduce(shared, op)
-        everybodys = all_parts(group, (20,), torch.float32)
-        torch.testing.assert_close(vector, combined(everybodys, op))
+        expected = combined(all_parts(group, (20,), torch.float32), op)
+        torch.testing.assert_close(vector, expected)
     vector.fill_(-1.0)
     vector[3:10] = part_of(group.rank)
     group.start_all_reduce(vector[3:10]).wait()
@@ -69,7 +69,7 @@ def check_shared_vector(group: Collective) -> None:
 
 
 def check_traffic(group: Collective) -> None:
-    """What an operation moves is counted, and counted up."""
+    """Operations increase the traffic counters."""
     before = replace(group.traffic)
     group.all_reduce(torch.ones(4096))
     after = group.traffic

@@ -1,4 +1,4 @@
-"""Control records of ranks that have a gradient of everything."""
+"""Control records of ranks that have gradients of all parameters."""
 
 import numpy as np
 
@@ -7,10 +7,10 @@ from distplat.strategies.model.flat import FlatModel
 
 
 def full_record(slots: int = 1, rank: int = 0) -> StepControl:
-    """Give the record of a rank with one sample and a gradient of each of so many parameters."""
+    """Return the record of a rank with one sample and gradients of `slots` parameters."""
     return StepControl(1.0, 1.0, 0, rank, present=np.ones(slots, np.bool_))
 
 
 def record_of(flat: FlatModel, rank: int = 0) -> StepControl:
-    """Give the record of a rank with one sample, and with what the model says of itself."""
+    """Return the record of a rank with one sample and the model's state of its gradients."""
     return StepControl(1.0, 1.0, 0, rank, unfrozen=flat.unfreezes, present=flat.present)

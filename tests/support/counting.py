@@ -1,8 +1,8 @@
 """
-A task whose trained model counts what was applied: how often a gradient of each sample.
+A task whose trained model counts how often a gradient of each sample was applied.
 
-The loss is linear, so gradients depend on no value, and every number is exact in float32: neither
-the order of updates nor who made them changes a bit.
+The loss is linear, so gradients do not depend on values, and all numbers are exact in float32:
+results do not depend on the order of updates or on the ranks that computed them.
 """
 
 import os
@@ -21,7 +21,7 @@ SAMPLES, BATCH, WIDTH, PARTS = 32, 8, 2, 2
 
 
 class Tally(nn.Module):
-    """Row i of a table and element i of the dense part fall by 1 with each gradient of sample i."""
+    """Each gradient of sample i decreases row i of the table and element i of `dense` by 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,11 +34,11 @@ class Tally(nn.Module):
 
 class Counting(Task):
     """
-    As many samples as rows.
+    One sample per row.
 
     Args:
-        until: takes its time over each task until this file is there; empty: never.
-        seconds: this much.
+        until: sleep in every task until this file exists; empty: never sleep.
+        seconds: length of a sleep.
     """
 
     def __init__(self, until: str = "", seconds: float = 0.0) -> None:

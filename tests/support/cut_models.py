@@ -1,4 +1,4 @@
-"""Whole models in stages, and what all of their layers cost: a rank makes and measures its own."""
+"""All stages and layer costs of a model; in a run, a rank builds and measures only its own."""
 
 from collections.abc import Sequence
 
@@ -11,18 +11,18 @@ from distplat.strategies.pipeline.model_partition import LayerCost, measure_laye
 
 def stages_of(layers: Sequence[Layer], points: Sequence[int]) -> list[Stage]:
     """
-    Make all stages; the layers are taken over, not copied.
+    Build all stages; the layers are not copied.
 
     Raises:
-        ValueError: the points leave a stage without layers.
-        SpecError: a parameter would be in two stages; names it.
+        ValueError: a stage has no layers.
+        SpecError: a parameter would be in two stages; names the parameter.
     """
     refuse_tied(layers, points)
     return [Stage(layers[start:stop]) for start, stop in bounds(points, len(layers))]
 
 
 def profile(layers: Sequence[Layer], inputs: Tensor, repeats: int = 5) -> list[LayerCost]:
-    """Measure layers one after the other."""
+    """Measure all layers, one after the other."""
     costs = []
     for layer in layers:
         cost, inputs = measure_layer(layer, inputs, repeats)

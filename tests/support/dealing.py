@@ -1,4 +1,4 @@
-"""A task scheduler whose leases are as long as a test wants, and that can be told of losses."""
+"""A task scheduler with leases of a fixed size, to which tests can report lost ranks."""
 
 from functools import partial
 
@@ -15,7 +15,7 @@ class Dealing(Scheduler):
     See `Scheduler`.
 
     Args:
-        most: tasks of a lease.
+        most: number of tasks per lease.
         name: of the actor.
         job: the run's job.
         consistency: how far ahead tasks are leased.
@@ -27,20 +27,20 @@ class Dealing(Scheduler):
         self._dead: set[tuple[int, int]] = set()  #: (rank, attempt)
 
     def lease_size(self, rank: int, scheduler: TaskScheduler) -> int:
-        """See `Scheduler`; however fast the worker is."""
+        """Return the fixed size, independent of the worker's speed."""
         return self._most
 
     async def lose(self, rank: int) -> None:
-        """Lease what a rank holds to others, as if it had not been heard of for long."""
-        assert self._scheduler is not None, "somebody has joined"
+        """Reclaim a rank's tasks, as after a heartbeat timeout."""
+        assert self._scheduler is not None, "a worker has joined"
         self._scheduler.requeue(rank)
         self._wake()
 
     async def die(self, rank: int) -> None:
         """
-        Hear no more of a rank in this attempt.
+        Treat a rank as dead in this attempt.
 
-        A question of it may be on its way still, and be given work: that is taken back as well.
+        A request of the rank may still be in flight and be granted tasks: these are reclaimed, too.
         """
         self._dead.add((rank, self._attempt))
         self._wake()
@@ -53,5 +53,5 @@ class Dealing(Scheduler):
 
 
 def desk_of(job: Job, roles: Roles, most: int = 1) -> LocalTaskScheduler:
-    """Make a run's scheduler, with leases of at most so many tasks."""
+    """Create a run's scheduler, with leases of at most `most` tasks."""
     return LocalTaskScheduler(job, roles, make=partial(Dealing, most))

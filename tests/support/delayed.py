@@ -1,4 +1,4 @@
-"""Gradients that come late, without threads: a schedule says whose push comes when."""
+"""Delayed gradients without threads: a schedule defines the order of the ranks' pushes."""
 
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -15,29 +15,28 @@ from distplat.strategies.loop.control import StepControl
 from distplat.strategies.server.dense_store import DenseStore
 
 Gradient = Callable[[Tensor, int, int], Tensor]
-"""Gradient at parameters [m], of a rank, in its step."""
+"""Returns the gradient at parameters [m], of a rank, in its step."""
 
 
 def async_plan(
     world: int, steps: int, consistency: Consistency, *, shards: int = 1, **job: Any
 ) -> ShardPlan:
-    """Make the plan of an asynchronous run `run`, attempt 1; `job` replaces fields."""
+    """Build the plan of an asynchronous run `run`, attempt 1; `job` replaces fields."""
     fields = {"strategy": "ps-async", "steps": steps, "global_batch_size": world, **job}
-    made = job_of(workers=world, **fields)
-    return ShardPlan(made, "run", 1, world, steps, shards, consistency)
+    return ShardPlan(job_of(workers=world, **fields), "run", 1, world, steps, shards, consistency)
 
 
 def run_schedule(
     plan: ShardPlan, start: Tensor, gradient: Gradient, ranks: Sequence[int]
 ) -> DenseStore:
     """
-    Have ranks push in the given order; each computes on what it pulled after its push before.
+    Push in the order of `ranks`; each rank computes on the parameters pulled after its last push.
 
     Args:
         plan: of one shard.
         start: initial parameters, shape [m].
-        gradient: what a rank computes.
-        ranks: whose push comes next.
+        gradient: of a rank.
+        ranks: rank of each push.
     """
     shard = DenseStore(plan, start.clone())
     shard.restore(0)
@@ -58,7 +57,7 @@ def run_schedule(
 def push_now(
     shard: DenseStore, push: PushId, gradient: Tensor, control: StepControl | None = None
 ) -> Verdict:
-    """Have an asynchronous shard take a gradient, and make its update, as its server does."""
+    """Push a gradient to an asynchronous shard and apply it, as a server does."""
     verdict = shard.push(push, gradient, control)
     if verdict is Verdict.NEW:
         assert shard.commit(push.seq, None)
@@ -67,6 +66,6 @@ def push_now(
 
 @cache
 def noise(size: int, *key: int) -> Tensor:
-    """Draw a vector that depends on the key alone, shape [size]; not to be written into."""
+    """Draw a vector that depends only on the key, shape [size]; do not modify it."""
     seed = sum(part * 10_007**place for place, part in enumerate(key)) + 1
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""Parts of checkpoints as ranks give them to the driver; a disk that is full."""
+"""Parts of checkpoints as ranks deliver them to the driver, and a full disk."""
 
 import errno
 from dataclasses import replace
@@ -37,6 +37,6 @@ class Full(Disk):
 
 
 def hasty(launch: Launch, limit_s: float) -> Launch:
-    """Give the launch another `storage_timeout_s`."""
+    """Return a copy of the launch with another `storage_timeout_s`."""
     failure = launch.job.failure.model_copy(update={"storage_timeout_s": limit_s})
     return replace(launch, job=launch.job.model_copy(update={"failure": failure}))

@@ -1,4 +1,4 @@
-"""A drawn task, trained in memory and in plain loops."""
+"""A random task, trained in memory and in plain torch loops."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from distplat.strategies.verification.reference import train
 from distplat.strategies.verification.switched import Switches
 
 TOLERANCE = 1e-9
-"""In float64, relative to a tensor's largest element; runs of six steps stay below 1e-13."""
+"""For float64, relative to a tensor's largest element; errors after six steps are below 1e-13."""
 NARROW_TOLERANCE = 1e-5
-"""Where a layer is in float32."""
+"""For tasks with a float32 layer."""
 
 
 def compared(drawn: Drawn) -> Comparison:
-    """Train both ways and compare."""
+    """Train in memory and in plain loops, and compare."""
     job, kind = drawn.job(), drawn.task()
     task = lambda: make(kind)(Switches())  # noqa: E731
     schedule, recipe = (

@@ -1,4 +1,4 @@
-"""A way from a primary to its backup without servers, and moments at which the primary may die."""
+"""A link from a primary to its backup without servers, and moments of the primary's death."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ from distplat.platform.errors import ActorLost
 from distplat.strategies.server.store import Change, ReplicatedStore, Update
 
 MOMENTS = ("before it sent", "after it sent", "before it answered")
-"""When a primary may die in an update: the backup has not made it yet, has made it, has told so."""
+"""When a primary may die in an update: before the backup applies it, after, or once it answered."""
 
 
 class InMemoryBackup:
     """
-    See `BackupLink`; the backup makes each update within the call.
+    See `BackupLink`; the backup applies each update within the call.
 
     Args:
-        primary: whose updates they are; this becomes its `backup_link`.
-        backup: an equal store, filled here.
+        primary: sends the updates; this object becomes its `backup_link`.
+        backup: an equal store; the constructor loads the primary's snapshot.
     """
 
     def __init__(self, primary: ReplicatedStore, backup: ReplicatedStore) -> None:

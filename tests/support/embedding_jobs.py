@@ -16,7 +16,7 @@ from distplat.strategies.sparse.rows import initial_rows
 
 
 class Local(Words):
-    """The same with `nn.Embedding`."""
+    """The task `Words` with `nn.Embedding`."""
 
     def model(self) -> nn.Module:
         sharded = super().model()

@@ -1,4 +1,4 @@
-"""A job API without a cluster: takes packages and jobs over HTTP, as Ray's dashboard does."""
+"""A job API without a cluster: accepts packages and jobs over HTTP, as Ray's dashboard does."""
 
 import json
 import threading
@@ -30,19 +30,19 @@ global_batch_size: 16
 
 @dataclass
 class FakeJobApi:
-    """What it answers, and what it was sent."""
+    """Answers of the API, and the requests received."""
 
     url: str = ""
     ray_version: str = ray.__version__
     python_version: str | None = "3.11.0"
-    """None: as behind a proxy that knows only the paths of jobs."""
+    """None: not available, as behind a proxy that forwards only the paths of jobs."""
     log: str = "step 1/1\n"
     packages: list[str] = field(default_factory=list)
     """Paths of the uploads."""
     jobs: list[dict[str, Any]] = field(default_factory=list)
 
     def get(self, path: str) -> object:
-        """Answer a question; None: 404."""
+        """Return the response to a GET request; None: 404."""
         if path == "/api/version":
             return {"version": "4", "ray_version": self.ray_version}
         if path == "/api/v0/cluster_metadata" and self.python_version is not None:
@@ -59,7 +59,7 @@ class FakeJobApi:
 
 @contextmanager
 def fake_job_api() -> Iterator[FakeJobApi]:
-    """Serve one on a port of loopback, until the block is left."""
+    """Serve the API on a loopback port during the block."""
     api = FakeJobApi()
 
     class Handler(BaseHTTPRequestHandler):

@@ -24,12 +24,12 @@ from distplat.strategies.function.function_session import SessionPorts
 from distplat.strategies.loop.loop import Progress
 
 LIMIT_S = 60.0
-"""Deadline of waits; on a busy machine a thread may rest for long."""
+"""Deadline of waits; on a busy machine a thread may pause for long."""
 
 
 @dataclass
 class FunctionRun:
-    """What a run came to."""
+    """Results of a run."""
 
     trained: list[dict[str, Tensor]] = field(default_factory=list)  #: by rank
     reports: list[AnyReport] = field(default_factory=list)
@@ -37,9 +37,9 @@ class FunctionRun:
 
 
 def function_job(workers: int = 1, **fields: Any) -> Job:
-    """Make the job of a train function."""
-    given = {"name": "test", "strategy": "ring", "scaling": {"num_workers": workers}}
-    return make_job({**given, "own_loop": True, **fields})
+    """Build the job of a train function."""
+    defaults = {"name": "test", "strategy": "ring", "scaling": {"num_workers": workers}}
+    return make_job({**defaults, "own_loop": True, **fields})
 
 
 def call_on_ranks(
@@ -52,7 +52,7 @@ def call_on_ranks(
     home: str = HERE,
     ending: Callable[[int], bool] = lambda rank: False,
 ) -> FunctionRun:
-    """Run a function on all ranks, whose node is `home`; raises what the first of them raises."""
+    """Run a function on all ranks, on node `home`; raises the error of the first failed rank."""
     job = job or function_job(workers)
     world, found, lock = job.scaling.world, FunctionRun(), threading.Lock()
     fabric, roles = Fabric(world, LIMIT_S), make_strategy(job).roles(job)

@@ -1,4 +1,4 @@
-"""A task without a mistake, and what its subclasses are told."""
+"""A correct task, and a check of the errors of its subclasses."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def fit(kind: type[Task], tmp_path: Path, **fields: Any) -> Result:
 
 
 def told(kind: type[Task], tmp_path: Path, **fields: Any) -> UserCodeError:
-    """Train; give the error, which has no frame of ours."""
+    """Train; return the error, whose traceback has no frame of distplat."""
     with pytest.raises(UserCodeError) as caught:
         fit(kind, tmp_path, **fields)
     ours = [str(_ROOT / part) for part in ("platform", "strategies", "actors", "cli")]

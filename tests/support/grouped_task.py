@@ -1,4 +1,4 @@
-"""A task whose optimizer has parameter groups, and the plain loop to compare with."""
+"""A task whose optimizer has parameter groups, and a plain torch loop to compare with."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ GROUPED = {**ADAMW, "groups": GROUPS}
 
 
 class Small(Task):
-    """Linear layers, a norm and a head, in float64; and a parameter of the task's own."""
+    """Linear layers, a norm and a head, in float64; optionally a parameter of the task itself."""
 
     own = False
 

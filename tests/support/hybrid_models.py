@@ -61,7 +61,7 @@ MLP_PLAN = {"1.0": "colwise", "2.0": "rowwise", "4.0": "colwise_gather"}
 
 
 class Normed(Mlp):
-    """Running statistics, which must come out the same as well."""
+    """Has running statistics, which are compared, too."""
 
     def model(self) -> nn.Module:
         blocks = [nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Tanh()) for _ in range(2)]
@@ -134,7 +134,7 @@ INCEPTION_PLAN = {"1.branches.*": "branches", "4": "colwise", "6": "rowwise"}
 
 
 class NormedInception(Inception):
-    """A branch with running statistics, which only the rank that has it keeps up."""
+    """Has a branch with running statistics, which only that branch's rank updates."""
 
     norm = True
 
@@ -220,16 +220,16 @@ def grid_of(pipeline: int, tensor: int, data: int, **more: Any) -> tuple[dict[st
 
 
 def whole(run: LocalRun) -> dict[str, Tensor]:
-    """Put the parts of the trained model together."""
+    """Merge the ranks' parts of the trained model."""
     return {name: value for part in run.trained for name, value in part.items()}
 
 
 @cache
 def plain(kind: type[Task], clip: float | None = None) -> tuple[dict[str, Tensor], list[float]]:
     """
-    Train in one process, the way any textbook does; give the model and the losses.
+    Train in a plain torch loop in one process; return the model and the losses.
 
-    By SGD: Adam would blow up the rounding of gradients that are zero, as those of key biases are.
+    With SGD: Adam would amplify rounding errors of zero gradients, such as those of key biases.
     """
     task = kind()
     torch.manual_seed(5)

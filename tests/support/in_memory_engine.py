@@ -1,4 +1,4 @@
-"""What `distplat verify` asks of the engine, answered in memory: N ranks as threads."""
+"""The engine of `distplat verify` in memory: N ranks as threads."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ from distplat.strategies.verification.verdicts import Engine, EngineRun
 
 
 def engine(kind: type[Task]) -> Engine:
-    """Give what runs jobs of a task."""
+    """Return the engine that runs jobs of a task."""
 
     def run(job: Job, switches: Switches) -> EngineRun:
         return EngineRun(trained(job, train(job, switched(kind, switches))))
@@ -27,12 +27,12 @@ def engine(kind: type[Task]) -> Engine:
 
 
 def make(kind: type[Task], **arguments: Any) -> Callable[[Switches], Task]:
-    """Give what makes the task anew."""
+    """Return a function that creates the task."""
     return lambda switches: switched(kind, switches)(**arguments)
 
 
 def trained(job: Job, run: LocalRun) -> Trained:
-    """Bring a run whose job has a checkpoint after every step into the form of a reference."""
+    """Convert a run with checkpoints after every step to the form of a reference."""
     states = {step: model_of(saved) for step, saved in run.checkpoints.items()}
     sums, counts = [0.0] * (job.steps or 0), [0.0] * (job.steps or 0)
     for report in (report for reports in run.reports for report in reports):
@@ -44,7 +44,7 @@ def trained(job: Job, run: LocalRun) -> Trained:
 
 
 def model_of(saved: SavedState) -> dict[str, Tensor]:
-    """Give a checkpoint's model as tensors."""
+    """Return a checkpoint's model as tensors."""
     return {name: _tensor(whole) for name, whole in saved._load("model").items()}
 
 

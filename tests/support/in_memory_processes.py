@@ -1,8 +1,8 @@
 """
-Processes of a cluster in memory: a process is a name that its threads inherit.
+Processes of an in-memory cluster: a process is a name that its threads inherit.
 
-One that is killed answers no more, and its threads come out at their next call to Ray. A frozen one
-stands still then.
+A killed process does not answer, and its threads end at their next call to Ray. Threads of a frozen
+process block at that call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _here = threading.local()
 
 
 class Killed(BaseException):
-    """Ends the threads of a process that is no more."""
+    """Ends the threads of a killed process."""
 
 
 class Process:
@@ -25,39 +25,39 @@ class Process:
 
     Args:
         name: of its actor, or `driver`.
-        node: where it is.
-        owner: whose end is its end, too.
+        node: of the process.
+        owner: process with which this process ends.
     """
 
     def __init__(self, name: str, node: str, owner: Process | None) -> None:
         self.name, self.node, self.owner = name, node, owner
-        self.dead: Future[None] = Future()  #: done once it is killed
+        self.dead: Future[None] = Future()  #: done once the process is killed
         self._running = threading.Event()
         self._running.set()
 
     def check(self) -> None:
-        """Stand still while the process is frozen; raises `Killed` once it is dead."""
+        """Block while the process is frozen; raises `Killed` once it is dead."""
         self._running.wait()
         if self.dead.done():
             raise Killed(self.name)
 
     def freeze(self) -> None:
-        """Have its threads stand still, and its actor answer nobody."""
+        """Block the threads of the process, and calls to its actor."""
         self._running.clear()
 
     def go_on(self) -> None:
-        """Have it go on."""
+        """Resume the process."""
         self._running.set()
 
     def end(self) -> None:
-        """Have its threads come out."""
+        """End the threads of the process."""
         if not self.dead.done():
             self.dead.set_result(None)
         self._running.set()
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Have what is called in this block be of this process."""
+        """Run the calls of the block in this process."""
         before = getattr(_here, "process", None)
         _here.process = self
         try:
@@ -67,12 +67,12 @@ class Process:
 
 
 def this_process() -> Process:
-    """Give the process that the calling thread is of; raises `Killed` if it is dead."""
+    """Return the process of the calling thread; raises `Killed` if it is dead."""
     process: Process = _here.process
     process.check()
     return process
 
 
 def process_here() -> Process | None:
-    """Give the process that the calling thread is of; None: it is of none."""
+    """Return the process of the calling thread; None: the thread has none."""
     return getattr(_here, "process", None)

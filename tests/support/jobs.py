@@ -1,4 +1,4 @@
-"""The job of a test: what it does not say is the smallest that trains."""
+"""Jobs of tests; defaults are the smallest values that train."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from distplat.strategies.catalog import make_job
 def fields_of(
     strategy: str | Mapping[str, Any] = "ring", workers: int = 1, **fields: Any
 ) -> dict[str, Any]:
-    """Make the fields of a job as its file has them; `fields` replaces defaults or adds to them."""
+    """Return the fields of a job file; `fields` replaces defaults or adds to them."""
     length = {} if fields.keys() & {"epochs", "steps"} else {"steps": 4}
     return {
         "name": "test",
@@ -25,9 +25,9 @@ def fields_of(
 
 def job_of(strategy: str | Mapping[str, Any] = "ring", workers: int = 1, **fields: Any) -> Job:
     """
-    Make a job, checked as `submit` checks it: the strategy's options too.
+    Build a job and validate it as `submit` does, including the strategy's options.
 
     Raises:
-        SpecError: everything that is wrong.
+        SpecError: all problems of the job.
     """
     return make_job(fields_of(strategy, workers, **fields))

@@ -1,4 +1,4 @@
-"""A task in whose forward a process of the cluster in memory is killed."""
+"""A task whose forward kills a process of the in-memory cluster."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from distplat import Task
 
 
 class KillsInForward(Task):
-    """Kills a process in its fourth forward; ranks are threads, so its model draws nothing."""
+    """Kill a process in the fourth forward; ranks are threads, so the model draws no numbers."""
 
     killed = ""
-    """The name of who is killed when `worker-1` is in it; empty: nobody is."""
+    """Name of the process to kill in the forward of `worker-1`; empty: none."""
     ray: InMemoryRay
 
     def model(self) -> nn.Module:

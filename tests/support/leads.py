@@ -1,4 +1,4 @@
-"""How far the workers of an asynchronous run were apart, by the log of a shard."""
+"""Largest lead of a worker in an asynchronous run, from the log of a shard."""
 
 from distplat.platform.apply_log import ApplyLog
 from distplat.platform.ledger import IntervalSet
@@ -6,7 +6,7 @@ from distplat.platform.ledger import IntervalSet
 
 def largest_lead(log: ApplyLog, parts: int) -> int:
     """
-    Give the most steps that a task was ahead of the oldest missing one when its gradient came.
+    Return the largest number of steps that a task was ahead of the oldest missing task.
 
     Args:
         log: of one shard, from the first step on.

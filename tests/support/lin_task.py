@@ -1,4 +1,4 @@
-"""A task's file that can be imported and checked, and trains nothing."""
+"""A task file that can be imported and checked, but not trained."""
 
 TASK = """\
 from distplat import Task

@@ -1,4 +1,4 @@
-"""A quick task, and the fields of a job in this process that trains it."""
+"""A small task, and the fields of a job that trains it in this process."""
 
 from typing import Any
 

@@ -1,9 +1,8 @@
 """
-A run in memory, attempt after attempt: N ranks as threads, servers over `LocalTransport`.
+A run in memory with its attempts: N ranks as threads, servers over `LocalTransport`.
 
-Between ranks there is the `Fabric` of `strategies/fakes.py`. The actors are those of `distplat`
-itself. A test that disturbs an attempt derives from `Attempt`, and changes how a rank is connected
-or what happens meanwhile.
+Ranks communicate through the `Fabric` of `strategies/fakes.py`; the actors are those of `distplat`.
+Tests that inject faults into an attempt subclass `Attempt`, and override its connections or hooks.
 """
 
 import threading
@@ -50,7 +49,7 @@ from distplat.strategies.worker_strategy import WorkerStrategy, make_worker_stra
 
 @dataclass
 class Rank:
-    """One worker's process: what it keeps from attempt to attempt."""
+    """State of a worker's process that is kept across attempts."""
 
     prepared: Prepared
     strategy: WorkerStrategy[Any]
@@ -62,12 +61,12 @@ class LocalRun:
     A run's processes.
 
     Args:
-        job: names the strategy; a server group is made as its `roles` ask.
+        job: names the strategy, whose `roles` define the server group.
         task: the task's class.
         timeout_s: deadline of the ports' waits.
         rewinds: see `TablePlan`.
-        most: tasks of a lease, where they are leased.
-        speeds: by which the servers' shards are cut; empty: evenly.
+        most: tasks of a lease, if tasks are leased.
+        speeds: of the servers, which define the shards' sizes; empty: equal sizes.
     """
 
     def __init__(
@@ -83,14 +82,14 @@ class LocalRun:
         self.job, self.task, self.timeout_s = job, task, timeout_s
         self._rewinds, self._most, self._speeds = rewinds, most, speeds
         self.attempts = 0
-        self.checkpoints: dict[int, SavedState] = {}  #: by version, as read from the disk
+        self.checkpoints: dict[int, SavedState] = {}  #: by version, as if read from disk
         self.reports: list[list[AnyReport]] = [[] for _ in range(job.scaling.world)]  #: by rank
         self.trained: list[dict[str, Tensor]] = []  #: by rank: its part of the trained model
         self.run_store = InMemoryRunStore()
         self.start_over()
 
     def start_over(self) -> None:
-        """Put new processes in the place of all, servers too."""
+        """Replace all processes by new ones, including servers."""
         if self.attempts:
             self.close()
         self.ranks = [self._new_rank() for _ in range(self.job.scaling.world)]
@@ -103,25 +102,25 @@ class LocalRun:
         self.desk = desk_of(self.job, self.roles, self._most)
 
     def _new_rank(self) -> Rank:
-        # One after another: torch's generator, which `prepare` seeds, is shared by all threads.
+        # One after the other: `prepare` seeds torch's generator, which all threads share.
         strategy = make_worker_strategy(self.job)
         prepared = prepare(self.job, make_task(self.job, lambda: self.task), strategy=strategy)
         describe(prepared)
         return Rank(prepared, strategy)
 
     def renew(self, rank: int) -> None:
-        """Put a new process in the place of a rank that was lost."""
+        """Replace the process of a lost rank."""
         self.ranks[rank] = self._new_rank()
 
     def resize(self, world: int) -> None:
-        """Have another number of ranks from the next attempt on; those that are left stay."""
+        """Change the number of ranks from the next attempt on; remaining ranks keep their state."""
         self.job = self.job.with_workers(world)
         new = range(len(self.ranks), world)
         self.ranks = self.ranks[:world] + [self._new_rank() for _ in new]
         self.reports += [[] for _ in range(world - len(self.reports))]
 
     def close(self) -> None:
-        """End the servers; what they kept can still be looked at."""
+        """End the servers; tests can still read their state."""
         self.servers.close()
         self.tables.close()
         self.desk.close()
@@ -138,14 +137,14 @@ class Attempt:
 
     Args:
         run: the run.
-        fabric: connects the ranks; None: one that nothing is wrong with.
-        saved: what new ranks begin from.
+        fabric: connects the ranks; None: one without faults.
+        saved: checkpoint from which new ranks start.
         base: steps of the newest checkpoint.
         apart: whether ranks compute on copies, as if servers were on another node.
     """
 
     ends: tuple[type[Exception], ...] = ()
-    """How a rank may come out of it; whatever else it raises is the test's failure."""
+    """Errors with which a rank may end; any other error fails the test."""
 
     def __init__(
         self,
@@ -161,17 +160,17 @@ class Attempt:
         self.job, self.world = run.job, run.job.scaling.world
         self.fabric = fabric or Fabric(self.world, run.timeout_s)
         self.saved, self.base, self.node = saved, base, ELSEWHERE if apart else HERE
-        self.starts: list[int] = []  #: the first step of each rank that began
-        self.errors: dict[int, Exception] = {}  #: by rank that came out before the end
+        self.starts: list[int] = []  #: first step of each rank that started to train
+        self.errors: dict[int, Exception] = {}  #: by rank that ended early
         self.ended = [threading.Event() for _ in range(self.world)]  #: by rank
-        # Where tasks are leased rank 0 alone gives parts: the others may come and go.
+        # With leased tasks only rank 0 delivers parts: other ranks may join and leave.
         givers = 1 if run.roles.consistency.dynamic_tasks else self.world
         self.keeper = Keeper(self.job, run.checkpoints, givers)
 
     def make(self) -> bool:
-        """Train until all ranks are out; say whether all came to the end."""
+        """Train until all ranks have ended; return whether all have completed the run."""
         try:
-            # Whatever else a rank raises is raised here: the others need not wait for it.
+            # Unexpected errors of a rank are raised here: end the waits of the other ranks.
             failed = partial(Attempt.give_up, self)
             trained = on_ranks(self.world, self._body, meanwhile=self.meanwhile, failed=failed)
         except BaseException:
@@ -225,17 +224,16 @@ class Attempt:
         )
 
     def give_up(self) -> None:
-        """Have all come out that wait for others, as the controller does when one is lost."""
-        following = self.number + 1
+        """End all waits, as the controller does when a rank is lost."""
         self.fabric.abort()
-        self.run.servers.renew(following)
+        self.run.servers.renew(self.number + 1)
 
     def collective(self, rank: int) -> Collective:
-        """Give a rank's way to the others."""
+        """Return a rank's collective group."""
         return self.fabric.collective(rank)
 
     def shards(self, rank: int) -> Shards:
-        """Give a rank's way to the parameter servers."""
+        """Return a rank's client of the parameter servers."""
         return self.run.servers.shards(
             rank,
             self.run.ranks[rank].prepared.total_steps,
@@ -246,27 +244,27 @@ class Attempt:
         )
 
     def tables(self, rank: int) -> Tables:
-        """Give a rank's way to the servers of embedding tables."""
+        """Return a rank's client of the servers of embedding tables."""
         job = self.run.ranks[rank].prepared.job
         return self.run.tables.tables(rank, attempt=self.number, job=job, saved=self.saved)
 
     def leases(self, rank: int) -> Leases:
-        """Give a rank's way to the task scheduler."""
+        """Return a rank's client of the task scheduler."""
         return self.run.desk.leases(rank, attempt=self.number)
 
     def before(self, rank: int, step: int) -> StopOrder:
-        """What a rank does, and is told, before a step."""
+        """Hook before a rank's step; returns the rank's stop order."""
         return StopOrder.NONE
 
     def report(self, rank: int, report: AnyReport) -> None:
-        """Take what a rank reports."""
+        """Record a rank's report."""
         self.run.reports[rank].append(report)
 
     def stopped(self, rank: int) -> None:
-        """What happens when a rank came out of it before the end, in its thread."""
+        """Hook after a rank has ended early, in the rank's thread."""
 
     def meanwhile(self) -> None:
-        """What the test does while all ranks work."""
+        """Hook in the test's thread, while the ranks train."""
 
 
 def train(
@@ -285,12 +283,12 @@ def train(
 
     Args:
         job: see `LocalRun`.
-        task: see there.
-        before: called for each rank before it joins, to spoil something.
+        task: see `LocalRun`.
+        before: called for each rank before it joins, to inject a fault.
         timeout_s: see `LocalRun`.
-        saved: the checkpoint to begin from.
+        saved: the checkpoint to start from.
         most: see `LocalRun`.
-        speeds: see there.
+        speeds: see `LocalRun`.
         apart: see `Attempt`.
     """
     run = LocalRun(job, task, timeout_s=timeout_s, most=most, speeds=speeds)
@@ -303,38 +301,39 @@ def train(
 
 def evaluations(run: LocalRun) -> list[EvalSummary]:
     """
-    Join the reports as the controller does.
+    Aggregate the ranks' evaluation reports as the controller does.
 
-    Under `ps-async` one rank may make both parts of the last evaluation, and another a part of an
-    earlier one: the order of the ranks' reports is not that of the evaluations.
+    Under `ps-async` a rank may compute both parts of the last evaluation, and another rank a part
+    of an earlier one: the ranks' reports are not in the order of the evaluations.
 
     Returns:
         Ascending by step.
     """
-    found: dict[int, ReportAggregator] = {}
+    aggregators: dict[int, ReportAggregator] = {}  #: by step
     summaries = []
-    for rank in run.reports:
-        for one in rank:
-            if isinstance(one, EvalReport):
-                joined = found.setdefault(one.step, ReportAggregator(len(run.reports)))
-                summaries += [s for s in joined.add(one) if isinstance(s, EvalSummary)]
-    return sorted(summaries, key=lambda one: one.step)
+    for reports in run.reports:
+        for report in reports:
+            if isinstance(report, EvalReport):
+                new = ReportAggregator(len(run.reports))
+                aggregator = aggregators.setdefault(report.step, new)
+                summaries += [s for s in aggregator.add(report) if isinstance(s, EvalSummary)]
+    return sorted(summaries, key=lambda summary: summary.step)
 
 
 def impatient(job: Job, limit_s: float) -> Job:
-    """Give a job whose servers wait no longer than that."""
+    """Return a copy of the job whose servers wait up to `limit_s`."""
     limits = {"start_timeout_s": limit_s, "step_timeout_s": limit_s}
     return job.model_copy(update={"failure": job.failure.model_copy(update=limits)})
 
 
 class Keeper:
     """
-    Puts checkpoints together as the parts come.
+    Assembles checkpoints from the ranks' parts.
 
     Args:
         job: of the run.
-        found: takes them, by version.
-        givers: how many ranks give parts.
+        found: receives complete checkpoints, by version.
+        givers: number of ranks that deliver parts.
     """
 
     def __init__(self, job: Job, found: dict[int, SavedState], givers: int) -> None:
@@ -343,7 +342,7 @@ class Keeper:
         self._lock = threading.Lock()
 
     def uploader(self, rank: int, timeout_s: float) -> CheckpointUploader:
-        """Make what takes a rank's parts."""
+        """Create the uploader of a rank's parts."""
         copied = lambda arrays: [array.copy() for array in arrays]  # noqa: E731
         return CheckpointUploader(rank, 0, copied, self._deliver, timeout_s)
 
@@ -357,20 +356,20 @@ class Keeper:
 def take(
     uploader: CheckpointUploader, version: int, part: CheckpointPart, facts: Mapping[str, Any]
 ) -> None:
-    """Take a part; wait for it, for steps are quick here: shards would have newer copies soon."""
+    """Upload a part and wait for it: steps are so fast that shards would soon replace copies."""
     uploader.take(version, part, facts)
     if not part.may_skip:
         uploader.flush()
 
 
 def as_read(job: Job, version: int, parts: Sequence[Delivery]) -> SavedState:
-    """Put a checkpoint's parts together, without a disk."""
+    """Assemble a checkpoint's parts, without a disk."""
     pairs = [
         (fetch_arrays(ref), entries)
         for part in parts
         for ref, entries in zip(part.refs, part.entries, strict=True)
     ]
-    # As on the disk: these are always there.
+    # As on disk, these files always exist.
     files = {"model": {}, "optimizer": {}, **group_by_file(assemble_tensors(pairs))}
     facts = joined_facts([part.facts for part in parts])
     state = {**state_of(job, "run", facts), "step": version}

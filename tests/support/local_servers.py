@@ -1,8 +1,8 @@
 """
-The actors of a run in memory, as tests want them: on two nodes, over attempts, cut by speeds.
+The actors of a run in memory, with options for tests: two nodes, several attempts, server speeds.
 
-Nodes are names: a worker on the servers' node computes on their memory and writes into their
-mailboxes, one on another node sends bytes in calls.
+Nodes are names: a worker on the servers' node uses shared memory and mailboxes, a worker on another
+node sends bytes in calls.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ ELSEWHERE = "node-1"
 
 class LocalTaskScheduler(local_actors.LocalTaskScheduler):
     """
-    See `local_actors.TaskDesk`.
+    See `local_actors.LocalTaskScheduler`.
 
     Args:
         job: the run's job.
-        roles: what its strategy needs.
-        make: makes the scheduler.
+        roles: of the job's strategy.
+        make: creates the scheduler.
     """
 
     def __init__(
@@ -73,60 +73,60 @@ class LocalTaskScheduler(local_actors.LocalTaskScheduler):
 
 class TableServers(local_actors.TableServers):
     """
-    See `local_actors.TableServers`; with backups, where the job has some.
+    See `local_actors.TableServers`; with backups if the job replicates tables.
 
     Args:
         job: the run's job.
         rewinds: see `TablePlan`.
-        every: steps between two checkpoints; 0: there are none.
+        every: steps between two checkpoints; 0: checkpoints are disabled.
     """
 
     def __init__(self, job: Job, *, rewinds: bool = False, every: int = 0) -> None:
         self._rewinds = rewinds
         self.replicated = job.embeddings is not None and job.embeddings.replication > 1
-        self._made: dict[str, Actor] = {}  #: every server that ever was
+        self._all_servers: dict[str, Actor] = {}  #: including lost servers
         super().__init__(job, every=every)
-        self._keeping = self.nodes
+        self._primaries = self.nodes
         self.manager: Actor | None = None
         if self.replicated:
             self.make_manager(adopts=False)
 
     def make_manager(self, *, adopts: bool) -> None:
-        """Make a manager; `adopts`: the servers have had another one before."""
+        """Create a manager; `adopts`: the servers belonged to an earlier manager."""
 
         def make(transport: LocalTransport) -> ServerManager:
-            who = "table-manager", self.job, self.run, int(adopts), dict[str, Any](), Roles()
-            tables = dict(self._made)
-            return ServerManager(*who, tables=tables, adopts=adopts, transport=transport)
+            args = "table-manager", self.job, self.run, int(adopts), dict[str, Any](), Roles()
+            tables = dict(self._all_servers)
+            return ServerManager(*args, tables=tables, adopts=adopts, transport=transport)
 
         self.manager = self.cluster.spawn("table-manager", HERE, make)
-        _give_controller(self.cluster, self.manager, self._make_node)
+        _set_controller(self.cluster, self.manager, self._make_node)
 
     @override
     def _make_node(self, name: str) -> Actor:
         index, limit_s = int(name.rpartition("-")[2]), self.job.failure.step_timeout_s
         part = TablePart(name, index, self.replicated, limit_s)
         node = self.cluster.spawn(name, HERE, partial(ServerNode, name, tables=part))
-        self._made[name] = node
+        self._all_servers[name] = node
         return node
 
     @property
     @override
     def table_servers(self) -> list[TableServer]:
-        self._look_who_keeps()
-        return [node.body.serving.server for node in self._keeping]
+        self._update_primaries()
+        return [node.body.serving.server for node in self._primaries]
 
-    def _look_who_keeps(self) -> None:
+    def _update_primaries(self) -> None:
         if self.manager is not None and not self.manager.died:
-            self._keeping = tuple(self.manager.body.table_servers(0, 0.0).servers)
+            self._primaries = tuple(self.manager.body.table_servers(0, 0.0).servers)
 
     @override
     def close(self) -> None:
         self.end_attempt()
         if self.manager is not None:
-            with suppress(DistplatError):  # one was lost for good
-                self._look_who_keeps()
-            self.manager.die("the run is over")  # before it sees its servers go
+            with suppress(DistplatError):  # a server was lost that no backup replaces
+                self._update_primaries()
+            self.manager.die("the run is over")  # before it detects the end of its servers
         super().close()
 
     @override
@@ -141,14 +141,14 @@ class TableServers(local_actors.TableServers):
         abandoned: threading.Event | None = None,
     ) -> RemoteTables:
         """
-        Give a worker's way to the servers.
+        Return a worker's client of the servers.
 
         Args:
             rank: the worker's.
             attempt: of the run.
             node: the worker's.
-            job: of the attempt, where it has another number of workers.
-            saved: the checkpoint that the run began from.
+            job: of the attempt, if the number of workers has changed.
+            saved: the checkpoint from which the run started.
             abandoned: once set, waits end.
         """
         transport = self.cluster.transport(node, f"worker-{rank}")
@@ -172,9 +172,9 @@ class Servers(local_actors.Servers):
 
     Args:
         job: the run's job.
-        roles: what its strategy needs; at least one server is made.
-        speeds: of the servers, in elements per second, by which shards are cut; empty: evenly.
-        backups: the node of those that are made while the run goes on.
+        roles: of the job's strategy; with at least one server.
+        speeds: of the servers, in elements per second, for the shards' sizes; empty: equal sizes.
+        backups: node of servers created during the run.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Servers(local_actors.Servers):
             node.body.speed = partial(_speed, speed)
         if self.roles.replication > 1:
             make = partial(self._make_node, node=backups)
-            _give_controller(self.cluster, self.manager, make)
+            _set_controller(self.cluster, self.manager, make)
 
     @override
     def shards(
@@ -200,15 +200,15 @@ class Servers(local_actors.Servers):
         abandoned: threading.Event | None = None,
     ) -> RemoteShards:
         """
-        Give a worker's way to the servers of its part of the model.
+        Return a worker's client of the servers of its part of the model.
 
         Args:
             rank: the worker's.
             total_steps: updates in the run.
             attempt: of the run.
-            every: steps between two checkpoints; 0: there are none.
+            every: steps between two checkpoints; 0: checkpoints are disabled.
             node: the worker's.
-            job: of the attempt, where it has another number of workers.
+            job: of the attempt, if the number of workers has changed.
             abandoned: once set, waits end.
         """
         order = order_of(job or self.job, self.run, rank, attempt, manager=self.manager)
@@ -217,16 +217,16 @@ class Servers(local_actors.Servers):
         return self._keep(RemoteShards(transport, order, total_steps, every, abandoned))
 
     def shard_servers(self, part: int = 0) -> list[ShardServer]:
-        """Give those of all shards of a part of the model."""
+        """Return the servers of all shards of a part of the model."""
         return [self.shard_server(shard, part) for shard in range(self.division.servers_per_part)]
 
     def cuts(self, part: int = 0) -> list[Shard | None]:
-        """Give which run of the vector each shard of a part is."""
+        """Return the range of the vector of each shard of a part."""
         numbers = self.division.servers_of(part)
         return [self.nodes[f"server-{number}"].body.held().cut for number in numbers]
 
     def renew(self, attempt: int, world: int | None = None) -> None:
-        """Begin a later attempt: who waits at the servers is told that theirs is over."""
+        """Start a later attempt: waits of the earlier one at the servers fail."""
         for node in self.nodes.values():
             server: ShardServer | None = node.body.serving.server
             if server is not None:
@@ -238,28 +238,28 @@ def _speed(speed: float, job: Job, world: int, dtype: str) -> float:
 
 
 class _ServerMaker:
-    """Makes the servers that a manager asks for, as the controller of a run on Ray does."""
+    """Creates servers for a manager, as the controller of a run on Ray does."""
 
     def __init__(self, make: Callable[[str], Actor]) -> None:
-        self._make, self._made = make, dict[str, Actor]()
+        self._make, self._servers = make, dict[str, Actor]()
         self._making = threading.Lock()
 
     def make_server(self, attempt: int, server: str, beside: str) -> Actor:
-        """Make a server node, once for each name; `ActorGroup` makes one on a cluster."""
+        """Create a server node, once for each name; see `ActorGroup`."""
         with self._making:
-            if server not in self._made:
-                self._made[server] = self._make(server)
-            return self._made[server]
+            if server not in self._servers:
+                self._servers[server] = self._make(server)
+            return self._servers[server]
 
 
-def _give_controller(cluster: LocalCluster, manager: Actor, make: Callable[[str], Actor]) -> None:
-    """Have a manager's new servers made by `make`."""
+def _set_controller(cluster: LocalCluster, manager: Actor, make: Callable[[str], Actor]) -> None:
+    """Give a manager a controller that creates servers by `make`."""
     controller = cluster.spawn("controller", HERE, lambda _: _ServerMaker(make))
     manager.body.begin(controller)
 
 
 def wait_for_backups(servers: Servers) -> None:
-    """Wait until each shard that has a backup may lose its primary."""
+    """Wait until the backup of every shard is filled."""
     until = time.monotonic() + 60
     while not all(assignment.ready for assignment in servers.manager.body.assignments()):
         assert time.monotonic() < until

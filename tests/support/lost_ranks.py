@@ -1,8 +1,8 @@
 """
-Runs in memory that lose ranks in the middle of a step, beside servers and embedding tables.
+Runs in memory that lose ranks in the middle of a step, with parameter and embedding servers.
 
-What a rank had sent before it was lost has arrived or has not, at each server for itself. The
-others stop where they wait; all go on in a new attempt, with a new rank in the lost one's place.
+The last push of a lost rank reaches some servers and not others. Waits of the other ranks fail; all
+continue in a new attempt, in which a new rank replaces the lost one.
 """
 
 import time
@@ -29,7 +29,7 @@ from distplat.strategies.task import Task
 
 
 class Lost(Exception):
-    """As if the rank's process were no more."""
+    """Simulates the death of the rank's process."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class Loss:
     step: int
     rank: int
     tables: int
-    """So many servers of tables have had its push."""
+    """Number of table servers that receive its last push."""
     shards: int = -1
-    """So many shards have; -1: there are none."""
+    """Number of shards that receive its last push; -1: the run has no shards."""
     others_s: float = 0.02
-    """So long the others go on."""
+    """How long the other ranks continue."""
 
     @property
     def shards_follow(self) -> bool:
-        """Whether the rank lives on to push to shards."""
+        """Whether the rank lives until its push to shards."""
         return self.shards >= 0
 
 
@@ -57,16 +57,16 @@ class Resize:
 
     step: int
     world: int
-    """Ranks from then on."""
+    """Number of ranks afterwards."""
 
 
 @dataclass
 class LossyRun:
-    """What is left of a run at its end."""
+    """Results of a run."""
 
     run: LocalRun
     starts: list[int] = field(default_factory=list)
-    """By attempt: the step that it began with."""
+    """First step of each attempt."""
 
     def dense(self) -> NDArray[np.float32]:
         """Copy the parameters of rank 0."""
@@ -79,7 +79,7 @@ class LossyRun:
 
 
 class _LastPush:
-    """A push after which the rank is lost, or with which."""
+    """A push during or after which the rank is lost."""
 
     def __init__(self, sent: PendingPush | None, *, lost: bool) -> None:
         self._sent, self._lost = sent, lost
@@ -93,12 +93,12 @@ class _LastPush:
 
 def train_lossy(job: Job, task: type[Task], events: Sequence[Loss | Resize]) -> LossyRun:
     """
-    Train to the end, with one event after the other.
+    Train to the end, with one event per attempt, and a last attempt without.
 
     Args:
         job: names the strategy; has the field `embeddings`.
-        task: its class.
-        events: at most one for each attempt.
+        task: class of the task.
+        events: by attempt.
     """
     run = LocalRun(job, task, rewinds=True)
     lossy = LossyRun(run)
@@ -117,19 +117,19 @@ def train_lossy(job: Job, task: type[Task], events: Sequence[Loss | Resize]) -> 
 
 
 class _Undisturbed(Attempt):
-    """All come to the end."""
+    """All ranks complete the run."""
 
     def __init__(self, run: LocalRun, event: Any) -> None:
         super().__init__(run)
         self.event = event
 
     def check(self) -> None:
-        """Fail if ranks ended otherwise than they had to."""
+        """Assert that the ranks have ended as expected."""
         assert not self.errors
 
 
 class _BeforeAResize(_Undisturbed):
-    """All stop before a step."""
+    """All ranks stop before a step."""
 
     event: Resize
     ends = (Abandoned,)
@@ -144,13 +144,13 @@ class _BeforeAResize(_Undisturbed):
 
 
 class _WithALoss(_Undisturbed):
-    """One rank is lost, and the others come out when they wait for it."""
+    """One rank is lost, and the waits of the other ranks fail."""
 
     event: Loss
     ends = (Lost, Abandoned, FencedError, CollectiveError)
 
     def check(self) -> None:
-        """The others may have made the last step."""
+        """The other ranks may have completed the last step."""
         assert isinstance(self.errors[self.event.rank], Lost)
 
     def meanwhile(self) -> None:
@@ -171,14 +171,14 @@ class _WithALoss(_Undisturbed):
         return (pushed.attempt, pushed.seq) == (self.number, self.event.step)
 
     def shards(self, rank: int) -> Shards:
-        """Give the way to the servers; in the step of its loss a rank's push reaches some only."""
+        """Return a rank's client; the last push of the lost rank reaches only some servers."""
         if rank != self.event.rank:
             return super().shards(rank)
-        self.node, near = ELSEWHERE, self.node
-        way = super().shards(rank)
-        self.node = near
-        assert isinstance(way, RemoteShards)
-        reached, push = [f"server-{number}" for number in range(self.event.shards)], way.push
+        self.node, original_node = ELSEWHERE, self.node
+        client = super().shards(rank)
+        self.node = original_node
+        assert isinstance(client, RemoteShards)
+        reached, push = [f"server-{number}" for number in range(self.event.shards)], client.push
 
         def lost(call: Call) -> None:
             if self._is_last_push(rank, call) and call.actor not in reached:
@@ -191,16 +191,16 @@ class _WithALoss(_Undisturbed):
             return pushed
 
         add_rule(self.run.servers.cluster, lost)
-        way.push = push_all  # type: ignore[method-assign]
-        return way
+        client.push = push_all  # type: ignore[method-assign]
+        return client
 
     def tables(self, rank: int) -> Tables:
-        """Give the way to the tables; in the step of its loss a rank's push reaches some only."""
-        way = super().tables(rank)
+        """Return a rank's client; the last push of the lost rank reaches only some servers."""
+        client = super().tables(rank)
         if rank != self.event.rank:
-            return way
-        assert isinstance(way, RemoteTables)
-        names, push = [node.name for node in self.run.tables.nodes], way.push
+            return client
+        assert isinstance(client, RemoteTables)
+        names, push = [node.name for node in self.run.tables.nodes], client.push
         complete = self.event.tables >= len(names)
 
         def lost(call: Call) -> Fault | None:
@@ -215,8 +215,8 @@ class _WithALoss(_Undisturbed):
             return _LastPush(sent if complete else None, lost=not self.event.shards_follow)
 
         add_rule(self.run.tables.cluster, lost)
-        way.push = push_some  # type: ignore[assignment,method-assign]
-        return way
+        client.push = push_some  # type: ignore[assignment,method-assign]
+        return client
 
 
 _ATTEMPTS: dict[type, type[_Undisturbed]] = {

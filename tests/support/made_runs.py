@@ -1,4 +1,4 @@
-"""Run directories without a run: as one would leave them."""
+"""Run directories written without a run."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ JOB = "name: digits\nstrategy:\n  name: ring\nscaling:\n  num_workers: 2\n"
 
 
 def step(number: int, of: int = 10, **changes: Any) -> dict[str, Any]:
-    """Give a line of metrics.jsonl."""
+    """Return a line of metrics.jsonl."""
     seconds = {"data": 0.01, "compute": 0.06, "exchange": 0.02, "update": 0.01}
     line = {"kind": "step", "step": number, "epoch": 0, "loss": 2.0 - number / 10, "samples": 8}
     return line | {"seconds": seconds, "of": of, "figures": {}} | changes
@@ -68,7 +68,7 @@ FACTS: dict[str, Any] = {
     "url": None,
     "model": None,
 }
-"""What a driver writes into the log of a remote job."""
+"""Facts that a driver writes to the log of a remote job."""
 
 
 def made_run(
@@ -103,27 +103,27 @@ def made_trace(
     reduce_s: float = 0.0,
 ) -> dict[str, Any]:
     """
-    Give what a step would leave in which each stage takes 1 s forward and 2 s backward.
+    Return the trace of a step in which each stage takes 1 s forward and 2 s backward.
 
     Args:
-        schedule: its name.
-        stages: how many.
-        micro_batches: how many.
-        replicas: how many, each half a second after the one before.
-        late_s: how long each message takes.
-        reduce_s: how long each stage's reduction takes.
+        schedule: name of the schedule.
+        stages: number of stages.
+        micro_batches: number of micro-batches.
+        replicas: number of replicas, each 0.5 s later than the one before.
+        late_s: duration of each message.
+        reduce_s: duration of each stage's reduction.
     """
     spans = simulate(build(schedule, stages, micro_batches), Costs(1, 1, 1, late_s)).spans
     events = []
     for replica in range(replicas):
         for stage, row in enumerate(spans):
             place = {"rank": replica * stages + stage, "replica": replica, "stage": stage}
-            for one in row:
+            for span in row:
                 events.append(
                     place
-                    | {"tensor": 0, "kind": str(one.action.kind), "chunk": one.action.chunk}
-                    | {"micro_batch": one.action.micro_batch}
-                    | {"start_s": one.start + replica / 2, "end_s": one.end + replica / 2}
+                    | {"tensor": 0, "kind": str(span.action.kind), "chunk": span.action.chunk}
+                    | {"micro_batch": span.action.micro_batch}
+                    | {"start_s": span.start + replica / 2, "end_s": span.end + replica / 2}
                 )
             end = row[-1].end + replica / 2
             events.append(

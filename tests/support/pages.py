@@ -1,4 +1,4 @@
-"""The files that a page of the documentation shows."""
+"""Files shown on a page of the documentation."""
 
 import re
 from pathlib import Path
@@ -8,5 +8,5 @@ _FILE = re.compile(r"`(\w+\.\w+)`(?:(?!\n\n).)*:\n\n```\w+\n(.*?)```", re.DOTALL
 
 
 def files_of(page: str) -> dict[str, str]:
-    """Give the text of each file of a page, by name: "`name`, started by ...:" and a block."""
+    """Return the files of a page by name, from "`name`, started by ...:" and a code block."""
     return dict(_FILE.findall((DOCS / page).read_text()))

@@ -1,4 +1,4 @@
-"""Train functions and the plain loops that they are compared with."""
+"""Train functions, and plain torch loops to compare with."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -104,7 +104,7 @@ def assert_equal(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> N
 
 
 class Branches(nn.Module):
-    """The second branch is used on some ranks, the third nowhere."""
+    """Some ranks use the second branch, no rank the third."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def under(
 
 
 def steps_of(model: nn.Module, optimizer: Any, number: int, rank: int = 0, world: int = 1) -> None:
-    """Make steps with this rank's samples of a batch of twelve."""
+    """Train steps with this rank's samples of a batch of twelve."""
     for step in range(number):
         backward(loss_of(model, [one[12 * step :][:12][rank::world] for one in data_of().tensors]))
         optimizer.step()

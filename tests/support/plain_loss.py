@@ -1,4 +1,4 @@
-"""The loss of a task as a script would have it: one scalar."""
+"""A task's loss as one scalar, for plain torch loops."""
 
 from typing import Any
 
@@ -8,6 +8,6 @@ from distplat.strategies.task import Task
 
 
 def mean_loss(task: Task, outputs: Any, targets: Any) -> Tensor:
-    """Give the task's loss, a scalar; of `(sum, weight)` their ratio."""
+    """Return the task's loss as a scalar; for `(sum, weight)` their ratio."""
     loss = task.loss(outputs, targets)
     return loss[0] / loss[1] if isinstance(loss, tuple) else loss

@@ -1,4 +1,4 @@
-"""Servers that answer a health check, and do nothing else."""
+"""Servers that only answer health checks."""
 
 import time
 
@@ -6,7 +6,7 @@ from distplat.actors.local_transport import Actor, LocalCluster
 
 
 class Server:
-    """Says that it lives."""
+    """Answers health checks."""
 
     def poll(self, number: int, hold_s: float) -> None:
         time.sleep(hold_s)

@@ -1,4 +1,4 @@
-"""Loaders of a train function, prepared as a rank does it."""
+"""Loaders of a train function, prepared as on a rank."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def ignore(one: object, batch: RankBatch | None, waited_s: float, epoch: int) ->
 def loader_of(
     data: Any, rank: int = 0, world: int = 1, batch: int = 3, read: Any = ignore, **options: Any
 ) -> ShardedLoader:
-    """Prepare a loader as a rank does, without the others."""
+    """Prepare a loader as a rank does, without other ranks."""
     given: DataLoader[Any] = DataLoader(data, batch_size=batch, **options)
     cut, device = DataShard(rank, world, 5), torch.device("cpu")
     if isinstance(data, list):

@@ -17,7 +17,7 @@ Drawn = tuple[float, float, float, float]
 
 
 def draws() -> Drawn:
-    """Draw from each global generator, and from one made for the sample."""
+    """Draw from each global generator, and from a new generator seeded for the sample."""
     own = distplat.sample_rng()
     return torch.rand(()).item(), float(np.random.randn()), random.random(), own.random()
 
@@ -44,7 +44,7 @@ def job(world: int = 1, loaders: int = 0, accumulation: int = 1, **fields: Any) 
 
 
 class Drops(nn.Linear):
-    """Draws in its forward from all generators."""
+    """Draws from all global generators in its forward."""
 
     def __init__(self) -> None:
         super().__init__(4, 1)

@@ -1,4 +1,4 @@
-"""Ranks as threads of the test: started together, waited for with a deadline, errors passed on."""
+"""Ranks as threads of the test: started together, joined with a deadline, errors re-raised."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ from distplat.actors.user_errors import frame_of
 T = TypeVar("T")
 
 UNSHRUNK = tuple(phase for phase in Phase if phase not in (Phase.shrink, Phase.explain))
-"""`phases` of drawn tests that run threads: to shrink an example that hangs takes minutes."""
+"""`phases` of hypothesis tests that run threads: shrinking an example that hangs takes minutes."""
 
 
 def on_ranks(
@@ -25,18 +25,18 @@ def on_ranks(
     failed: Callable[[], None] = lambda: None,
 ) -> list[T]:
     """
-    Call `body(rank)` in one thread per rank; give what they return, in rank order.
+    Call `body(rank)` in one thread per rank; return the results in rank order.
 
     Args:
         world: number of ranks.
-        body: what each does.
-        timeout_s: how long all may take together.
-        meanwhile: called once all have begun.
-        failed: called by a rank that has raised, to have the others wait no longer.
+        body: called in each thread.
+        timeout_s: deadline of all ranks together.
+        meanwhile: called once all threads have started.
+        failed: called by a rank that has raised, to end the waits of the other ranks.
 
     Raises:
-        whatever a rank raised first: what others raise after it is only its effect.
-        TimeoutError: ranks that are still at it after `timeout_s` seconds, and where they are.
+        BaseException: the first error of a rank: later errors of other ranks are its effects.
+        TimeoutError: ranks are still running after `timeout_s`; the message has their stacks.
     """
     results: dict[int, T] = {}
     errors: list[BaseException] = []
@@ -65,7 +65,7 @@ def on_ranks(
 
 
 def stacks_of(threads: Mapping[int, threading.Thread]) -> list[str]:
-    """Give what each rank's thread is doing, innermost call last."""
+    """Return the stack of each rank's thread, innermost call last."""
     frames = {rank: frame_of(thread) for rank, thread in threads.items()}
     return [
         f"rank {rank} is in:\n{''.join(traceback.format_stack(frame))}"

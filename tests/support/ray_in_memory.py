@@ -1,11 +1,11 @@
 """
-What distplat uses of Ray, answered in this process: a run without a cluster, but all else is real.
+An in-process replacement of the parts of Ray that distplat uses: runs without a cluster.
 
     driver, controller, actor group, workers, servers      distplat's own, unchanged
-    ray.remote, get, wait, put, kill, ray_compat           here, over `LocalCluster`
+    ray.remote, get, wait, put, kill, ray_compat           replaced, over `LocalCluster`
 
-A process is a name that its threads inherit, see `in_memory_processes`. Actors that it made end
-with it.
+A process is a name that its threads inherit, see `in_memory_processes`. Actors end with the process
+that created them.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ from distplat.platform.run_directory import CURVES
 from distplat.platform.stop_order import StopOrder
 
 LATE_S = 5.0
-"""How long threads may take to come out at the end; a busy machine has them wait for each other."""
+"""How long threads may take to end; on a busy machine they wait for each other."""
 BLOCKED = ("checkpoints", "listen", "metrics", CURVES, "printed lines", "poll")
-"""Threads that wait for long, and call nobody: for work, for a lost peer, or for a loop's end."""
-auto_init_hook.enable_auto_connect = False  # a thread that is late must not start a Ray
+"""Threads that may wait for long and make no calls: for work, a lost peer, or a loop's end."""
+auto_init_hook.enable_auto_connect = False  # a late thread must not start Ray
 
 
 class _Body:
     """
-    An actor's object, which is made in a thread of its own as Ray does; calls wait for it.
+    An actor's object, created in a separate thread as by Ray; calls wait for it.
 
     Args:
-        process: its process.
-        make: makes the object.
-        failed: told why it cannot be made.
+        process: of the actor.
+        make: creates the object.
+        failed: called with the cause if the constructor fails.
     """
 
     def __init__(
@@ -100,11 +100,11 @@ class _Body:
         return await bound(*args)
 
     def close(self) -> None:
-        """Be told that the process is killed; what the kernel would take back is let go."""
+        """End the process, and release the resources that the kernel would free."""
         self._process.end()
-        threading.Thread(target=self._let_go, daemon=True, name="let go").start()
+        threading.Thread(target=self._release, daemon=True, name="let go").start()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         if not self._made.done() or self._made.exception() is not None:
             return
         body = self._made.result()
@@ -116,7 +116,7 @@ class _Body:
 
 
 def _end_worker(body: Worker) -> None:
-    """Have a worker's threads stop to wait for others, and end."""
+    """End the waits of a worker's threads, and the threads."""
     session = body._session
     body.stop(session.state.attempt if session is not None else 0, StopOrder.ABANDON)
 
@@ -127,7 +127,7 @@ def _end_worker(body: Worker) -> None:
 
 
 class Handle:
-    """An actor's handle: `handle.method.remote(...)` gives the reply."""
+    """An actor's handle: `handle.method.remote(...)` returns the reply."""
 
     def __init__(self, actor: Actor) -> None:
         self._actor = actor
@@ -156,7 +156,7 @@ class _Kept(StoredObject):
 
 
 class _Remote:
-    """What `ray.remote` gives of a class."""
+    """Result of `ray.remote` of a class."""
 
     def __init__(self, cluster: InMemoryRay, kind: type, options: dict[str, Any]) -> None:
         self._cluster, self._kind, self._options = cluster, kind, options
@@ -174,7 +174,7 @@ _start = threading.Thread.start
 
 
 def _start_of_this_process(thread: threading.Thread) -> None:
-    """Have a thread be of the process that starts it."""
+    """Start a thread in the process that starts it."""
     process, run = process_here(), thread.run
 
     def body() -> None:
@@ -199,18 +199,18 @@ def _call(actor: Actor, method: str, *args: Any) -> Any:
 
 class InMemoryRay:
     """
-    A cluster in this process, while it is entered.
+    A cluster in this process, active while the context is entered.
 
     Args:
-        nodes: how many; the driver is on the first.
+        nodes: number of nodes; the driver is on the first.
     """
 
     def __init__(self, nodes: int = 1) -> None:
         self.node_names = tuple(f"{number:056x}" for number in range(nodes))
         self.cluster = LocalCluster()
-        self.processes: dict[str, Process] = {}  #: by the actor's name without that of the job
+        self.processes: dict[str, Process] = {}  #: by the actor's name without the job's name
         self._actors: dict[str, Actor] = {}
-        self.threads: list[threading.Thread] = []  #: that its processes have started
+        self.threads: list[threading.Thread] = []  #: started by its processes
         self._words: dict[bytes, bytes] = {}
         self._changing = threading.RLock()
         self._patches = ExitStack()
@@ -218,13 +218,13 @@ class InMemoryRay:
     def __enter__(self) -> InMemoryRay:
         global _ray
         _ray = self
-        for target, stands_in in self._stand_ins():
-            for name, value in stands_in.items():
+        for target, replacements in self._replacements():
+            for name, value in replacements.items():
                 self._patches.enter_context(mock.patch.object(target, name, value))
         return self
 
-    def _stand_ins(self) -> list[tuple[Any, dict[str, Any]]]:
-        """Give what stands in for what, where it is looked up."""
+    def _replacements(self) -> list[tuple[Any, dict[str, Any]]]:
+        """Return the objects to patch, each with its replaced attributes."""
         calls = ("get", "put", "wait", "kill", "remote")
         facts = ("nodes", "get_runtime_context", "is_initialized")
         of_ray = (*calls, *facts, "available_resources", "cluster_resources")
@@ -241,7 +241,7 @@ class InMemoryRay:
             (RayTransport, {"prefetch": lambda *args: None}),  # every object is everywhere
             (hash_seed, {"options": dict}),
             (launch, {"HeadWatch": heard}),
-            # What a process sets for itself would be for all of this one.
+            # Settings of a process would apply to the whole test process.
             (
                 training,
                 {
@@ -267,31 +267,31 @@ class InMemoryRay:
         _ray = None
 
     def _wait_for_threads(self) -> None:
-        """Wait for threads to come out: one that is late finds Ray itself, not running."""
+        """Wait until the threads end: a late thread would call real Ray, which is not running."""
         until = time.monotonic() + LATE_S
         for thread in self.threads:
             if thread.name not in BLOCKED and thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))
 
     def as_driver(self, work: Callable[[], Any]) -> Any:
-        """Call something in a process of its own, the driver; raises `Killed` if it is killed."""
+        """Call `work` in the process of the driver; raises `Killed` if the driver is killed."""
         process = self.processes["driver"] = Process("driver", self.node_names[0], None)
         with process.entered():
             return work()
 
     def living(self, role: str) -> list[str]:
-        """Name the processes that live whose name begins so."""
+        """Return the names of live processes that start with `role`."""
         with self._changing:
-            found = [one for one in self.processes.values() if not one.dead.done()]
-        return [one.name for one in found if one.name.startswith(role)]
+            alive = [process for process in self.processes.values() if not process.dead.done()]
+        return [process.name for process in alive if process.name.startswith(role)]
 
     def kill_process(self, name: str) -> bool:
-        """Kill a process, and the actors that it has made; say whether it lived."""
+        """Kill a process and the actors that it has created; return whether it was alive."""
         with self._changing:
             process = self.processes.get(name)
             if process is None or process.dead.done():
                 return False
-            owned = [one.name for one in self.processes.values() if one.owner is process]
+            owned = [other.name for other in self.processes.values() if other.owner is process]
         actor = self._actors.get(name)
         process.end()
         if actor is not None:
@@ -301,7 +301,7 @@ class InMemoryRay:
         return True
 
     def spawn(self, name: str, make: Callable[[], Any], options: dict[str, Any]) -> Handle:
-        """Make an actor; returns at once."""
+        """Create an actor; returns at once."""
         role = name.partition("/")[2] or name
         strategy = options.get("scheduling_strategy")
         with self._changing:
@@ -318,13 +318,13 @@ class InMemoryRay:
         return Handle(actor)
 
     def _node_of(self, role: str) -> str:
-        """Give the node of a role: a replacement's is that of who was lost."""
+        """Return the node of a role; a replacement has the node of the lost actor."""
         number = re.search(r"\d+", role)
         return self.node_names[int(number[0]) % len(self.node_names) if number else 0]
 
     def ask(self, role: str, method: str, *args: Any) -> Any:
         """
-        Call an actor from outside.
+        Call an actor from outside of the cluster.
 
         Raises:
             TransportError, DistplatError: see `Transport.get`.
@@ -335,7 +335,7 @@ class InMemoryRay:
     def transport(self, process: Process) -> Any:
         return self.cluster.transport(process.node, process.name)
 
-    # What follows has the names and arguments of Ray's own.
+    # The methods below have Ray's names and arguments.
 
     def is_initialized(self) -> bool:
         return True

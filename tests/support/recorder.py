@@ -1,4 +1,4 @@
-"""One end of a group whose other ranks are not there: writes down what it is asked for."""
+"""A fake rank of a group without other ranks, which records its operations."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ from distplat.strategies.collective import Collective, Handle, ReduceOp, Traffic
 
 
 class Pending:
-    """An operation that goes on until it is waited for."""
+    """An operation that completes in `wait`."""
 
     def __init__(self, wait: Callable[[], None]) -> None:
         self.wait = wait
@@ -18,10 +18,10 @@ class Pending:
 
 class Recorder:
     """
-    Rank 0 of two; the other one brings zeros, and no operation ends before it is waited for.
+    Rank 0 of two; the other rank contributes zeros, and operations complete only in `wait`.
 
-    A tensor that changes between the start of its operation and its end was sent too early: that
-    raises.
+    Raises an error if a tensor changes between the start and the end of its operation: it was sent
+    too early.
     """
 
     rank, world = 0, 2
@@ -33,9 +33,9 @@ class Recorder:
         self.controls = 0
         """All-reduces of other tensors: of control records."""
         self.broken = False
-        """Set it, and every operation fails."""
+        """Whether every operation fails."""
         self.start_waits = False
-        """What the group says of its next start."""
+        """See `Collective`."""
         self.traffic = Traffic()
 
     def start_all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
@@ -80,7 +80,7 @@ class Recorder:
         raise NotImplementedError
 
     def barrier(self) -> None:
-        """Nobody else to wait for."""
+        """Return at once."""
 
     def subgroup(self, name: str, ranks: Sequence[int]) -> Collective:
         raise NotImplementedError

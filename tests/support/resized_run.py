@@ -1,8 +1,8 @@
 """
-A run in memory whose number of ranks changes: one attempt after the other, on the same servers.
+A run in memory whose number of ranks changes from attempt to attempt, on the same servers.
 
-In each attempt but the last one rank is told to stop, before the step after which all do; which one
-it is changes from attempt to attempt, and the others are told later or not at all.
+In each attempt but the last, one rank gets the stop order, a step before all ranks stop; another
+rank in each attempt. The other ranks get no order.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,13 +25,13 @@ from distplat.strategies.task import Task
 
 @dataclass
 class ResizedRun:
-    """What came of it."""
+    """Results of a run."""
 
     summaries: list[Summary] = field(default_factory=list)
     seen: dict[tuple[int, int], list[int]] = field(default_factory=dict)
-    """(step, world) -> samples that reported parts of the step are of, in the order of reports."""
+    """(step, world) -> samples of the reported parts of the step, in the order of the reports."""
     pushed: list[tuple[int, int]] = field(default_factory=list)
-    """(step, rank) of each gradient on its way to the servers, in any order."""
+    """(step, rank) of each gradient sent to the servers, in any order."""
     parameters: list[dict[str, Tensor]] = field(default_factory=list)
     """By rank, at the end."""
 
@@ -47,9 +47,9 @@ def train_resized(
 
     Args:
         job: names a synchronous strategy with servers.
-        task: its class.
-        course: ranks, and the step before which they stop; the last number is not looked at.
-        ids: reads from a batch's inputs which samples they are.
+        task: class of the task.
+        course: (number of ranks, step before which they stop); the last step is not used.
+        ids: returns the samples of a batch's inputs.
     """
     found, gathering = ResizedRun(), ReportAggregator(course[0][0])
     run = LocalRun(job.with_workers(course[0][0]), task)
@@ -70,12 +70,12 @@ def train_resized(
 
 class _UntilTold(Attempt):
     """
-    All ranks stop before a step, because one was told.
+    All ranks stop before a step, after one rank's stop order.
 
     Args:
         run: the run.
-        stop: the step; None: go on to the end.
-        found: notes what is seen.
+        stop: the step; None: train to the end.
+        found: records samples and pushes.
         ids: see `train_resized`.
     """
 
@@ -96,7 +96,7 @@ class _UntilTold(Attempt):
         return StopOrder.RESIZE if step >= told else StopOrder.NONE
 
     def make(self) -> bool:
-        """Train, and note which samples each rank's model sees."""
+        """Train, and record the samples of each rank's model."""
         models = [rank.prepared.flat.model for rank in self.run.ranks]
         notes = [partial(self._note, samples) for samples in self._samples]
         hooks = [m.register_forward_pre_hook(n) for m, n in zip(models, notes, strict=True)]
@@ -119,7 +119,7 @@ class _UntilTold(Attempt):
         self._samples[rank].clear()
 
     def shards(self, rank: int) -> Shards:
-        """Give the way to the servers; it notes what is pushed."""
+        """Return a rank's client of the servers, which records pushes."""
         shards = super().shards(rank)
         assert isinstance(shards, RemoteShards)
         push = shards.push

@@ -15,7 +15,7 @@ DEADLINE_S = 60.0
 
 
 class Board:
-    """Where rank 0 of a group leaves its memory for the others; stands in for Ray's store."""
+    """Publishes the memory of a group's rank 0 to the other ranks; replaces Ray's store."""
 
     def __init__(self, slot_bytes: int | None = None, operation_s: float = DEADLINE_S) -> None:
         self.slot_bytes, self.operation_s = slot_bytes, operation_s
@@ -54,7 +54,7 @@ def on_shm_ranks(
     operation_s: float = DEADLINE_S,
     timeout_s: float = 100.0,
 ) -> list[T]:
-    """Call `body(group)` on every rank of a fresh group; give what they return, in rank order."""
+    """Call `body(group)` on every rank of a new group; return the results in rank order."""
     board = Board(slot_bytes, operation_s)
     groups: dict[int, ShmGroup] = {}  # who ends first keeps what others still read
 

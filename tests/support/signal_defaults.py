@@ -1,14 +1,14 @@
-"""Signals as a terminal's processes have them."""
+"""Signal handlers as in processes started from a terminal."""
 
 import signal
 
 
 def reset() -> None:
     """
-    Hear SIGINT and SIGHUP again.
+    Restore the handlers of SIGINT and SIGHUP.
 
-    A job in the background ignores SIGINT, one under nohup SIGHUP, and so would all that tests
-    start: no test could send them.
+    A background job ignores SIGINT, and a job under nohup ignores SIGHUP. Child processes would
+    inherit that, and tests could not send these signals.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:

@@ -8,25 +8,25 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 
 class Odd(MemoryFileSystem):  # type: ignore[misc]
-    """In memory, at `odd://`; what is set here holds for all connections."""
+    """In-memory file system at `odd://`; class attributes apply to all connections."""
 
     protocol = "odd"
     hold: threading.Event | None = None
-    """Where there is one, operations wait for it."""
+    """Event for which operations wait; None: they do not wait."""
     failures = 0
-    """So many writes to come fail."""
+    """Number of writes that will fail."""
     refuses = False
-    """What is written is refused at its end, as an object store does that wants other keys."""
+    """Whether writes are refused at their end, as by an object store without permission."""
     shortens = False
-    """What is written has another size there."""
+    """Whether the size of written files is reported wrong."""
     done: list[str] = []  # noqa: RUF012
     """Writes and removals in their order, by the names below the run's URL."""
     written = threading.Event()
-    """Set by each write that succeeds."""
+    """Set by each successful write."""
 
     @classmethod
     def reset(cls) -> None:
-        """Be empty and well; what is held fails."""
+        """Remove all files and faults; operations that wait for `hold` fail."""
         hold, cls.hold, cls.failures = cls.hold, None, 0
         cls.refuses = cls.shortens = False
         if hold is not None:

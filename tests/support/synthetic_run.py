@@ -1,8 +1,8 @@
 """
-A run without workers: the reports of ranks are made up, and who hears of them is distplat's own.
+A run without workers: synthetic reports of ranks, handled by distplat's own controller and driver.
 
-From the controller's aggregator and outbox to the driver's result, metrics, curves, callbacks,
-trackers and progress: after ten million steps they are to hold no more than after ten thousand.
+For tests that memory does not grow with the number of steps: from the controller's aggregator and
+outbox to the driver's result, metrics, curves, callbacks, trackers and progress.
 """
 
 from collections.abc import Callable, Sequence

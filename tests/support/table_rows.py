@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 
 def table_rows(group: TableServers, number: int, count: int) -> NDArray[np.float32]:
-    """Give a table, shape [count, width]; rows that are not there are nan."""
+    """Return a table, shape [count, width]; missing rows are NaN."""
     width = group.table_servers[0].sizes()[number][0].width
     found = np.full((count, width), np.nan, np.float32)
     for service in group.table_servers:

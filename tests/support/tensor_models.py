@@ -1,4 +1,4 @@
-"""Models with plans that split them, and what is left of a model on the ranks of a tensor group."""
+"""Models with plans that split them, and their training on the ranks of a tensor group."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -205,7 +205,7 @@ CASES = {
 
 
 def trained(model: nn.Module, inputs: Tensor, steps: int) -> list[Tensor]:
-    """Train; give the outputs of each step."""
+    """Train; return the outputs of each step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     outputs = []
     for _ in range(steps):
@@ -218,7 +218,7 @@ def trained(model: nn.Module, inputs: Tensor, steps: int) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank has after training."""
+    """Results of a rank after training."""
 
     outputs: list[Tensor]
     state: dict[str, Tensor]
@@ -230,7 +230,7 @@ class Outcome:
 
 
 def whole(case: Case, steps: int) -> Outcome:
-    """Train in one piece."""
+    """Train the whole model in one process."""
     torch.manual_seed(0)
     model = case.build()
     outputs = trained(model, case.inputs, steps)
@@ -239,7 +239,7 @@ def whole(case: Case, steps: int) -> Outcome:
 
 
 def split(case: Case, world: int, steps: int) -> list[Outcome]:
-    """Train on the ranks of a group; give what each has."""
+    """Train on the ranks of a group; return the results of each."""
     torch.manual_seed(0)
     models = [case.build() for _ in range(world)]
     for model in models[1:]:
@@ -260,7 +260,7 @@ def _on_rank(model: nn.Module, case: Case, group: Collective, steps: int) -> Out
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Give zeros for what no gradient has reached, such as branches of other ranks."""
+    """Return the gradients, zeros for parameters without one, such as branches of other ranks."""
     return {
         name: torch.zeros_like(p) if p.grad is None else p.grad
         for name, p in model.named_parameters()
@@ -268,13 +268,13 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Lone:
-    """A rank of a group in which nobody else is: for what a rank does between exchanges."""
+    """A rank of a group without other ranks, to test what a rank computes between exchanges."""
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world, self.sums = rank, world, 0
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Nothing to add."""
+        """Leave the tensor unchanged."""
         self.sums += 1
 
 
@@ -284,7 +284,7 @@ Run = Callable[[nn.Module, Collective], dict[str, Tensor]]
 def ranks(
     build: Callable[[], nn.Module], plan: Mapping[str, str], run: Run, world: int = 2
 ) -> list[dict[str, Tensor]]:
-    """Split a model over ranks that are threads, and give what `run` gives on each."""
+    """Split a model over ranks as threads, and return the result of `run` on each."""
     fabric = Fabric(world)
     models = [build() for _ in range(world)]  # one after the other: they share one generator
 

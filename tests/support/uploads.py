@@ -20,7 +20,7 @@ def copy_of(folder: Path, warnings: list[str] | None = None, limit_s: float = 20
 
 
 def uploaded(tmp_path: Path, steps: tuple[int, ...]) -> str:
-    """Upload checkpoints to `odd://bucket/run`; give the URL."""
+    """Upload checkpoints to `odd://bucket/run`; return the URL."""
     folder = tmp_path / "run"
     folder.mkdir()
     for step in steps:

@@ -1,4 +1,4 @@
-"""What `distplat verify` says of a drawn job."""
+"""Results of `distplat verify` for a random job."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from distplat.strategies.verification.verdicts import Row, judge
 
 
 def rows(kind: type[Task], drawn: Job) -> dict[str, Row]:
-    """By check."""
+    """Return the rows of the report, by check."""
     found = judge(drawn, references(drawn, make(kind)), engine(kind))
     return {row.check: row for row in found}

@@ -33,7 +33,7 @@ SYMBOLS = ("prctl", "syscall", "mallopt", "malloc_trim")
 
 
 def take_away() -> None:
-    """Be as on macOS, as far as a process can."""
+    """Simulate macOS, as far as possible within a process."""
     for name in OTHERS:
         import_module(name)
     sysconfig.get_config_vars()  # read from a file that is named after the system

@@ -1,4 +1,4 @@
-"""A task with embeddings on servers: few rows, each in many samples."""
+"""A task with embeddings on servers: few rows, each used by many samples."""
 
 import os
 import signal
