@@ -25,7 +25,7 @@ def action(cell: str) -> Action:
 def schedules(
     max_stages: int = 8, max_micro_batches: int = 32
 ) -> st.SearchStrategy[PipelineSchedule]:
-    """Any schedule of any size that it takes."""
+    """Strategy for all schedules, with sizes that they support."""
 
     def make(name: str, stages: int, micro_batches: int, chunks: int) -> PipelineSchedule:
         if name != "interleaved":

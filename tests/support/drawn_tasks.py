@@ -1,4 +1,4 @@
-"""Small models with one peculiarity per block, and a task around them, for drawn training runs."""
+"""Small models with one peculiarity per block, and a task that trains them, for random runs."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ WIDTH, CLASSES = 4, 3
 
 
 class Plain(nn.Sequential):
-    """A layer as any other."""
+    """An ordinary layer."""
 
     def __init__(self) -> None:
         super().__init__(nn.Linear(WIDTH, WIDTH), nn.Tanh())
 
 
 class Quiet(nn.Module):
-    """No parameter at all."""
+    """A block without parameters."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sin(x)
@@ -43,7 +43,7 @@ class Branches(nn.Module):
 
 
 class Shared(nn.Module):
-    """One layer, used twice, and by a second name."""
+    """A layer that is used twice, also under a second name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Shared(nn.Module):
 
 
 class Unused(Plain):
-    """A layer that nothing calls: no gradient ever."""
+    """A layer that is never called, so its parameters have no gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Unused(Plain):
 
 
 class ZeroGradient(Plain):
-    """A layer whose gradient is exactly zero: it moves by momentum and decay all the same."""
+    """A layer whose gradient is exactly zero: momentum and weight decay still change it."""
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = torch.tanh(x) + 0.0 * self[0](x)
@@ -246,11 +246,11 @@ class Drawn:
 
     blocks: tuple[str, ...] = ("plain",)
     form: str = "tensor"
-    """Of a batch's inputs: `tensor`, `dict` or `tuple`."""
+    """Form of a batch's inputs: `tensor`, `dict` or `tuple`."""
     narrow: str = "float32"
-    """Type of the blocks that are narrow."""
+    """Dtype of the blocks of lower precision."""
     weighted: bool = False
-    """Whether the loss gives its sum and its weight."""
+    """Whether the loss returns its sum and its weight."""
     optimizer: dict[str, Any] = field(default_factory=lambda: {"name": "SGD", "lr": 0.1})
     lr_schedule: dict[str, Any] = field(default_factory=lambda: {"name": "constant"})
     clip_norm: float | None = None
@@ -263,7 +263,7 @@ class Drawn:
     steps: int = 6
 
     def job(self) -> Job:
-        """Give the job; every step leaves its model."""
+        """Return the job, with a checkpoint after every step."""
         cuts = self.strategy == "hybrid"
         return job_of(
             {"name": self.strategy, **self.options},
@@ -280,7 +280,7 @@ class Drawn:
         )
 
     def task(self) -> type[Task]:
-        """Give the task's class."""
+        """Return the task's class."""
         drawn = self
 
         class DrawnTask(Task):
@@ -320,7 +320,7 @@ class Samples(Dataset[Any]):
 
 
 class Unpack(nn.Module):
-    """Gives the tensor out of a batch's inputs."""
+    """Returns the tensor of a batch's inputs."""
 
     def forward(self, inputs: Any) -> Tensor:
         found = inputs["x"] if isinstance(inputs, dict) else inputs
@@ -329,7 +329,7 @@ class Unpack(nn.Module):
 
 
 def build(drawn: Drawn) -> nn.Module:
-    """Build the model, in float64 but for what is narrow."""
+    """Build the model, in float64 except for blocks of lower precision."""
     layers = [BLOCKS[name]() for name in drawn.blocks]
     first = [] if drawn.form == "tensor" else [Unpack()]
     model = nn.Sequential(*first, *layers, nn.Linear(WIDTH, CLASSES)).double()

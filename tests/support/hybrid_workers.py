@@ -1,8 +1,8 @@
 """
-Ranks of a grid that live through several attempts of a run.
+Ranks of a `hybrid` grid over several attempts of a run.
 
-They are threads, which come back with the strategy object that they had; a lost one comes with a
-new one. Servers, where the job has some, live through all attempts.
+Ranks are threads, which keep their strategy object across attempts; a lost rank gets a new one.
+Servers, if the job has any, are kept across attempts.
 """
 
 from collections.abc import Callable, Set
@@ -30,10 +30,10 @@ EVEN = {"pipeline": 2, "data": 2, "cut": "even", "micro_batches": 2}
 
 class Workers(LocalRun):
     """
-    See the top of the file.
+    A run of `hybrid` in several attempts.
 
     Args:
-        kind: the task's.
+        kind: class of the task.
         options: of `hybrid`; by default two stages and two replicas.
         more: fields of the job.
     """
@@ -57,14 +57,14 @@ class Workers(LocalRun):
         around: Callable[[int, RemoteShards], Shards] = lambda rank, shards: shards,
     ) -> dict[str, Tensor] | None:
         """
-        Give the trained model, or None where ranks stopped because one was missing.
+        Run an attempt; return the trained model, or None if a rank was lost.
 
         Args:
             fabric: connects the ranks.
-            deaf: ranks that do not hear of the agreement on step 3.
-            saved: what new ranks begin from.
+            deaf: ranks whose agreement on step 3 fails, though the other ranks reach it.
+            saved: checkpoint from which new ranks start.
             base: steps of the newest checkpoint.
-            around: puts something around a rank's way to the servers.
+            around: wraps a rank's client of the servers.
         """
         attempt = UntilOneIsLost(self, fabric, deaf, around, saved=saved, base=base)
         finished = attempt.make()
@@ -77,13 +77,13 @@ class Workers(LocalRun):
 
 class UntilOneIsLost(Attempt):
     """
-    All ranks stop once one does not come.
+    All ranks stop once a rank is missing.
 
     Args:
         run: the run.
         fabric: connects the ranks.
         deaf: see `Workers.attempt`.
-        around: see there.
+        around: see `Workers.attempt`.
         more: see `Attempt`.
     """
 
@@ -105,35 +105,35 @@ class UntilOneIsLost(Attempt):
         return torn(group, 3) if rank in self._deaf else group
 
     def shards(self, rank: int) -> Shards:
-        way = super().shards(rank)
-        assert isinstance(way, RemoteShards)
-        return self._around(rank, way)
+        client = super().shards(rank)
+        assert isinstance(client, RemoteShards)
+        return self._around(rank, client)
 
     def stopped(self, rank: int) -> None:
         self.give_up()
 
 
 def torn(group: Any, at: int) -> Collective:
-    """The agreement `at` is reached, but this rank does not hear of it: it was told to stop."""
-    meet, left = group.barrier, iter(range(at))
+    """Make barrier number `at` fail on this rank after all ranks have reached it."""
+    original_barrier, remaining = group.barrier, iter(range(at))
 
     def barrier() -> None:
-        meet()
-        if next(left, None) is None:
+        original_barrier()
+        if next(remaining, None) is None:
             raise CollectiveError("world", "barrier", 0, (), "this rank was told to give up")
 
     group.barrier = barrier
-    found: Collective = group
-    return found
+    result: Collective = group
+    return result
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 def samples(workers: LocalRun, job: Job) -> list[int]:
-    """Count the samples of each step; what a rank reports again replaces what it reported."""
+    """Return the samples of each step; a rank's later report of a step replaces the earlier one."""
     reports = [report for rank in workers.reports for report in rank]
-    found = {(r.step, r.rank): r.samples for r in reports if isinstance(r, StepReport)}
+    counts = {(r.step, r.rank): r.samples for r in reports if isinstance(r, StepReport)}
     ranks = range(job.scaling.world)
-    return [sum(found.get((step, rank), 0) for rank in ranks) for step in range(STEPS)]
+    return [sum(counts.get((step, rank), 0) for rank in ranks) for step in range(STEPS)]

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
-"""A case that `make test` leaves out: it shows again what a quicker one shows."""
+"""A case that `make test` skips: it repeats what a faster case shows."""
 
 
 def mark_sweeps(items: Iterable[pytest.Item]) -> None:

@@ -10,12 +10,12 @@ from distplat.strategies.task import Task
 
 BATCH, STEPS = 16, 3
 WHICH = [0, 0, 4, 4, 4, 4, 1, 1, 4, 4, 4, 4, 4, 4, 2, 2]
-"""The expert of each sample. Of 8 micro-batches the first reaches 0 alone, one in the middle 1, the
-last 2; 1 is on one replica of two only; nobody reaches 3."""
+"""The expert of each sample. Of 8 micro-batches only the first uses expert 0, one in the middle 1,
+and the last 2; expert 1 is used on one of two replicas only, expert 3 never."""
 
 
 class Experts(nn.Module):
-    """Sends each sample to the expert that its first feature names; the others are not called."""
+    """Routes each sample to the expert named by its first feature; other experts are not called."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -16,13 +16,13 @@ SAMPLES, BATCH, STEPS = 22, 6, 7
 
 class Spoiled(Task):
     """
-    A few samples have an input that makes NaN of the gradient, of the loss too where asked.
+    The gradients of a few samples are NaN, and optionally their losses.
 
     Args:
-        bad: numbers of the samples.
-        loss_too: whether the loss is NaN, or the gradient alone.
-        norm: whether there is a batch norm.
-        large: what losses are multiplied by.
+        bad: indices of these samples.
+        loss_too: whether the loss is NaN, too.
+        norm: whether the model has a batch norm.
+        large: factor of the loss.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Spoiled(Task):
 
     def model(self) -> nn.Module:
         norm = nn.BatchNorm1d(6) if self.norm else nn.Identity()
-        # A bias before a batch norm has no gradient but noise, of which Adam makes whole steps.
+        # The gradient of a bias before a batch norm is only noise, which Adam would amplify.
         first = nn.Linear(4, 6, bias=not self.norm)
         return nn.Sequential(first, norm, nn.Tanh(), nn.Linear(6, 2)).double()
 

@@ -26,7 +26,7 @@ def tensors(count: int = SAMPLES) -> tuple[Tensor, Tensor]:
 
 
 class Numbered(Task):
-    """Samples by number."""
+    """A task with an indexed dataset."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
@@ -45,14 +45,14 @@ def job(strategy: Any = "ring", workers: int = 1, **fields: Any) -> Job:
 
 
 def stream(source: Any, **fields: Any) -> StreamSamples:
-    """Have a source looked at as a task's training data is."""
+    """Open a source as a task's training data."""
     found = checked_data(job(**fields), Numbered(), source, "train_data")
     assert isinstance(found, StreamSamples)
     return found
 
 
 def read(source: Any, world: int = 1, parts: int = 1, **fields: Any) -> list[list[Any]]:
-    """Give the samples of each step over all ranks: batches are lists of what the source gave."""
+    """Return the samples of each step over all ranks, as lists of the source's samples."""
     given = job(workers=world, gradient_accumulation=parts, **fields)
     data = stream(source, **fields)
     sampler, steps = make_sampler(given, data), range(given.steps or 15)
@@ -68,7 +68,7 @@ def read(source: Any, world: int = 1, parts: int = 1, **fields: Any) -> list[lis
 
 def iterable(*columns: Tensor) -> Any:
     class Pairs:
-        """Any object that can be gone through anew; it needs not be torch's class."""
+        """A re-iterable object, which need not be an instance of torch's class."""
 
         def __iter__(self) -> Iterator[Any]:
             return zip(*columns, strict=True)

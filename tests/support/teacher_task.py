@@ -33,7 +33,7 @@ def job(strategy: str | dict[str, Any], world: int, **more: Any) -> Job:
 
 
 class Teacher(nn.Module):
-    """A student, and its moving average, which is used."""
+    """A student and its moving average, which the forward uses."""
 
     forwards: Tensor
 

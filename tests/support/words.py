@@ -63,10 +63,10 @@ class Deadly(Words):
     Kills a process once.
 
     Args:
-        marker: a file that is made when it is done.
-        at: the process that first comes to its loss of this number does it; 0: nobody.
-        victim: a class of actors, of which one is killed; empty: the process itself.
-        pause: seconds that each loss takes at least.
+        marker: file created once a process was killed.
+        at: number of the loss call at which the first process to reach it kills; 0: never.
+        victim: class of actors, one of which is killed; empty: the process itself.
+        pause: minimum duration of each loss call, in seconds.
     """
 
     def __init__(self, marker: str, at: int, victim: str = "", pause: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""A mapping of a user's own that keeps its items in another one, which a shallow copy shares."""
+"""A user-defined mapping that stores its items in another mapping, which shallow copies share."""
 
 from collections.abc import Iterator, MutableMapping
 from typing import Any
@@ -8,10 +8,10 @@ from typing_extensions import override
 
 class WrappedMapping(MutableMapping[str, Any]):
     """
-    Has the items of another mapping.
+    A view of another mapping.
 
     Args:
-        held: the other one.
+        held: the other mapping.
     """
 
     def __init__(self, held: MutableMapping[str, Any]) -> None:
