@@ -1,1 +1,1 @@
-"""What ranks give to a checkpoint and read from it, and the newest state that they share."""
+"""Checkpoint parts of a rank, loading of checkpoints, and synchronization of ranks."""

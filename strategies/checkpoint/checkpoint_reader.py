@@ -1,8 +1,8 @@
 """
-A checkpoint as the ranks see it: each asks for what it is to hold, whoever held it before.
+Load a checkpoint: each rank reads its own part, independent of which rank saved it.
 
-Tensors are whole and have the model's own names; a rank takes the run or the slab that is its own.
-So a run may go on under another strategy, with another number of workers or servers.
+A checkpoint has whole tensors under the model's names; a rank loads its range or slice of them.
+So a run can resume under another strategy, or with another number of workers or servers.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from distplat.strategies.model.optimizer_state import NUMBERS, PER_PARAMETER, TR
 from distplat.strategies.model.parameter_layout import dtype_name
 
 Load = Callable[[str], Mapping[str, RawTensor]]
-"""Gives the tensors of one of the files, `model` or `optimizer`."""
+"""Loads the tensors of one file, such as `model` or `optimizer`."""
 
 
 class SavedState:
     """
-    The state that a run begins from.
+    The checkpoint that a run resumes from.
 
     Args:
-        state: what `state.json` holds.
-        load: gives the tensors; called when they are wanted.
+        state: content of `state.json`.
+        load: loads the tensors of a file; called lazily.
     """
 
     def __init__(self, state: Mapping[str, Any], load: Load) -> None:
@@ -44,20 +44,20 @@ class SavedState:
 
     @property
     def step(self) -> int:
-        """Steps that it has behind it."""
+        """Number of steps completed at the checkpoint."""
         return int(self.state["step"])
 
     @property
     def left_out(self) -> Checksums | None:
-        """Checksums of the parameters that it leaves out; None: it is whole."""
+        """Checksums of the parameters that the checkpoint omits; None: it is complete."""
         return self.state.get(FROZEN)
 
     def check_data(self, samples: int) -> None:
         """
-        Compare the data set.
+        Check that the data set has the checkpoint's size.
 
         Raises:
-            SpecError: it has another size, so the position in it means nothing.
+            SpecError: the sizes differ, so the saved position is meaningless.
         """
         had = self.state.get("samples", samples)
         if had != samples:
@@ -67,10 +67,10 @@ class SavedState:
 
     def check_tables(self, tables: Sequence[TableSpec]) -> None:
         """
-        Compare the model's embedding tables.
+        Check that the model has the checkpoint's embedding tables.
 
         Raises:
-            SpecError: they are others; says what differs.
+            SpecError: the tables differ; lists the differences.
         """
         had = {facts["name"]: facts for facts in self.state.get("tables", [])}
         has = {table.name: asdict(table) for table in tables}
@@ -89,25 +89,25 @@ class SavedState:
         return tuple(file_of(server) for server in range(servers))
 
     def file(self, name: str) -> dict[str, Tensor]:
-        """Give the tensors of a file by name, each whole; copies, which may be written to."""
+        """Return writable copies of a file's whole tensors, by name."""
         raw = self._load(name).items()
         return {k: tensor_of(v, TensorSlice(v.shape)).view(v.shape).clone() for k, v in raw}
 
     def tables(self) -> Iterator[Mapping[str, RawTensor]]:
-        """Give the embedding tables, a file at a time."""
+        """Load the embedding tables, one file at a time."""
         return (self._load(name) for name in self.table_files)
 
     def load_model(self, flat: FlatModel, slices: Mapping[str, TensorSlice] | None = None) -> None:
         """
-        Fill a model, in place, and set its version.
+        Load the weights into a model, in place, and set its version.
 
         Args:
             flat: the model.
-            slices: where a parameter lies in the whole one, for those that are slabs; a model that
-                is a part of the whole must name all others too.
+            slices: slice of the whole tensor that each split parameter has. If the model is a part
+                of the whole, `slices` must have its unsplit parameters too.
 
         Raises:
-            SpecError: it is another model; says what differs.
+            SpecError: the checkpoint is of another model; lists the differences.
         """
         saved = self._load("model")
         state = flat.state_dict()
@@ -129,17 +129,17 @@ class SavedState:
         slices: Mapping[str, TensorSlice] | None = None,
     ) -> dict[str, Tensor]:
         """
-        Give what the optimizer remembers of a run of the flat vector, by torch's names.
+        Return the optimizer state of a range of the flat vector, by torch's names.
 
         Args:
             flat: the model.
-            start: first element of the run.
-            stop: its last one, exclusive; None: the end.
+            start: first element of the range.
+            stop: end of the range, exclusive; None: the end of the vector.
             slices: see `load_model`.
 
         Returns:
-            See `FlatOptimizer.state`; a parameter of which the checkpoint has nothing begins anew.
-            Of a task's own optimizer all of it, see `TaskUpdate.memory`.
+            See `FlatOptimizer.state`; parameters without state in the checkpoint start without it.
+            For a task's own optimizer the whole state, see `TaskUpdate.memory`.
         """
         saved = self._load("optimizer")
         if not saved:
@@ -160,7 +160,11 @@ class SavedState:
 
 
 def _numbers(saved: Mapping[str, RawTensor], kind: str, flat: FlatModel, used: Tensor) -> Tensor:
-    """Give a number for each parameter; older checkpoints have one for all. Notes who has one."""
+    """
+    Return one number per parameter; older checkpoints have one for all parameters.
+
+    Marks the parameters with state in `used`.
+    """
     shared = kind in saved
     keys = [kind if shared else f"{kind}/{slot.name}" for slot in flat.slots]
     values = [tensor_of(saved[key], TensorSlice(())) if key in saved else None for key in keys]
@@ -176,7 +180,7 @@ def _numbers(saved: Mapping[str, RawTensor], kind: str, flat: FlatModel, used: T
 def _whole_tensors(
     saved: Mapping[str, RawTensor], flat: FlatModel, run: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Give what is remembered in tensors of any shape, of the parameters that lie in a run."""
+    """Return state tensors of arbitrary shape, of the parameters inside a range."""
     start, stop = run
     numbers = {s.name: n for n, s in enumerate(flat.slots) if start <= s.offset and s.stop <= stop}
     result = {}
@@ -196,12 +200,12 @@ def _vector(
     used: Tensor,
     slices: Mapping[str, TensorSlice],
 ) -> Tensor:
-    """Give a run of a vector; notes the parameters of which the optimizer remembers something."""
+    """Return a range of a state vector; marks the parameters with optimizer state in `used`."""
     start, stop = run
     for index, slot in enumerate(flat.slots):
         used[index] |= f"{kind}/{slot.name}" in saved and kind != AVERAGE
     result = flat.params.new_zeros(stop - start, device="cpu")
-    if kind == AVERAGE:  # of what is frozen it is what it averages
+    if kind == AVERAGE:  # the average of a frozen parameter is its value
         result.copy_(flat.params[start:stop])
     for index, first, last in flat.slots_in(start, stop):
         slot = flat.slots[index]
@@ -216,7 +220,7 @@ def _vector(
 
 
 def tensor_of(whole: RawTensor, tensor_slice: TensorSlice) -> Tensor:
-    """Copy a part of a whole tensor, shape [its elements]; without dimensions if that has none."""
+    """Copy a part of a whole tensor, shape [elements]; [] if the whole is a scalar."""
     part = np.ascontiguousarray(extract_part(whole, tensor_slice))
     values = torch.from_numpy(part).view(getattr(torch, whole.dtype))
     return values if tensor_slice.shape else values.view(())
@@ -227,7 +231,7 @@ def _check_model(
     mine: Mapping[str, Tensor],
     slices: Mapping[str, TensorSlice] | None,
 ) -> None:
-    """Compare names, shapes and types; where `slices` are given the model may be a part."""
+    """Check names, shapes and dtypes; with `slices` the model may be a part of the whole."""
     names = {*saved} & {*mine} if slices is not None else {*saved}
     lines = name_differences(names, {*mine})
     for name in saved.keys() & mine.keys():

@@ -1,4 +1,4 @@
-"""Types of checkpoints: the part that a rank gives, the part of the model that it holds."""
+"""Types of checkpoints: the part that a rank saves, and the part of the model that it holds."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from distplat.platform.tensor_slices import TensorEntry, TensorSlice
 from distplat.strategies.model.flat import FlatModel
 
 ArrayRefs = list[tuple[Any, tuple[TensorEntry, ...]]]
-"""Arrays that are kept elsewhere, and what is in them."""
+"""References to arrays outside this process, each with its entries."""
 
 
 @dataclass(frozen=True)
 class CheckpointPart:
-    """The tensors that one rank gives to a checkpoint."""
+    """The tensors that one rank saves in a checkpoint."""
 
     tensors: tuple[Tensor, ...] = ()
     """The live tensors, not copies; each is contiguous or small."""
     entries: tuple[TensorEntry, ...] = ()
     """Content of `tensors`; `TensorEntry.array` is an index of `tensors`."""
     fetch: Callable[[], ArrayRefs | None] | None = None
-    """Fetches the servers' copies of this version; may wait. It gives None if they are gone."""
+    """Fetches the servers' copies of this version; may block. Returns None if they are gone."""
     may_skip: bool = False
-    """Whether this rank goes on without a checkpoint rather than wait until its last part left."""
+    """Whether to skip this checkpoint instead of waiting until the previous part was sent."""
 
     def plus(self, other: CheckpointPart) -> CheckpointPart:
-        """Put two parts of a rank together; `fetch` and `may_skip` are this one's."""
+        """Return both parts merged; `fetch` and `may_skip` are those of `self`."""
         shift = len(self.tensors)
         moved = tuple(replace(e, array=e.array + shift) for e in other.entries)
         return replace(self, tensors=self.tensors + other.tensors, entries=self.entries + moved)
 
     def also(self, more: Callable[[], ArrayRefs | None]) -> CheckpointPart:
-        """Fetch other servers' copies of this version, too."""
+        """Return the part with a second fetch, of other servers' copies of this version."""
         first = self.fetch or (lambda: [])
 
         def both() -> ArrayRefs | None:
-            own = first()
-            rest = more() if own is not None else None
-            return None if own is None or rest is None else [*own, *rest]
+            arrays = first()
+            others = more() if arrays is not None else None
+            return None if arrays is None or others is None else [*arrays, *others]
 
         return replace(self, fetch=both)
 
@@ -51,18 +51,18 @@ class Holding:
     """The part of the whole model that a rank holds."""
 
     slices: Mapping[str, TensorSlice] = field(default_factory=dict)
-    """By name: the position of this rank's slice in the whole tensor; others are held whole."""
+    """Slice of the whole tensor that this rank holds, by name; other tensors are held whole."""
     others: Set[str] = frozenset()
-    """Names of tensors that another rank counts in norms and gives to checkpoints."""
+    """Names of tensors that another rank counts in norms and saves in checkpoints."""
 
     def duplicate_ranges(self, flat: FlatModel) -> tuple[tuple[int, int], ...]:
-        """Give the ranges of the flat vector that another rank counts."""
+        """Return the ranges of the flat vector that another rank counts in norms."""
         slots = [slot for slot in flat.slots if slot.name in self.others]
         return tuple((slot.offset, slot.stop) for slot in slots)
 
 
 ALL = Holding()
-"""All of it."""
+"""The whole model."""
 
 Take = Callable[[int, CheckpointPart, Mapping[str, Any]], object]
-"""Takes a part, with its version and facts for `state.json`; copies it before it returns."""
+"""Receives a part, its version and facts for `state.json`; copies the part before it returns."""

@@ -1,4 +1,4 @@
-"""What a checkpoint may leave out: frozen parameters that are as they were when the run began."""
+"""Frozen parameters with unchanged values, which a checkpoint may omit."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Checksums = Mapping[str, Sequence[int]]
 
 class FrozenBase:
     """
-    The frozen parameters of a model, or of a rank's part of it, as a run began with them.
+    Initial values of the frozen parameters of a model, or of a rank's part of it.
 
     Args:
-        flat: the model, before it is trained.
-        saved: of the checkpoint that it was filled from; None: of none that leaves something out.
+        flat: the model before training.
+        saved: checksums of the parameters that the loaded checkpoint omits; None: it omits none.
     """
 
     def __init__(self, flat: FlatModel, saved: Checksums | None) -> None:
@@ -30,25 +30,21 @@ class FrozenBase:
         self._sums = {name: checksum(frozen[name]) for name in names}
 
     def unchanged(self) -> dict[str, tuple[int, ...]]:
-        """Give the checksums, by name, of those that nothing has written or begun to train."""
+        """Return checksums of the parameters that were neither written nor unfrozen, by name."""
         trained = self._flat.trained_names()
         return {
             name: self._sums[name]
-            for name, one in _frozen(self._flat.model)
-            if name in self._sums and name not in trained and checksum(one) == self._sums[name]
+            for name, tensor in _frozen(self._flat.model)
+            if name in self._sums and name not in trained and checksum(tensor) == self._sums[name]
         }
 
 
 def check_trained_only(job: Job, model: nn.Module) -> None:
     """
-    See that `checkpoint.trained_only` has something to leave out.
-
-    Args:
-        job: the run.
-        model: the whole one.
+    Check that the model has frozen parameters if `checkpoint.trained_only` is set.
 
     Raises:
-        SpecError: there is nothing.
+        SpecError: the model has no frozen parameters.
     """
     if job.checkpoint.trained_only and not any(_frozen(model)):
         where = "checkpoint", "trained_only"
@@ -58,26 +54,26 @@ def check_trained_only(job: Job, model: nn.Module) -> None:
 
 def check_base(model: Mapping[str, Tensor], saved: Checksums) -> None:
     """
-    See that what a checkpoint leaves out has the values that it was trained with.
+    Check that the parameters that a checkpoint omits have the values of its training.
 
     Args:
-        model: by name.
-        saved: of the checkpoint.
+        model: the model's tensors, by name.
+        saved: checksums of the omitted parameters.
 
     Raises:
-        SpecError: it has others; names one.
+        SpecError: values differ; names one parameter.
     """
-    other = [n for n, sums in saved.items() if n in model and checksum(model[n]) != (*sums,)]
-    if other:
-        text = f"the frozen parameter {other[0]!r}"
-        text += f", and {len(other) - 1} more," * (len(other) > 1)
-        text += " has other values here than where the checkpoint was made, which leaves it out"
-        hint = "begin from the same base: `initial_weights`, or the task's model()"
+    changed = [n for n, sums in saved.items() if n in model and checksum(model[n]) != (*sums,)]
+    if changed:
+        text = f"the frozen parameter {changed[0]!r}"
+        text += f", and {len(changed) - 1} more," * (len(changed) > 1)
+        text += " has other values here than in the checkpoint's run; the checkpoint omits it"
+        hint = "start from the same base weights: `initial_weights`, or the task's model()"
         raise SpecError(Problem(("task",), text, hint))
 
 
 def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Give frozen parameters by all of their names."""
-    for name, one in model.state_dict(keep_vars=True).items():
-        if isinstance(one, nn.Parameter) and not one.requires_grad:
-            yield name, one
+    """Return frozen parameters by name; a tied parameter has several names."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+            yield name, tensor

@@ -1,12 +1,12 @@
 """
-What a rank gives to a checkpoint: its part of the model's state, by the names of the whole.
+A rank's part of a checkpoint: its part of the model's state, by the names of the whole model.
 
     flat.params          |  0.weight  |  0.bias  |pad|  2.weight  |        entries of `model/...`
     exp_avg, elements    .....[ 16 ------------ 48 ]..............         `optimizer/exp_avg/...`
     buffers              running_mean                                      `model/1.running_mean`
 
-A part is a few long vectors and a list of what is in them. It is given between two steps and
-copied at once; everything after that happens behind the training's back.
+A part has a few long vectors and a list of their entries. Its vectors are copied between two steps;
+everything after the copy runs in the background.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from distplat.strategies.model.parameter_layout import dtype_name
 from distplat.strategies.ports import Shards, VectorSpec
 
 _OF_LIVE = {"model", f"optimizer/{AVERAGE}", f"optimizer/{AVERAGED}"}
-"""Vectors that have something of every parameter that is trained."""
+"""Vectors with values of every trained parameter."""
 
 
 def model_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
     """
-    Give a rank's model: trainable parameters, others, and buffers.
+    Return a rank's model: trainable and frozen parameters, and buffers.
 
     Args:
         flat: the model.
-        holding: what of the whole it is.
+        holding: the part of the whole that `flat` is.
     """
     live = flat.trained_names()
     entries = vector_entries(flat, [vector_spec_of("model", flat.params)], 0, b"", holding, live)
@@ -43,22 +43,22 @@ def model_part(flat: FlatModel, holding: Holding = ALL) -> CheckpointPart:
 
 
 def buffer_part(flat: FlatModel, holding: Holding) -> CheckpointPart:
-    """Give what of a model is not trained: buffers and frozen parameters."""
-    elsewhere = holding.others | flat.trained_names() | flat.unsaved
-    rest = {k: v for k, v in flat.model.state_dict().items() if k not in elsewhere}
-    return tensors_part("model", rest, holding.slices)
+    """Return the untrained tensors of a model: buffers and frozen parameters."""
+    excluded = holding.others | flat.trained_names() | flat.unsaved
+    tensors = {k: v for k, v in flat.model.state_dict().items() if k not in excluded}
+    return tensors_part("model", tensors, holding.slices)
 
 
 def tensors_part(
     file: str, tensors: Mapping[str, Tensor], slices: Mapping[str, TensorSlice] = ALL.slices
 ) -> CheckpointPart:
     """
-    Give tensors, each in an array of its own.
+    Return tensors, each in an array of its own.
 
     Args:
-        file: of the checkpoint.
-        tensors: by their names in it.
-        slices: where one lies in the whole one, for those that are slabs.
+        file: file of the checkpoint.
+        tensors: tensors by name in the file.
+        slices: slice of the whole tensor that each split tensor has.
     """
     entries = [
         TensorEntry(
@@ -76,19 +76,19 @@ def optimizer_part(
     flat: FlatModel, state: Mapping[str, Tensor], start: int, holding: Holding = ALL
 ) -> CheckpointPart:
     """
-    Give the state of an optimizer over a run of the flat vector.
+    Return the state of an optimizer for a range of the flat vector.
 
     Args:
         flat: the model.
         state: see `FlatOptimizer.state`, `TaskUpdate.memory`.
-        start: first element of the run.
+        start: first element of the range.
         holding: see `model_part`.
     """
     if TREE in state:
         return tensors_part("optimizer", state)
-    kinds, used = vector_specs_of(state)
+    specs, used = vector_specs_of(state)
     tensors = tuple(value for name, value in state.items() if name != USED)
-    entries = vector_entries(flat, kinds, start, used, holding, flat.trained_names())
+    entries = vector_entries(flat, specs, start, used, holding, flat.trained_names())
     return CheckpointPart(tensors, tuple(entries))
 
 
@@ -96,16 +96,16 @@ def server_part(
     flat: FlatModel, shards: Shards, version: int, *, may_skip: bool, holding: Holding = ALL
 ) -> CheckpointPart:
     """
-    Give what server nodes keep of a version, and this rank's buffers.
+    Return the server nodes' state of a version, fetched later, and this rank's buffers.
 
     Args:
         flat: the model.
         shards: the port to the servers.
-        version: steps.
+        version: number of steps.
         may_skip: see `CheckpointPart`.
         holding: see `model_part`.
     """
-    live = flat.trained_names()  # in the step that this version follows, not when it is fetched
+    live = flat.trained_names()  # as of this version; `fetch` may run after later steps
 
     def fetch() -> ArrayRefs | None:
         copies = shards.copies(version)
@@ -120,13 +120,13 @@ def server_part(
 
 
 def vector_specs_of(state: Mapping[str, Tensor]) -> tuple[list[VectorSpec], bytes]:
-    """Say what an optimizer's state is made of, and, a byte each, of which parameters it is."""
-    kinds = [vector_spec_of(f"optimizer/{k}", v) for k, v in state.items() if k != USED]
-    return kinds, state[USED].numpy().tobytes() if USED in state else b""
+    """Return the specs of an optimizer's vectors, and a byte per parameter, 0: it has no state."""
+    specs = [vector_spec_of(f"optimizer/{k}", v) for k, v in state.items() if k != USED]
+    return specs, state[USED].numpy().tobytes() if USED in state else b""
 
 
 def vector_spec_of(key: str, tensor: Tensor) -> VectorSpec:
-    """Say what a vector, a number for each parameter, or a tensor of one parameter is."""
+    """Return the spec of a vector, of one number per parameter, or of one parameter's tensor."""
     if key.startswith(f"optimizer/{WHOLE}"):
         return VectorSpec(key, dtype_name(tensor), None, tuple(tensor.shape))
     plain = key.replace(f"optimizer/{PER_PARAMETER}", "optimizer/")
@@ -135,64 +135,63 @@ def vector_spec_of(key: str, tensor: Tensor) -> VectorSpec:
 
 def vector_entries(
     flat: FlatModel,
-    kinds: Sequence[VectorSpec],
+    specs: Sequence[VectorSpec],
     start: int,
     used: bytes,
     holding: Holding,
     live: Set[str],
 ) -> list[TensorEntry]:
     """
-    Name what is in vectors over one run; the n-th array is that of the n-th kind.
+    List the entries of vectors over one range; the n-th array is that of the n-th spec.
 
     Args:
         flat: the model.
-        kinds: of the vectors.
-        start: first element of the run.
-        used: a byte for each parameter, 0: an optimizer remembers nothing of it.
+        specs: specs of the vectors.
+        start: first element of the range.
+        used: a byte for each parameter; 0: the parameter has no optimizer state.
         holding: see `model_part`.
-        live: names of the parameters whose values are those in the vector `model`, and whose
-            average is one.
+        live: names of the trained parameters, which have entries in `model` and in averages.
     """
-    length = next((kind.length for kind in kinds if kind.length is not None), 0)
+    length = next((spec.length for spec in specs if spec.length is not None), 0)
     entries = [
-        _of_parameter(flat, n, kind) for n, kind in enumerate(kinds) if kind.shape is not None
+        _parameter_entry(flat, n, spec) for n, spec in enumerate(specs) if spec.shape is not None
     ]
     for index, first, last in flat.slots_in(start, start + length):
         slot = flat.slots[index]
         if slot.name in holding.others:
             continue
-        for number, (key, dtype, vector, shape) in enumerate(kinds):
+        for number, (key, dtype, vector_length, shape) in enumerate(specs):
             if shape is not None:
                 continue
             if slot.name not in live if key in _OF_LIVE else not used[index]:
                 continue
             name = f"{key}/{slot.name}"
-            if vector is None:
+            if vector_length is None:
                 entries.append(TensorEntry(name, TensorSlice(()), dtype, number, index))
                 continue
             run, offset = flat.elements_of(slot, first, last, start)
             where = replace(holding.slices.get(slot.name, TensorSlice(slot.shape)), run=run)
-            kind = str(slot.dtype).removeprefix("torch.")
-            entries.append(TensorEntry(name, where, kind, number, offset))
+            slot_dtype = str(slot.dtype).removeprefix("torch.")
+            entries.append(TensorEntry(name, where, slot_dtype, number, offset))
     return entries
 
 
-def _of_parameter(flat: FlatModel, number: int, kind: VectorSpec) -> TensorEntry:
-    """Name a tensor that an optimizer remembers of one parameter: `kind.key` ends with its slot."""
-    key, _, slot = kind.key.rpartition("/")
-    assert kind.shape is not None, "it is of one parameter"
+def _parameter_entry(flat: FlatModel, number: int, spec: VectorSpec) -> TensorEntry:
+    """Return the entry of one parameter's state tensor; `spec.key` ends with the slot's index."""
+    key, _, slot = spec.key.rpartition("/")
+    assert spec.shape is not None, "the spec is of one parameter's tensor"
     name = f"{key}/{flat.slots[int(slot)].name}"
-    return TensorEntry(name, TensorSlice(kind.shape), kind.dtype, number)
+    return TensorEntry(name, TensorSlice(spec.shape), spec.dtype, number)
 
 
 class Staging:
-    """Copies of a rank's vectors, in memory that is used again for every checkpoint."""
+    """Copies of a rank's vectors, in buffers reused for every checkpoint."""
 
     def __init__(self) -> None:
         self._copies: list[Tensor] = []
 
     def copy(self, tensors: Sequence[Tensor]) -> list[Bytes]:
-        """Copy tensors of any device; the arrays are good until the next call."""
+        """Copy tensors of any device; the arrays are valid until the next call."""
         for number, tensor in enumerate(tensors):
             if number == len(self._copies):
                 self._copies.append(torch.empty(0))
@@ -204,7 +203,7 @@ class Staging:
 
 
 def whole_of(tensor: Tensor) -> RawTensor:
-    """View a contiguous tensor on the CPU as what travels."""
+    """View a contiguous tensor on the CPU as a `RawTensor`."""
     return RawTensor(dtype_name(tensor), tuple(tensor.shape), as_array(tensor))
 
 

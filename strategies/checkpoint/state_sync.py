@@ -1,4 +1,4 @@
-"""How a group agrees where it is after workers were replaced, and brings all ranks there."""
+"""State synchronization after workers were replaced: all ranks get the newest rank's state."""
 
 from __future__ import annotations
 
@@ -18,48 +18,48 @@ from distplat.strategies.model.parameter_layout import dtype_name
 
 @dataclass(frozen=True)
 class ModuleSlot:
-    """Where a module has a buffer or a parameter; a forward may put another tensor there."""
+    """A module's buffer or parameter by its key; a forward may replace the tensor."""
 
     where: MutableMapping[str, Any]
-    """The module's own dictionary."""
+    """The module's `_parameters` or `_buffers`."""
     key: str
     name: str
-    """Of the whole model."""
+    """Name in the whole model."""
 
     @property
     def tensor(self) -> Tensor | None:
-        """The present value."""
+        """The current tensor."""
         tensor: Tensor | None = self.where.get(self.key)
         return tensor
 
     def same_kind(self, other: Tensor | None) -> bool:
-        """Say whether a tensor could be copied into the one that is there."""
-        now = self.tensor
-        if now is None or other is None:
-            return now is other
-        return (now.shape, now.dtype) == (other.shape, other.dtype)
+        """Return whether a tensor has the shape and dtype of the current one."""
+        current = self.tensor
+        if current is None or other is None:
+            return current is other
+        return (current.shape, current.dtype) == (other.shape, other.dtype)
 
     def take(self, value: Tensor | None) -> None:
-        """Take these values over, in place where possible."""
-        now = self.tensor
-        if now is None or value is None or not self.same_kind(value) or _overlaps(now):
-            if isinstance(now, nn.Parameter) and value is not None:
-                now.data = value.detach().clone()
+        """Set the slot to these values, in place where possible."""
+        current = self.tensor
+        if current is None or value is None or not self.same_kind(value) or _overlaps(current):
+            if isinstance(current, nn.Parameter) and value is not None:
+                current.data = value.detach().clone()
             else:
                 self.where[self.key] = value if value is None else value.detach().clone()
-        elif now.data_ptr() != value.data_ptr():
-            now.detach().copy_(value)
+        elif current.data_ptr() != value.data_ptr():
+            current.detach().copy_(value)
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Whether elements share memory, as those of an expanded tensor: it cannot be written."""
+    """Return whether elements share memory, as in an expanded tensor, which cannot be written."""
     return any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
     )
 
 
 def untrained_slots(model: nn.Module) -> list[ModuleSlot]:
-    """Give buffers and frozen parameters, each once, in an order that is the same on all ranks."""
+    """Return buffers and frozen parameters, each once, in the same order on all ranks."""
     return [
         slot
         for slot in slots_of(model)
@@ -68,7 +68,7 @@ def untrained_slots(model: nn.Module) -> list[ModuleSlot]:
 
 
 def slots_of(model: nn.Module) -> list[ModuleSlot]:
-    """Give all parameters and buffers, each once, in an order that is the same on all ranks."""
+    """Return all parameters and buffers, each once, in the same order on all ranks."""
     slots, seen = [], set()
     for prefix, module in model.named_modules():
         for where in (module._parameters, module._buffers):
@@ -85,33 +85,33 @@ def broadcast_slots(
     slots: Sequence[ModuleSlot], source: int, group: Collective, device: torch.device
 ) -> None:
     """
-    Have the source's tensors on all ranks, whatever the others have there.
+    Broadcast the source's tensors to all ranks, whose tensors may have other shapes and dtypes.
 
     Args:
         slots: the same on all ranks.
         source: a rank of the group.
-        group: each of its ranks calls this.
-        device: where the group's backend takes tensors.
+        group: the group; all its ranks call this.
+        device: device of the group's backend.
 
     Raises:
         CollectiveError: a rank is missing.
     """
     if not slots:
         return
-    kinds = [_kind(slot.tensor) for slot in slots]
-    source_kinds = broadcast_value(kinds, source, group, device)
-    for slot, kind in zip(slots, source_kinds, strict=True):
-        if kind is None:
+    specs = [_spec_of(slot.tensor) for slot in slots]
+    source_specs = broadcast_value(specs, source, group, device)
+    for slot, spec in zip(slots, source_specs, strict=True):
+        if spec is None:
             slot.take(None)
             continue
-        dtype, shape = getattr(torch, kind[0]), torch.Size(kind[1])
-        now = slot.tensor
-        if now is None or (now.dtype, now.shape) != (dtype, shape):
-            now = torch.empty(shape, dtype=dtype, device=device)
-        brought = now.detach().contiguous()
-        broadcast_bits(brought, source, group)
+        dtype, shape = getattr(torch, spec[0]), torch.Size(spec[1])
+        tensor = slot.tensor
+        if tensor is None or (tensor.dtype, tensor.shape) != (dtype, shape):
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+        buffer = tensor.detach().contiguous()
+        broadcast_bits(buffer, source, group)
         if group.rank != source:
-            slot.take(brought)
+            slot.take(buffer)
 
 
 def broadcast_bits(tensor: Tensor, source: int, group: Collective) -> None:
@@ -125,24 +125,24 @@ def broadcast_bits(tensor: Tensor, source: int, group: Collective) -> None:
 
 
 def cat_bytes(tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """Put tensors of any dtypes behind each other, as bytes."""
-    there = [t.detach().to(device) for t in tensors if t is not None]
-    parts = [t.contiguous().view(-1).view(torch.uint8) for t in there]
+    """Concatenate tensors of any dtypes, as bytes."""
+    present = [t.detach().to(device) for t in tensors if t is not None]
+    parts = [t.contiguous().view(-1).view(torch.uint8) for t in present]
     return torch.cat([torch.empty(0, dtype=torch.uint8, device=device), *parts])
 
 
-def cut_bytes(together: Tensor, slots: Sequence[ModuleSlot]) -> Iterator[tuple[ModuleSlot, Tensor]]:
-    """Give what `cat_bytes` put together, for the slots whose tensors have these kinds."""
+def cut_bytes(packed: Tensor, slots: Sequence[ModuleSlot]) -> Iterator[tuple[ModuleSlot, Tensor]]:
+    """Split the result of `cat_bytes` by the shapes and dtypes of the slots' tensors."""
     start = 0
     for slot in slots:
-        now = slot.tensor
-        if now is not None:
-            piece = together[start : start + now.nbytes].clone()  # aligned for its dtype
-            start += now.nbytes
-            yield slot, piece.view(now.dtype).view(now.shape)
+        tensor = slot.tensor
+        if tensor is not None:
+            piece = packed[start : start + tensor.nbytes].clone()  # clone to align for the dtype
+            start += tensor.nbytes
+            yield slot, piece.view(tensor.dtype).view(tensor.shape)
 
 
-def _kind(tensor: Tensor | None) -> tuple[str, list[int]] | None:
+def _spec_of(tensor: Tensor | None) -> tuple[str, list[int]] | None:
     if tensor is None:
         return None
     return dtype_name(tensor), list(tensor.shape)
@@ -152,26 +152,26 @@ def take_over_newest(
     flat: FlatModel, optimizer: LocalOptimizer, group: Collective, checkpoint_step: int = 0
 ) -> int:
     """
-    Give every rank the newest rank's model and optimizer state, bit for bit.
+    Copy the newest rank's model and optimizer state to all ranks, bit for bit.
 
     Args:
-        flat: this rank's model; its `version` says what it is worth.
-        optimizer: its optimizer, fresh or with what goes with that version.
-        group: all ranks; each calls this.
-        checkpoint_step: steps of the newest checkpoint.
+        flat: this rank's model with its `version`.
+        optimizer: this rank's optimizer, new or with the state of that version.
+        group: the group of all ranks; all of them call this.
+        checkpoint_step: step of the newest checkpoint.
 
     Returns:
         The version that all ranks now have.
 
     Raises:
         CollectiveError: a rank is missing.
-        StateLost: who had the newest version is gone, and a checkpoint is newer than the rest.
+        StateLost: no rank has the newest version any more, and a checkpoint is newer.
     """
     device = flat.params.device
-    all_versions = [one for (one,) in gather_numbers([flat.version], group, device)]
+    all_versions = [version for (version,) in gather_numbers([flat.version], group, device)]
     newest = max(all_versions)
     if newest == min(all_versions) > 0:
-        return newest  # nobody is new: a failure of the network alone
+        return newest  # no new worker: only the network had failed
     if newest < checkpoint_step:
         raise StateLost(f"the state after step {checkpoint_step} and later")
     source = all_versions.index(newest)
@@ -187,7 +187,7 @@ def take_over_newest(
 
 
 def _share_unfrozen(flat: FlatModel, source: int, group: Collective) -> None:
-    """Have the same frozen parameters take part in training as on the source."""
+    """Unfreeze the parameters that the source has unfrozen."""
     if flat.active.size:
         active = torch.from_numpy(flat.active.astype("uint8")).to(flat.params.device)
         group.broadcast(active, source)
@@ -198,10 +198,10 @@ def _share_unfrozen(flat: FlatModel, source: int, group: Collective) -> None:
 def _broadcast_state(
     state: dict[str, Tensor], source: int, group: Collective, device: torch.device
 ) -> dict[str, Tensor]:
-    """Copy the source's tensors to all, whatever the others have: a new worker has none yet."""
-    kinds = [(name, dtype_name(t), [*t.shape]) for name, t in state.items()]
+    """Broadcast the source's tensors; other ranks need none: a new worker has no state yet."""
+    specs = [(name, dtype_name(t), [*t.shape]) for name, t in state.items()]
     received = {}
-    for name, dtype, shape in broadcast_value(kinds, source, group, device):
+    for name, dtype, shape in broadcast_value(specs, source, group, device):
         if group.rank == source:
             received[name] = state[name].to(device)
         else:

@@ -180,7 +180,7 @@ def test_a_file_that_is_none_is_told(tmp_path: Path) -> None:
     (tmp_path / "bad").mkdir()
     index = {"weight_map": {"0.weight": "../base.pt"}}
     (tmp_path / "bad" / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "names '../base.pt', which is not there" in refused(tmp_path / "bad")
+    assert "names '../base.pt', which is not a file of this directory" in refused(tmp_path / "bad")
     assert "there is no file" in refused(f"file://{tmp_path}/gone.pt")
 
 
@@ -222,7 +222,7 @@ def test_another_model_is_told_by_name(tmp_path: Path) -> None:
     assert "names of the file begin with 'model.'" in refused(in_pt(ahead, tmp_path))
     assert "names of the file begin with 'model.'" in refused(in_pt(ahead, tmp_path), strict=False)
     twice = {**base(), "module.0.weight": base()["0.weight"]}
-    assert "two of its names are '0.weight'" in refused(in_pt(twice, tmp_path))
+    assert "two names of the file are '0.weight'" in refused(in_pt(twice, tmp_path))
 
 
 def test_other_kinds_of_numbers_are_another_model(tmp_path: Path) -> None:
