@@ -1,4 +1,4 @@
-"""A fingerprint of a sample, by which two processes see whether they have the same."""
+"""Fingerprints of samples, by which processes compare their data."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 from distplat.strategies.loop.containers import items_in
 
 _DEPTH = 8
-"""Of collections within each other."""
+"""Maximum nesting of hashed collections."""
 
 
 def hash_of(sample: Any) -> str:
-    """Hash what a sample holds: tensors, arrays, numbers, text, and collections of them."""
+    """Return a hash of a sample's content: tensors, arrays, numbers, text, and collections."""
     digest = hashlib.sha256()
     _feed(digest, sample, 0)
     return digest.hexdigest()[:16]
 
 
 def fingerprint_of(sample: Any) -> int:
-    """Give a number from 1 to 2^32 by which ranks compare samples in a control record."""
+    """Return a number from 1 to 2^32 by which ranks compare samples in a control record."""
     return int(hash_of(sample)[:8], 16) + 1
 
 
@@ -43,7 +43,7 @@ def _feed(digest: Any, value: Any, depth: int) -> None:
 
 
 def _items(value: Any) -> list[Any]:
-    """Give what a collection holds; nothing, of what is none."""
+    """Return the items of a collection; empty: the value is not a collection."""
     if isinstance(value, Mapping):
         return [item for pair in value.items() for item in pair]
     if (items := items_in(value)) is not None:

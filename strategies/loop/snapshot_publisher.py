@@ -1,13 +1,13 @@
 """
-A worker's parameters, shown to others while it trains.
+Snapshots of a worker's parameters during training.
 
-    somebody asks ──▶ wanted          training thread: the step under way ends
-                                      ──▶ copies the parameters, if they are wanted
-    asks again    ◀── that copy
+    reader: ask() ──▶ requested       training thread: finishes the current step,
+                                      ──▶ copies the parameters if requested
+    reader: ask() ◀── the snapshot
 
-The copy is made between two steps by the thread that trains, so it is of one version, and only when
-somebody asked, so a run that nobody looks at pays nothing. Of a model that is cut, whoever asks
-wants the same version of every part: so one may be asked for beforehand (`exactly`).
+The training thread makes the copy between two steps, so a snapshot is of one version. It copies
+only on request, so a run without readers has no overhead. Readers of a split model need the same
+version of every part: `exactly` requests a version in advance.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Snapshot(Generic[T]):
-    """What a worker has after so many steps."""
+    """A worker's state after `version` steps."""
 
     version: int
     content: T
 
 
 class SnapshotPublisher(Generic[T]):
-    """Publishes a worker's parameters: any thread asks, the one that trains offers."""
+    """Publishes a worker's parameters: any thread requests, the training thread offers."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._wanted = False
-        self._exactly: set[int] = set()  #: versions that are wanted, and no other
-        self._passed = 0  #: the last version that was offered
+        self._exactly: set[int] = set()  #: versions requested by `exactly`
+        self._passed = 0  #: last offered version
         self._latest: Snapshot[T] | None = None
 
     def offer(self, version: int, copy: Callable[[], T], *, last: bool = False) -> None:
         """
-        Copy what has `version` steps behind it, if somebody asked.
+        Publish a copy of the current version if it was requested.
 
         Args:
-            version: steps.
+            version: number of steps.
             copy: makes the copy.
-            last: no later version will come: it is copied for whoever asks then.
+            last: whether this is the last version, which is copied for later requests.
         """
         with self._lock:
             self._exactly = {wanted for wanted in self._exactly if wanted >= version}
@@ -64,7 +64,7 @@ class SnapshotPublisher(Generic[T]):
             self._latest, self._wanted, self._passed = snapshot, False, version
 
     def ask(self, at_least: int) -> Snapshot[T] | None:
-        """Give a copy of this version or a later one; None: it is wanted, ask again."""
+        """Return a snapshot of this version or a later one; None: requested, call again."""
         with self._lock:
             if self._latest is not None and self._latest.version >= at_least:
                 return self._latest
@@ -73,10 +73,11 @@ class SnapshotPublisher(Generic[T]):
 
     def exactly(self, version: int) -> tuple[int, Snapshot[T] | None]:
         """
-        Give a copy of this version; None: it is wanted, ask again if it is not past.
+        Request a snapshot of exactly this version.
 
         Returns:
-            The last version that was offered, and the copy.
+            The last offered version, and the snapshot; None: not available yet, or, if the last
+            offered version is `version` or later, never.
         """
         with self._lock:
             if self._latest is not None and self._latest.version == version:
@@ -87,11 +88,11 @@ class SnapshotPublisher(Generic[T]):
 
 
 def state_copy(model: nn.Module) -> dict[str, Tensor]:
-    """Copy a model's parameters and buffers, to the CPU."""
-    whole = {"memory_format": torch.contiguous_format}
-    return {n: value.detach().cpu().clone(**whole) for n, value in model.state_dict().items()}
+    """Copy a model's parameters and buffers to the CPU."""
+    contiguous = {"memory_format": torch.contiguous_format}
+    return {n: value.detach().cpu().clone(**contiguous) for n, value in model.state_dict().items()}
 
 
 def part_copy(part: CheckpointPart) -> Bundle:
-    """Copy a part of a model, with where it belongs."""
+    """Copy a part of a model, with its entries."""
     return Staging().copy(part.tensors), part.entries

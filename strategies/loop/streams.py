@@ -1,13 +1,13 @@
 """
-A stream as a data set of numbered samples: read in order, with what others train on passed over.
+A stream as a map-style data set: read in order, with samples of other ranks skipped.
 
-    pass 0                  pass 1                        each begins at the stream's start
+    pass 0                  pass 1                        each starts at the stream's start
     | 0 1 2 3 ... 98 99 |   | 100 101 ... 198 199 | ...   number: over all passes
       0 1 2 3 ... 98 99       0   1   ... 98  99          place: in the pass
 
-Every reader (a rank, or each of its loader processes) has the stream for itself and begins at its
-start. So all come to the same samples in the same steps, and to the same end, and nobody needs to
-be told (docs/decisions/streams.md).
+Every reader (a rank, or each of its loader processes) reads a copy of the whole stream from its
+start. So all readers see the same samples in the same steps and the same end, without communication
+(docs/decisions/streams.md).
 """
 
 from __future__ import annotations
@@ -39,36 +39,36 @@ from distplat.strategies.torch_compat import without_worker_info
 logger = logging.getLogger(__name__)
 
 OVER = object()
-"""What stands for a sample where a pass has ended."""
+"""Returned instead of a sample at the end of a pass."""
 _FIRST = 16
-"""Samples at the start whose hashes are compared: between ranks, and from pass to pass."""
+"""Number of first samples whose hashes are compared, between ranks and between passes."""
 _AFTER = 8
-"""Samples after a mark whose hashes it has."""
+"""Number of samples after a mark whose hashes the mark has."""
 _MARKS = 8
-"""Marks that a reader keeps."""
+"""Number of marks that a reader keeps."""
 
 
 class StreamPosition(NamedTuple):
-    """A position from which a stream can be read on; plain values, kept in checkpoints."""
+    """A position at which reading of a stream can resume; plain values, saved in checkpoints."""
 
     number: int
-    """Of the next sample."""
+    """Number of the next sample."""
     turn: int
-    """Its pass."""
+    """Pass of the next sample."""
     place: int
-    """In the pass."""
+    """Index of the next sample in its pass."""
     state: str = ""
-    """What the stream's `state_dict` gave, as JSON; empty: samples are counted and passed over."""
+    """The stream's `state_dict` as JSON; empty: resuming skips the samples before."""
     hashes: tuple[str, ...] = ()
-    """Of the next samples."""
+    """Hashes of the next samples."""
 
     def saved(self) -> dict[str, Any]:
-        """Give it as a checkpoint has it."""
+        """Convert the position to a dictionary for a checkpoint."""
         return {**self._asdict(), "hashes": [*self.hashes]}
 
     @classmethod
     def read(cls, saved: Any) -> StreamPosition | None:
-        """Take a mark as a checkpoint has it; None: it has none."""
+        """Load a position from a checkpoint; None: the checkpoint has none."""
         if not isinstance(saved, Mapping) or saved.keys() != set(cls._fields):
             return None
         numbers = all(isinstance(saved[name], int) for name in ("number", "turn", "place"))
@@ -79,35 +79,35 @@ class StreamPosition(NamedTuple):
 
 
 class StreamItem(NamedTuple):
-    """What was read of a stream: a batch, or its samples."""
+    """A batch of a stream, or its samples."""
 
     batch: Any
     mark: StreamPosition | None = None
-    """The position before it, if that was wanted."""
+    """The position before the batch, if requested."""
     fingerprint: int = 0
-    """Of the first sample of all ranks' batch; 0: this reader has not come by it."""
+    """Fingerprint of the first sample of the global batch; 0: this reader did not read it."""
 
 
 @dataclass(frozen=True)
 class StreamSeeds:
-    """What is drawn while a stream is read: a function of the pass, and of the place in it."""
+    """Seeds while a stream is read: functions of the pass, and of the place in it."""
 
     seed: int
-    """Of the job."""
+    """Seed of the job."""
     evaluates: bool = False
-    """Draw the same numbers in every pass, as evaluation samples do."""
+    """Whether every pass has the same seeds, as evaluations need."""
 
     def of_samples(self, turn: int) -> int:
-        """Give the seed of a pass from which its samples' own are mixed."""
+        """Return the seed of a pass from which its samples' seeds are derived."""
         return evaluation_data_seed(self.seed) if self.evaluates else epoch_seed(self.seed, turn)
 
     def of_pass(self, turn: int) -> int:
-        """Give the seed before `iter()`."""
+        """Return the seed set before `iter()`."""
         return derive_seed(self.of_samples(turn)) if self.evaluates else order_seed(self.seed, turn)
 
 
 def is_stream(data: object) -> bool:
-    """Say whether what a task gave as its data is read from its start, not by number."""
+    """Return whether a task's data is iterable-style: read from its start, without indices."""
     if isinstance(data, type | str | bytes | Mapping | Set | DataLoader):
         return False
     if isinstance(data, IterableDataset) or is_ray_data(data):
@@ -118,13 +118,13 @@ def is_stream(data: object) -> bool:
 
 
 def is_ray_data(data: object) -> bool:
-    """Say whether it is a `ray.data.Dataset`; told by its name, for this package knows no Ray."""
-    kind = type(data)
-    return kind.__module__.startswith("ray.data.") and hasattr(kind, "iter_rows")
+    """Return whether data is a `ray.data.Dataset`, by its class name: Ray is not imported."""
+    cls = type(data)
+    return cls.__module__.startswith("ray.data.") and hasattr(cls, "iter_rows")
 
 
 def length_of(data: Any) -> int | None:
-    """Give the samples of a data set, or of a pass over a stream; None: it does not say."""
+    """Return the number of samples of a data set or of a stream's pass; None: it has no length."""
     try:
         return len(data)
     except (TypeError, AttributeError, NotImplementedError, ValueError):
@@ -132,11 +132,11 @@ def length_of(data: Any) -> int | None:
 
 
 class _RayRows:
-    """The rows of a `ray.data.Dataset`, in an order that is the same each time."""
+    """The rows of a `ray.data.Dataset`, in the same order in each iteration."""
 
     def __init__(self, data: Any) -> None:
         data.context.execution_options.preserve_order = True
-        data.context.enable_progress_bars = False  # each rank would draw its own
+        data.context.enable_progress_bars = False  # one per rank would be shown
         self._data = data
 
     def __iter__(self) -> Iterator[Any]:
@@ -144,28 +144,28 @@ class _RayRows:
 
 
 def rows_of(data: Any) -> Any:
-    """Give what can be gone through of a stream: of a `ray.data.Dataset` its rows."""
+    """Return an iterable of a stream's samples: for a `ray.data.Dataset`, of its rows."""
     return _RayRows(data) if is_ray_data(data) else data
 
 
 def _copied(source: Any) -> Any:
-    """Copy a stream; what Hugging Face's hold of file systems changes while it is copied."""
+    """Copy a stream; deepcopy may fail for Hugging Face streams, whose file systems change."""
     try:
         return copy.deepcopy(source)
     except RuntimeError:
-        return pickle.loads(cloudpickle.dumps(source))  # noqa: S301  what was pickled here
+        return pickle.loads(cloudpickle.dumps(source))  # noqa: S301  pickled in this line
 
 
 class StreamSamples(Dataset[Any]):
     """
-    The samples of a stream by number, which must be asked for in order to be had quickly.
+    The samples of a stream by number; fast only for accesses in increasing order.
 
-    Asking for an earlier one begins at the start again, or at a mark.
+    Access to an earlier sample restarts the stream at its start, or at a mark.
 
     Args:
-        source: gives its samples each time that it is gone through.
-        seeds: of what is drawn meanwhile.
-        where: names it in errors.
+        source: an iterable that yields the same samples in each iteration.
+        seeds: seeds of the random numbers drawn while the stream is read.
+        where: name of the stream in errors.
     """
 
     def __init__(self, source: Any, seeds: StreamSeeds, where: str) -> None:
@@ -176,11 +176,11 @@ class StreamSamples(Dataset[Any]):
         self._marks: list[StreamPosition] = []
         self._reader: Any = None  #: the source, or a copy
         self._samples: Iterator[Any] | None = None
-        self._ahead: list[Any] = []  #: samples that were read to look at them
+        self._ahead: list[Any] = []  #: samples read ahead for their hashes
         self._turn = self._origin = self._place = 0
         self._looks_at, self._seen = -1, 0  #: a sample's number, and its fingerprint
-        self.hashes: list[str] = []  #: of the first samples
-        self.fingerprint = 0  #: of the batch that was read last
+        self.hashes: list[str] = []  #: hashes of the first samples
+        self.fingerprint = 0  #: fingerprint of the last batch
 
     def __len__(self) -> int:
         return ENDLESS if self._size is None else self._size
@@ -189,22 +189,22 @@ class StreamSamples(Dataset[Any]):
         return self.read(number, 1).batch[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Go to a loader process, which begins to read by itself."""
+        """Return the state for a loader process, which reads the stream from its start."""
         idle: dict[str, Any] = {"_reader": None, "_samples": None, "_ahead": [], "_looks_at": -1}
         return {**self.__dict__, **idle}
 
     def survey(self, *, counts: bool, limit_s: float) -> None:
         """
-        Read the first samples, for their hashes; all of them, to count them.
+        Read the first samples to hash them, or all samples to count them.
 
         Args:
-            counts: how many a pass has must be known.
-            limit_s: how long it may take to count.
+            counts: whether the number of samples in a pass is needed.
+            limit_s: time limit of counting.
 
         Raises:
-            ValueError: there are none, or too many to count.
+            ValueError: the stream is empty, or has too many samples to count.
         """
-        count, until = 0, time.monotonic() + limit_s
+        count, deadline = 0, time.monotonic() + limit_s
         counts &= self._size is None
         with preserve_rng_state(), without_worker_info():
             self._begin(0, 0)
@@ -217,10 +217,10 @@ class StreamSamples(Dataset[Any]):
                     self.hashes.append(hash_of(sample))
                 elif not counts:
                     break
-                elif time.monotonic() > until:
+                elif time.monotonic() > deadline:
                     raise self._error(
-                        f"gave {count} samples in {limit_s:g} s and goes on: `epochs` needs their "
-                        "number. Give `steps` instead, or the data a __len__, or raise "
+                        f"gave {count} samples in {limit_s:g} s and has not ended: `epochs` needs "
+                        "their number. Set `steps` instead, or give the data a __len__, or raise "
                         "`failure.start_timeout_s`"
                     )
         self._samples = None
@@ -233,40 +233,40 @@ class StreamSamples(Dataset[Any]):
         self, first: int, count: int, *, mark: bool = False, look_at: int | None = None
     ) -> StreamItem:
         """
-        Give samples that follow each other. The global generators draw other numbers afterwards.
+        Read consecutive samples. Changes the state of the global generators.
 
         Args:
-            first: number of the first one.
-            count: how many.
-            mark: whether to give the position before them, too.
-            look_at: a sample at or before `first` whose fingerprint is wanted.
+            first: number of the first sample.
+            count: number of samples.
+            mark: whether to return the position before the samples, too.
+            look_at: number of a sample at or before `first` to fingerprint.
 
         Raises:
-            ValueError: the stream ended elsewhere than before, or gave others than before.
+            ValueError: the stream has another length or other samples than before.
         """
         if look_at is not None and look_at != self._looks_at:
             self._looks_at, self._seen = look_at, 0
         with without_worker_info():
             self._seek(first)
-            here = self._mark() if mark else None
+            position = self._mark() if mark else None
             samples, following = [], []
             for _ in range(count):
                 samples.append(self._next())
-                if here is not None and here.turn == self._turn:
+                if position is not None and position.turn == self._turn:
                     following.append(samples[-1])
-            if here is not None:
-                here = self._hashed(here, following)
-        return StreamItem(samples, here, 0 if look_at is None else self._seen)
+            if position is not None:
+                position = self._with_hashes(position, following)
+        return StreamItem(samples, position, 0 if look_at is None else self._seen)
 
     def begin_pass(self, turn: int, mark: StreamPosition | None = None) -> StreamPosition:
         """
-        Begin one pass, or go on in it at a mark, to be read by `next_of_pass`: numbers are places.
+        Start a pass, or resume it at a mark, for `next_of_pass`; numbers start at the pass's start.
 
         Returns:
             The position.
 
         Raises:
-            ValueError: other samples follow than when the mark was made.
+            ValueError: the samples after the mark have changed.
         """
         with without_worker_info():
             if mark is None:
@@ -277,10 +277,10 @@ class StreamSamples(Dataset[Any]):
 
     def next_of_pass(self) -> Any:
         """
-        Give the next sample of the pass that was begun; `OVER`: there is none.
+        Return the next sample of the current pass; `OVER`: the pass has ended.
 
         Raises:
-            ValueError: it has none at all.
+            ValueError: the pass has no samples.
         """
         with without_worker_info():
             try:
@@ -293,36 +293,36 @@ class StreamSamples(Dataset[Any]):
         return sample
 
     def here(self, *, stateful: bool = True) -> StreamPosition:
-        """Give the position, without hashes of what follows, and if it is wanted with the state."""
+        """Return the position without hashes; if `stateful`, with the stream's `state_dict`."""
         if stateful:
             return self._mark()
         return StreamPosition(self._origin + self._place, self._turn, self._place)
 
-    def note(self, read: StreamItem) -> None:
-        """Take what came with a batch, perhaps out of a loader process."""
-        self.fingerprint = read.fingerprint
-        if read.mark is not None:
-            self.keep(read.mark)
+    def note(self, item: StreamItem) -> None:
+        """Record the fingerprint and mark of a batch, which a loader process may have read."""
+        self.fingerprint = item.fingerprint
+        if item.mark is not None:
+            self.keep(item.mark)
 
     def keep(self, mark: StreamPosition) -> None:
-        """Note a position from which it can be read on."""
+        """Store a position at which reading can resume."""
         self._marks = [*self._marks, mark][-_MARKS:]
 
     def mark_before(self, number: int) -> StreamPosition | None:
-        """Give the last position known that is not beyond a sample."""
+        """Return the last stored mark at or before a sample."""
         earlier = [mark for mark in self._marks if mark.number <= number]
         return max(earlier, key=lambda mark: mark.number, default=None)
 
     def _seek(self, number: int) -> None:
         turn = None if self._size is None else number // self._size
-        here = self._origin + self._place
-        if self._samples is None or here > number or turn not in (None, self._turn):
+        current = self._origin + self._place
+        if self._samples is None or current > number or turn not in (None, self._turn):
             self._start(number, turn)
         while self._origin + self._place < number:
             self._next()
 
     def _start(self, number: int, turn: int | None) -> None:
-        """Begin a pass, or go on at a mark, before a sample."""
+        """Start a pass, or resume at a mark, at or before a sample."""
         mark = self.mark_before(number)
         if mark is not None and mark.place and turn in (None, mark.turn):
             self._resume_at(mark)
@@ -332,7 +332,7 @@ class StreamSamples(Dataset[Any]):
             self._begin(turn, turn * len(self))
 
     def _begin(self, turn: int, origin: int, state: str = "") -> None:
-        """Begin a pass at its start, or where a state leads to."""
+        """Start a pass at its start, or at a saved state."""
         self._reader = self._copy()
         self._turn, self._origin, self._place, self._ahead = turn, origin, 0, []
         seed_quickly(self._seeds.of_pass(turn))
@@ -345,37 +345,37 @@ class StreamSamples(Dataset[Any]):
         if self._samples is self._reader:
             raise self._error(
                 f"{self._kind} is its own iterator, so it can be read only once: __iter__ must "
-                "begin anew each time, as a generator function does"
+                "return a new iterator each time, as a generator function does"
             )
 
     def _copy(self) -> Any:
-        """Give what to read: of a stream with a state a copy, for it goes on where it stood."""
+        """Return the stream; a copy if it is stateful, as it would resume where it stopped."""
         if self._stateful:
             try:
                 return _copied(self._source)
             except Exception as error:
                 self._stateful = False
                 logger.warning(
-                    "%s: %s cannot be copied (%s), so its state_dict() is not used: samples are "
-                    "counted and passed over",
+                    "%s: %s cannot be copied (%s), so its state_dict() is not used: resuming "
+                    "reads and skips the samples before",
                     *(self._where, self._kind, error),
                 )
         return self._source
 
     def _resume_at(self, mark: StreamPosition) -> None:
         """
-        Read on at a mark.
+        Resume at a mark.
 
         Raises:
-            ValueError: other samples follow than when it was made.
+            ValueError: the samples after the mark have changed.
         """
         if mark.state and self._stateful:
             self._begin(mark.turn, mark.number - mark.place, mark.state)
             if self._stateful and self._follows(mark):
                 return
             logger.warning(
-                "%s: load_state_dict() of %s does not lead back to sample %d of pass %d, so "
-                "samples are counted and passed over",
+                "%s: load_state_dict() of %s does not restore sample %d of pass %d, so resuming "
+                "reads and skips the samples before",
                 *(self._where, self._kind, mark.place, mark.turn),
             )
         self._begin(mark.turn, mark.number - mark.place)
@@ -383,15 +383,15 @@ class StreamSamples(Dataset[Any]):
             for place in range(mark.place):
                 self._draw(place)
         except StopIteration:
-            pass  # what follows is looked at
+            pass  # `_follows` detects the missing samples
         if not self._follows(mark):
             raise self._error(
                 f"gives other samples than before from number {mark.place} of pass {mark.turn} on: "
-                "a run that goes on must read what it would have read"
+                "a resumed run must read the same samples as an uninterrupted one"
             )
 
     def _follows(self, mark: StreamPosition) -> bool:
-        """Say whether the mark's samples come next."""
+        """Return whether the next samples have the mark's hashes."""
         self._place, samples = mark.place, []
         for place in range(mark.place, mark.place + len(mark.hashes)):
             try:
@@ -408,19 +408,19 @@ class StreamSamples(Dataset[Any]):
             try:
                 state = json.dumps(state_dict)
                 if json.loads(state) != state_dict:
-                    raise TypeError("it changes on its way through JSON")
+                    raise TypeError("JSON changes its values")
             except (TypeError, ValueError) as error:
                 self._stateful = False
                 logger.warning(
-                    "%s: state_dict() of %s is nothing that a checkpoint can keep (%s), so it is "
-                    "not used: samples are counted and passed over",
+                    "%s: state_dict() of %s cannot be saved in a checkpoint (%s), so it is not "
+                    "used: resuming reads and skips the samples before",
                     *(self._where, self._kind, error),
                 )
                 state = ""
         return StreamPosition(self._origin + self._place, self._turn, self._place, state)
 
-    def _hashed(self, mark: StreamPosition, following: list[Any]) -> StreamPosition:
-        """Give a mark with what its pass has next; a state that nothing follows cannot be tried."""
+    def _with_hashes(self, mark: StreamPosition, following: list[Any]) -> StreamPosition:
+        """Return a mark with hashes of the next samples; without any, a state is unverifiable."""
         while mark.turn == self._turn and len(following) < _AFTER and self._samples is not None:
             place = self._place + len(self._ahead)
             if place == self._size:
@@ -430,11 +430,11 @@ class StreamSamples(Dataset[Any]):
             except StopIteration:
                 break
             following.append(self._ahead[-1])
-        hashes = tuple(hash_of(one) for one in following[:_AFTER])
+        hashes = tuple(hash_of(sample) for sample in following[:_AFTER])
         return mark._replace(hashes=hashes, state=mark.state if hashes else "")
 
     def _next(self) -> Any:
-        """Give the next sample, of the next pass where this one has ended."""
+        """Return the next sample; at the end of the pass, the first one of the next pass."""
         try:
             sample = self._ahead.pop(0) if self._ahead else self._draw(self._place)
         except StopIteration:
@@ -448,48 +448,48 @@ class StreamSamples(Dataset[Any]):
         return sample
 
     def _draw(self, place: int) -> Any:
-        """Read a sample with generators of its own seed; those passed over draw theirs, too."""
-        assert self._samples is not None, "a pass was begun"
+        """Seed the global generators for a sample, skipped or not, and read it."""
+        assert self._samples is not None, "no pass was started"
         seed_sample(self._seeds.of_samples(self._turn), place)
         sample = next(self._samples)
         if self._turn == 0 and place < len(self.hashes) and hash_of(sample) != self.hashes[place]:
             raise self._error(
-                f"gave another sample {place} when it was read anew. Every worker reads it, and so "
-                "does a run that goes on: __iter__ must begin at the same sample each time. What "
-                "it draws must come from random, numpy or torch, whose global generators are "
-                "seeded before each pass and each sample, or from one that __iter__ makes itself: "
+                f"gave another sample {place} when it was read again. Every worker and every "
+                "resumed run reads the stream: __iter__ must start at the same sample each time. "
+                "Draw random numbers from random, numpy or torch, whose global generators are "
+                "seeded before each pass and each sample, or from a generator created in __iter__: "
                 "give a library's shuffle a seed that __iter__ draws"
             )
         return sample
 
     def _begin_next_pass(self) -> None:
-        """Begin the next pass, if the stream may end here."""
+        """Start the next pass, if the current one may end here."""
         if self._size is not None:
             raise self._error(
                 f"ended after {self._place} samples in pass {self._turn}, and {self._size} were "
-                "expected: by its len(), or as many as it had before. Every epoch must have as "
-                "many; without __len__ and with `steps` it is read over and over, whatever it has"
+                "expected, by its len() or by the first count. Every epoch must have the same "
+                "number; without __len__ and with `steps`, passes may have any length"
             )
         if not self._place:
             raise self._empty(self._turn)
         self._begin(self._turn + 1, self._origin + self._place)
 
     def _check_end(self) -> None:
-        """See that there is no sample after the last one: nobody would train on it."""
+        """Check that no sample follows the last one: it would never be trained on."""
         try:
             self._draw(self._place)
         except StopIteration:
             self._samples = None
             return
         raise self._error(
-            f"gives more than the {self._size} samples of its len(), or that it had before: "
-            "without __len__ and with `steps` it is read over and over, whatever it has"
+            f"gives more than the {self._size} samples of its len() or of the first count: "
+            "without __len__ and with `steps`, passes may have any length"
         )
 
     def _empty(self, turn: int) -> ValueError:
         return self._error(
-            f"gave no samples when it was begun anew for pass {turn}: __iter__ must begin anew "
-            "each time, as a generator function does"
+            f"gave no samples when it was read again, in pass {turn}: __iter__ must return a new "
+            "iterator each time, as a generator function does"
         )
 
     def _error(self, text: str) -> ValueError:

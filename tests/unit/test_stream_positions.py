@@ -116,8 +116,8 @@ class OfTensors(Counted):
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        (Forgets, "load_state_dict() of Forgets does not lead back to sample 26 of pass 1"),
-        (OfTensors, "state_dict() of OfTensors is nothing that a checkpoint can keep"),
+        (Forgets, "load_state_dict() of Forgets does not restore sample 26 of pass 1"),
+        (OfTensors, "state_dict() of OfTensors cannot be saved in a checkpoint"),
     ],
 )
 def test_a_state_that_is_of_no_use_is_told_and_samples_are_counted(

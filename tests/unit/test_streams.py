@@ -273,10 +273,10 @@ STEPS, EPOCHS = {"steps": 12}, {"epochs": 3}
 ODD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "empty": (lambda: Numbers(0), STEPS, r"train_data\(\) gave no samples"),
     "says 0": (lambda: Says(0, 0), EPOCHS, r"train_data\(\) gave no samples"),
-    "read once": (Once, STEPS, "gave another sample 0 when it was read anew"),
-    "read once, few": (lambda: Once(9), STEPS, "gave no samples when it was begun anew"),
+    "read once": (Once, STEPS, "gave another sample 0 when it was read again"),
+    "read once, few": (lambda: Once(9), STEPS, "gave no samples when it was read again"),
     "counted once": (Once, EPOCHS, "ended after 0 samples in pass 0"),
-    "unseeded": (Unseeded, STEPS, "gave another sample 0 when it was read anew"),
+    "unseeded": (Unseeded, STEPS, "gave another sample 0 when it was read again"),
     "itself": (Itself, STEPS, "Itself is its own iterator, so it can be read only once"),
     "ends early": (lambda: Says(30, 37), EPOCHS, "ended after 30 samples in pass 0, and 37 were"),
     "goes on": (lambda: Says(40, 37), EPOCHS, "gives more than the 37 samples of its len"),
@@ -285,7 +285,7 @@ ODD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no end": (
         Endless,
         {**EPOCHS, "failure": {"start_timeout_s": 0.2}},
-        "samples in 0.1 s and goes on: `epochs` needs their number. Give `steps`",
+        "samples in 0.1 s and has not ended: `epochs` needs their number. Set `steps`",
     ),
 }
 
