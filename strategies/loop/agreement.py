@@ -1,9 +1,9 @@
 """
-Whether all ranks train the same: model, data and code, told apart by name before the first step.
+Check before the first step that all ranks have the same model, data and code.
 
-A rank writes down what it has and puts it into the run's store, where the first to come has put its
-own; each compares with that. So nobody waits for anybody, and a worker that comes later is compared
-too. Values of a model may differ, for ranks take over rank 0's; its samples may not.
+Each rank compares its facts with those in the run's store, which the first rank has written. So no
+rank waits for another, and a worker that joins later is compared too. Values of the model may
+differ, as ranks copy rank 0's; samples may not.
 """
 
 from __future__ import annotations
@@ -35,33 +35,33 @@ _KEY = "what-ranks-have"
 _SAMPLES = 16
 _DRAWS = "draws random numbers"
 _SHOWN = 4
-"""Names of a model that a message has at most."""
+"""Maximum number of the model's names in a message."""
 
 
 @dataclass(frozen=True)
 class RankFacts:
-    """What a rank trains; plain values, to be compared with another's."""
+    """Facts about a rank's model, data and code; plain values, compared between ranks."""
 
     code: tuple[str, str]
-    """File of the task's module, and a hash of it; empty where there is none."""
+    """File of the task's module, and its hash; empty: the module has no file."""
     model: tuple[tuple[str, str], ...]
-    """Names of parameters and buffers, and what each is."""
+    """Names and descriptions of parameters and buffers."""
     samples: int
     """Length of the training data."""
     eval_samples: int
-    """Length of the evaluation data; -1: there is none, or it has no length."""
+    """Length of the evaluation data; -1: no evaluation data, or no length."""
     hashes: tuple[tuple[int, str], ...]
-    """Positions in the training data, and a hash of each sample; see `hash_samples`."""
+    """Positions in the training data with hashes of the samples; see `hash_samples`."""
     values: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    """Names and checksums of buffers and frozen parameters, where ranks do not send them."""
+    """Names and checksums of buffers and frozen parameters, if ranks do not broadcast them."""
     order: str = ""
-    """Fingerprint of the order that the task's `sampler` gives, if it has one."""
+    """Hash of the order of the task's `sampler`, if it has one."""
     said: tuple[tuple[str, str], ...] = ()
-    """Methods of the task's that say how it is trained, and a fingerprint of what each gives."""
+    """Methods of the task that configure training, such as `lr`, with hashes of their results."""
 
 
 _FACTS = TypeAdapter(tuple[int, RankFacts])
-"""A rank, and what it has: what is in the run's store."""
+"""A rank and its facts, as in the run's store."""
 
 
 def facts_of(
@@ -74,19 +74,19 @@ def facts_of(
     sent: bool = True,
 ) -> RankFacts:
     """
-    Write down what this rank has.
+    Return the facts of this rank.
 
     Args:
-        task: the user's.
-        model: as it was built.
+        task: the user's task.
+        model: the model as built.
         data: the training samples.
         eval_data: the evaluation samples, or None.
-        seed: of the job; says which samples are compared.
-        sent: whether ranks take over rank 0's buffers and frozen parameters; else these count.
+        seed: seed of the job; selects the samples to compare.
+        sent: whether rank 0 broadcasts buffers and frozen parameters; if not, they are compared.
     """
     size = _length(data)
     positions = random.Random(seed).sample(range(max(0, size)), min(max(0, size), _SAMPLES))
-    if isinstance(data, StreamSamples):  # others would have to be read up to there
+    if isinstance(data, StreamSamples):  # later samples need reading all before
         positions = [*range(len(data.hashes))]
     hashes = hash_samples(data, sorted(positions))
     values = () if sent else tuple(_checksums(model))
@@ -101,16 +101,16 @@ def agree(
     again: Callable[[Sequence[int]], Mapping[int, str]],
 ) -> None:
     """
-    Compare with the first rank that came.
+    Compare with the first rank in the store.
 
     Args:
-        mine: what this rank has.
-        rank: this one.
-        run_store: the run's.
-        again: hashes samples once more; what is another one each time says nothing.
+        mine: facts of this rank.
+        rank: this rank.
+        run_store: store of the run.
+        again: hashes samples again, as samples that differ on each read cannot be compared.
 
     Raises:
-        SpecError: it has something else; says what, and which of the two has what.
+        SpecError: the facts differ; lists the differences with both ranks.
     """
     text = _FACTS.dump_json((rank, mine))
     first, other_facts = _FACTS.validate_json(run_store.first(_KEY, text))
@@ -123,14 +123,14 @@ def agree(
     if differences:
         hint = (
             "every worker must build the same model and the whole data, of which it gets its part "
-            "later: cut no data by rank, sort what glob and listdir give, and shuffle by the "
-            "global generators or by a seed that all workers have"
+            "later: do not split data by rank, sort the results of glob and listdir, and shuffle "
+            "by the global generators or by a seed that all workers share"
         )
         raise SpecError(*(Problem(("task",), text, hint) for text in differences))
 
 
 def _differences(mine: RankFacts, theirs: RankFacts, me: str, other: str) -> list[str]:
-    """Say what differs but for the samples themselves."""
+    """Return the differences, except those of samples."""
     differences = []
     if mine.code != theirs.code:
         differences.append(f"{me} runs another {mine.code[0] or 'task'} than {other}")
@@ -148,7 +148,7 @@ def _differences(mine: RankFacts, theirs: RankFacts, me: str, other: str) -> lis
         differences.append(f"{len(names) - _SHOWN} more parameters and buffers differ")
     has_values, had_values = dict(mine.values), dict(theirs.values)
     for name in [n for n in has_values if has_values[n] != had_values.get(n)][:1]:
-        where = f"on {me} than on {other}, and under this strategy nobody sends them"
+        where = f"on {me} than on {other}, and this strategy does not broadcast them"
         differences.append(f"{name!r} of the model has other values {where}")
     if mine.order != theirs.order and not differences:
         differences.append(f"sampler() gives {me} another order of samples than {other}")
@@ -168,19 +168,20 @@ def _other_samples(
 ) -> list[str]:
     had = dict(theirs.hashes)
     differ = [
-        (number, one)
-        for number, one in mine.hashes
-        if had.get(number) != one and _DRAWS not in (had.get(number), one)
+        (index, digest)
+        for index, digest in mine.hashes
+        if had.get(index) != digest and _DRAWS not in (had.get(index), digest)
     ]
-    repeated = again([number for number, _ in differ])
-    # It drew nothing at first: what draws now is another thread of this process.
-    sure = [number for number, one in differ if repeated.get(number) in (one, _DRAWS)]
-    if not sure:
+    repeated = again([index for index, _ in differ])
+    # The first read drew nothing, so a draw in the second read is by another thread.
+    reproducible = [index for index, digest in differ if repeated.get(index) in (digest, _DRAWS)]
+    if not reproducible:
         return []
-    numbers = ", ".join(map(str, sure[:_SHOWN])) + (", ..." if len(sure) > _SHOWN else "")
+    shown = ", ".join(map(str, reproducible[:_SHOWN]))
+    shown += ", ..." if len(reproducible) > _SHOWN else ""
     return [
-        f"{me} has other training samples than {other}: {len(sure)} of {len(mine.hashes)} that "
-        f"were compared differ, of the numbers {numbers}"
+        f"{me} has other training samples than {other}: {len(reproducible)} of {len(mine.hashes)} "
+        f"that were compared differ, of the numbers {shown}"
     ]
 
 
@@ -203,12 +204,12 @@ def _model(model: nn.Module) -> tuple[tuple[str, str], ...]:
     described = []
     for name, parameter in model.named_parameters():
         kind = "trained" if parameter.requires_grad else "frozen"
-        described.append((name, f"a {kind} parameter, {_kind(parameter)}"))
-    described += [(name, f"a buffer, {_kind(buffer)}") for name, buffer in model.named_buffers()]
+        described.append((name, f"a {kind} parameter, {_type_of(parameter)}"))
+    described += [(name, f"a buffer, {_type_of(buffer)}") for name, buffer in model.named_buffers()]
     return tuple(described)
 
 
-def _kind(tensor: Tensor) -> str:
+def _type_of(tensor: Tensor) -> str:
     if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
         return "not initialised"
     return f"{dtype_name(tensor)} {[*tensor.shape]}"
@@ -226,18 +227,18 @@ def _code(task: Task) -> tuple[str, str]:
 
 def hash_samples(data: Dataset[Any], positions: Sequence[int]) -> dict[int, str]:
     """
-    Read samples and give a hash of each; of one that draws random numbers, that it does.
+    Read samples and return their hashes; for a sample that draws random numbers, a marker.
 
-    Reading draws numbers that no other rank and no step of the training draws. So a sample that
-    draws is another one on each rank, and cannot be compared. The global generators are put back.
-    What a sample raises is raised when it is trained on; here it is its hash. The samples of a
-    stream are seeded alike on all ranks, and were read when it was made.
+    The seed is unique to this rank, so a sample that draws differs on each rank and cannot be
+    compared. The global generators are restored. The hash of a sample that raises is its exception,
+    which training on the sample raises again. Samples of a stream have the same seed on all ranks,
+    and were hashed by `StreamSamples.survey`.
     """
     if isinstance(data, StreamSamples):
         return {position: data.hashes[position] for position in positions}
-    hashes, own = {}, secrets.randbits(63)
+    hashes, base = {}, secrets.randbits(63)
     with preserve_rng_state():
-        seed_sample(own, 0)
+        seed_sample(base, 0)
         before = rng_states()
         for number, position in enumerate(positions, start=1):
             try:
@@ -246,6 +247,6 @@ def hash_samples(data: Dataset[Any], positions: Sequence[int]) -> dict[int, str]
                 hashes[position] = f"raises {type(error).__name__}"
             if rng_states() != before:
                 hashes[position] = _DRAWS
-                seed_sample(own, number)  # the next one may leave them as this one has
+                seed_sample(base, number)  # so that the next sample cannot end in the same state
                 before = rng_states()
     return hashes

@@ -1,4 +1,4 @@
-"""What a batch is: how samples are put together, and moved to the device that computes."""
+"""Collating samples into batches, and moving batches to a device."""
 
 from abc import ABC
 from collections.abc import Callable, Mapping
@@ -16,21 +16,23 @@ from distplat.strategies.torch_compat import COLLATE_RULES, collate_with_rules
 _Rules = dict[type | tuple[type, ...], Callable[..., Any]]
 
 
-class _Dataclass(ABC):  # noqa: B024  it is only asked for its subclasses
-    """What torch's rules do not know; a mapping or a tuple that is one is the other to them."""
+class _Dataclass(ABC):  # noqa: B024  used in issubclass() only
+    """Any dataclass, except mappings and tuples, which have rules of torch."""
 
     @classmethod
-    def __subclasshook__(cls, kind: type) -> bool:
-        return hasattr(kind, "__dataclass_fields__") and not issubclass(kind, Mapping | tuple)
+    def __subclasshook__(cls, subclass: type) -> bool:
+        return hasattr(subclass, "__dataclass_fields__") and not issubclass(
+            subclass, Mapping | tuple
+        )
 
 
 def _by_field(batch: list[Any], *, collate_fn_map: _Rules | None = None) -> Any:
-    together = {}
+    collated_fields = {}
     for field in fields(batch[0]):
-        values = [getattr(one, field.name, None) for one in batch]
-        if any(value is not None for value in values):  # an optional field that nobody has set
-            together[field.name] = collate_with_rules(collate_fn_map or {}, values)
-    return with_fields(batch[0], together)
+        values = [getattr(sample, field.name, None) for sample in batch]
+        if any(value is not None for value in values):  # an optional field may be None everywhere
+            collated_fields[field.name] = collate_with_rules(collate_fn_map or {}, values)
+    return with_fields(batch[0], collated_fields)
 
 
 _RULES: _Rules = {**COLLATE_RULES, _Dataclass: _by_field}
@@ -38,16 +40,16 @@ _RULES: _Rules = {**COLLATE_RULES, _Dataclass: _by_field}
 
 def collated(samples: list[Any]) -> Any:
     """
-    Give the batch of some samples, by torch's rules.
+    Collate samples into a batch by torch's rules, extended to dataclasses.
 
     Raises:
-        TypeError: a sample holds what cannot be put together, None for one.
+        TypeError: a sample has a value that cannot be collated, such as None.
     """
     return collate_with_rules(_RULES, samples)
 
 
 def sendable(batch: Any) -> Any:
-    """Give a batch, in a loader process in a form that reaches the worker."""
+    """Return a batch; in a loader process, wrapped if the worker could not unpickle it."""
     if get_worker_info() is None or all_importable(batch):
         return batch
     return ByValue(batch)
@@ -55,16 +57,16 @@ def sendable(batch: Any) -> Any:
 
 def to_device(value: Any, device: torch.device) -> Any:
     """
-    Move tensors to a device: alone, in containers, in dataclasses, in what has a method `to`.
+    Move tensors to a device: also in containers, dataclasses and objects with a method `to`.
 
-    What holds nothing that moves is given back as it is, so on the CPU every type is kept. A
-    container that cannot be made again with other contents becomes a plain dict or list.
+    Containers without moved tensors are returned unchanged, so on the CPU every type is kept. A
+    container that cannot be copied with other items becomes a plain dict or list.
     """
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if not isinstance(value, Mapping) and callable(getattr(value, "to", None)):
-        return value.to(device)  # a PackedSequence for one
+        return value.to(device)  # such as a PackedSequence
     items = items_in(value) or []
-    there = [to_device(item, device) for item in items]
-    same = all(new is old for new, old in zip(there, items, strict=True))
-    return value if same else rebuilt(value, there)
+    moved = [to_device(item, device) for item in items]
+    unchanged = all(new is old for new, old in zip(moved, items, strict=True))
+    return value if unchanged else rebuilt(value, moved)

@@ -1,4 +1,4 @@
-"""What nested values of a user's code hold: batches, outputs, what a task keeps."""
+"""Access to nested containers of user code: batches, outputs, attributes of a task."""
 
 import copy
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def items_in(value: Any) -> list[Any] | None:
-    """Give what a mapping, a list, a tuple or a dataclass holds; None: it is none of them."""
+    """Return the items of a mapping, list, tuple or dataclass; None: not a container."""
     if isinstance(value, Mapping):
         return [*value.values()]
     if isinstance(value, list | tuple):
@@ -20,23 +20,23 @@ def items_in(value: Any) -> list[Any] | None:
 
 
 def tensors_in(value: Any, within: tuple[Any, ...] = ()) -> Iterator[Tensor]:
-    """Give the tensors in nested containers, in order; `within`: those around this one."""
+    """Return the tensors in nested containers, in order; `within`: the enclosing containers."""
     if isinstance(value, Tensor):
         yield value
-    elif not any(value is one for one in within):
-        for one in items_in(value) or ():
-            yield from tensors_in(one, (*within, value))
+    elif not any(value is parent for parent in within):
+        for item in items_in(value) or ():
+            yield from tensors_in(item, (*within, value))
 
 
 def rebuilt(value: Any, items: list[Any]) -> Any:
     """
-    Give a copy of a container with other items.
+    Return a copy of a container with other items.
 
-    One that cannot be made again with other contents becomes a plain dict or list.
+    A container that cannot be copied with other items becomes a plain dict or list.
 
     Args:
-        value: what `items_in` takes apart.
-        items: as many as it holds, in the same order.
+        value: a container, see `items_in`.
+        items: the new items, in the order of `items_in`.
     """
     if isinstance(value, Mapping):
         return _mapping(value, dict(zip(value, items, strict=True)))
@@ -51,8 +51,8 @@ def _mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, An
     if isinstance(value, MutableMapping):
         value = _filled(value, items)
     if is_dataclass(value):  # such as the outputs of Hugging Face's models
-        own = {key: items[key] for key in _fields(value) if key in items}
-        return with_fields(value, own)
+        by_field = {key: items[key] for key in _fields(value) if key in items}
+        return with_fields(value, by_field)
     if isinstance(value, MutableMapping):
         return value
     try:
@@ -62,19 +62,19 @@ def _mapping(value: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, An
 
 
 def _filled(value: MutableMapping[Any, Any], items: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    clone = copy.copy(value)  # it may have more than items: a default, an encoding
+    clone = copy.copy(value)  # keeps other state, such as a default factory or an encoding
     if getattr(value, "__dict__", None) is value:  # its items are its attributes
         clone.__dict__ = clone  # type: ignore[assignment]
-    for name, held in [*getattr(clone, "__dict__", {}).items()]:
-        if isinstance(held, dict):  # where the items are, which a copy shares
-            vars(clone)[name] = copy.copy(held)
+    for name, attribute in [*getattr(clone, "__dict__", {}).items()]:
+        if isinstance(attribute, dict):  # may store the items, and a shallow copy shares it
+            vars(clone)[name] = copy.copy(attribute)
     for key, item in items.items():  # `update` of a Counter adds, of a ModelOutput fails
         clone[key] = item
     return clone
 
 
 def _sequence(value: list[Any] | tuple[Any, ...], items: list[Any]) -> Any:
-    if hasattr(value, "_make"):  # a namedtuple takes its items one by one
+    if hasattr(value, "_make"):  # the constructor of a namedtuple takes items as arguments
         return value._make(items)
     try:
         return type(value)(items)
@@ -87,8 +87,8 @@ def _fields(value: Any) -> list[str]:
 
 
 def with_fields(value: Any, items: Mapping[str, Any]) -> Any:
-    """Give a copy of a dataclass with other values; its `__init__` may not take them all."""
+    """Return a copy of a dataclass with other values, without `__init__`, which may lack some."""
     clone = copy.copy(value)
     for name, item in items.items():
-        object.__setattr__(clone, name, item)  # it may be frozen
+        object.__setattr__(clone, name, item)  # works for frozen dataclasses
     return clone

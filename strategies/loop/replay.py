@@ -1,16 +1,16 @@
 """
-Make an asynchronous run again from its shards' logs, in one process, to the same bits.
+Replay an asynchronous run from its shards' logs, in one process, bit for bit.
 
-A gradient depends on the parameters that its worker had pulled, shard by shard, and on nothing else
-that was left to chance: samples and dropout are functions of seed and task. So a log says which
-tasks each rank made, when each push may be applied, and at which version each pull must be made:
+A gradient depends on the parameters that its worker had pulled from each shard. Nothing else varies
+between runs: samples and dropout are functions of seed and task. A log has the tasks of each rank,
+the order of pushes, and the version of each pull:
 
     shard 0   ... rank 1 task 4 | rank 0 task 7 | ...      a push waits until it is the next one
                                 ^
-                                rank 0's next task may have `pulled` this version: it is copied here
+                                the pull of rank 0's next task may be of this version
 
-Ranks are threads that run the same loop as workers do, one at a time (torch's generator is
-one for all threads). Whatever order the threads come in, each value is computed from the same ones.
+Ranks are threads that run the workers' loop, one at a time, as all threads share torch's generator.
+The result does not depend on the order of threads: each value has the same inputs.
 """
 
 import threading
@@ -41,46 +41,46 @@ from distplat.strategies.worker_strategy import make_worker_strategy
 
 
 class ReplayLeases(Leases):
-    """What one rank made, one task after the other (see `Leases`)."""
+    """The tasks of one rank from the logs (see `Leases`)."""
 
     def __init__(self, tasks: Sequence[int]) -> None:
-        self._tasks, self._given = tasks, 0
+        self._tasks, self._next = tasks, 0
 
     @override
     def connect(self, plan: TaskPlan) -> None:
-        """The tasks are known already."""
+        """Do nothing: the logs have the tasks."""
 
     @override
     def next(self, alive: Callable[[], None]) -> Lease:
-        number, self._given = self._given, self._given + 1
+        number, self._next = self._next, self._next + 1
         if number == len(self._tasks):
             return Lease(number, trained=True, over=True)
         return Lease(number, range(self._tasks[number], self._tasks[number] + 1))
 
     @override
     def finish(self, tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
-        """Nobody else would take them."""
+        """Do nothing: tasks are not leased again."""
 
 
 class ReplayGroup:
     """
-    The shards of a run that is made again.
+    The shards of a replayed run.
 
     Args:
-        plan: the run's facts.
-        logs: by shard.
+        plan: plan of the run.
+        logs: one log per shard.
     """
 
     def __init__(self, plan: ShardPlan, logs: Sequence[ApplyLog]) -> None:
         self.plan, self._logs = plan, logs
-        self.tasks = tasks_by_rank(logs)  #: rank -> what it made, in order
+        self.tasks = tasks_by_rank(logs)  #: rank -> its tasks in order
         self._changed = threading.Condition()
         self.computing = threading.Lock()  #: held by the rank that computes
         self._flats: dict[int, FlatModel] = {}
-        self._ready: dict[int, int] = {}  #: rank -> how many of its gradients are there
-        self._controls: dict[int, StepControl] = {}  #: rank -> of its last gradient
-        self._wants: dict[int, dict[int, int]] = {}  #: rank -> shard -> version it is to pull
-        self._waiting: dict[int, Callable[[], bool]] = {}  #: rank -> whether it may go on
+        self._ready: dict[int, int] = {}  #: rank -> number of its computed gradients
+        self._controls: dict[int, StepControl] = {}  #: rank -> control record of its last gradient
+        self._wants: dict[int, dict[int, int]] = {}  #: rank -> shard -> version to pull
+        self._waiting: dict[int, Callable[[], bool]] = {}  #: rank -> whether its wait is over
         self._pulled = [_pulled_by_rank(log) for log in logs]
         self._taken = [dict.fromkeys(self.tasks, 0) for _ in logs]  #: by shard: rank -> pushes
         self._positions = [0] * len(logs)
@@ -88,7 +88,7 @@ class ReplayGroup:
         self.stuck = False
 
     def connect(self, rank: int, flat: FlatModel) -> None:
-        """Take a rank in; return when all are there, with what its first step computes on."""
+        """Register a rank; wait for all ranks, and for the parameters of its first step."""
         with self._changed:
             self._flats[rank] = flat
             if len(self._flats) == len(self.tasks):
@@ -97,23 +97,23 @@ class ReplayGroup:
         self._pull_for(rank, 0)
 
     def submit(self, rank: int, number: int, control: StepControl) -> int:
-        """Have a rank's gradient applied when its turn comes, and pull; give its staleness."""
+        """Submit a gradient to be applied in log order, pull, and return the staleness."""
         self._controls[rank] = control
         self.computing.release()
         self._pull_for(rank, number + 1)
         return max(shard.staleness_of(rank) for shard in self.shards)
 
     def _pull_for(self, rank: int, number: int) -> None:
-        """Wait until a rank has pulled all that this push is computed on; then it may compute."""
+        """Wait until a rank has pulled the parameters of this push, and no other rank computes."""
         if number < len(self.tasks[rank]):
             versions = {index: by[rank][number] for index, by in enumerate(self._pulled)}
             self._wait(rank, number, versions, lambda: not self._wants[rank])
         else:
-            self._wait(rank, number, {}, lambda: bool(self.shards))  # all ranks are here
+            self._wait(rank, number, {}, lambda: bool(self.shards))  # all ranks have connected
         self.computing.acquire()
 
     def finish(self, rank: int) -> None:
-        """Wait for the last update, and bring the final parameters."""
+        """Wait for the last update, and copy the final parameters to the rank."""
         self.computing.release()
         self._wait(rank, len(self.tasks[rank]), {}, lambda: self._over)
         self.computing.acquire()
@@ -127,26 +127,26 @@ class ReplayGroup:
         )
 
     def fail(self) -> None:
-        """Wake all ranks: one of them has raised."""
+        """Wake all ranks after an exception in one of them."""
         with self._changed:
             self.stuck = True
             self._changed.notify_all()
 
     def _wait(self, rank: int, ready: int, wants: dict[int, int], done: Callable[[], bool]) -> None:
         with self._changed:
-            # In one go: a shard that may apply the gradient must know at what version to stop.
+            # Under one lock: a shard that may apply the gradient must know the version to stop at.
             self._ready[rank], self._wants[rank] = ready, wants
             self._waiting[rank] = done
             self._advance()
-            # Where nobody computes and nothing can be applied, no run had these logs.
-            everybody = len(self._waiting) == len(self.tasks)
-            if everybody and not any(may_go() for may_go in self._waiting.values()):
+            # If all ranks wait and no push can be applied, the logs are not of this job.
+            all_waiting = len(self._waiting) == len(self.tasks)
+            if all_waiting and not any(is_over() for is_over in self._waiting.values()):
                 self.stuck = True
                 self._changed.notify_all()
             self._changed.wait_for(lambda: self.stuck or done())
             del self._waiting[rank]
             if not done():
-                raise StorageError("the log of updates cannot be followed: it is not of this job")
+                raise StorageError("the log of updates cannot be replayed: it is not of this job")
 
     def _open(self, flat: FlatModel) -> None:
         plan, tail = self.plan, flat.layout.tail_size
@@ -159,22 +159,22 @@ class ReplayGroup:
             self.shards.append(shard)
 
     def _advance(self) -> None:
-        """Do all that can be done now."""
+        """Do all pulls and pushes that are possible now."""
         if not self.shards or len(self._wants) < len(self.tasks):
-            return  # not all ranks are here yet
+            return  # not all ranks have connected
         while any([self._advance_shard(index) for index in range(len(self.shards))]):
             self._changed.notify_all()
 
     def _advance_shard(self, index: int) -> bool:
         shard, cut, log = self.shards[index], self.cuts[index], self._logs[index]
         part = slice(cut.start, cut.stop)
-        moved = False
+        progress = False
         for rank, wants in self._wants.items():
             if wants.get(index) == shard.version and self._has_pushed(rank, index):
                 shard.pull(rank)
                 self._flats[rank].params[part].copy_(shard.params)
                 del wants[index]
-                moved = True
+                progress = True
         position = self._positions[index]
         if position < len(log) and not self._has_pushed(log[position].rank, index):
             rank, number = log[position].rank, self._taken[index][log[position].rank]
@@ -183,11 +183,11 @@ class ReplayGroup:
             shard.commit(push.seq, None)
             self._taken[index][rank] += 1
             self._positions[index] += 1
-            moved = True
-        return moved
+            progress = True
+        return progress
 
     def _has_pushed(self, rank: int, index: int) -> bool:
-        """Say whether the shard has all gradients that a rank has computed."""
+        """Return whether the shard has applied all gradients that a rank has computed."""
         return self._taken[index][rank] == self._ready.get(rank, 0)
 
 
@@ -205,11 +205,11 @@ class ReplayShards(Shards):
 
     @override
     def step_back(self, version: int) -> None:
-        """Asynchronous shards have no version in common."""
+        """Do nothing: asynchronous shards have no common version."""
 
     @override
     def one_memory(self) -> bool:
-        """Asynchronous workers compute on copies."""
+        """Return False: asynchronous workers compute on copies."""
         return False
 
     @override
@@ -218,52 +218,52 @@ class ReplayShards(Shards):
 
     @override
     def commit(self, step: int, norm: float) -> Pushed:
-        """Asynchronous shards apply by themselves."""
+        """Do nothing: asynchronous shards apply a push without commit."""
         return Pushed()
 
     def refresh(self) -> None:
-        """Wait for the end: what a rank computes on before, the logs say."""
+        """Wait for the end of the run; earlier pulls follow the logs."""
         self._group.finish(self._rank)
 
     @override
     def seen(self) -> NDArray[np.bool_]:
-        """Asked of synchronous shards only."""
+        """Return nothing: called for synchronous shards only."""
         return np.zeros(0, np.bool_)
 
     @override
     def settings(self) -> tuple[float, ...]:
-        """No rate of asynchronous shards goes by evaluations."""
+        """Return nothing: asynchronous shards have no plateau schedule."""
         return ()
 
     @override
     def left_out(self) -> bool:
-        """Asked of synchronous shards only."""
+        """Return False: called for synchronous shards only."""
         return False
 
     @override
     def average(self) -> Tensor:
-        """Nothing is evaluated, and the parameters alone are compared."""
-        raise NotImplementedError("a run that is made again is not evaluated")
+        """Raise: a replay compares the parameters only, and does not evaluate."""
+        raise NotImplementedError("a replayed run is not evaluated")
 
     @override
     def copies(self, version: int) -> None:
-        """What was made before needs no checkpoints."""
+        """Do nothing: a replay has no checkpoints."""
 
 
 def replay(
     plan: ShardPlan, logs: Sequence[ApplyLog], prepare_rank: Callable[[], Prepared], threads: int
 ) -> nn.Module:
     """
-    Make a run again.
+    Replay a run.
 
     Args:
-        plan: its facts.
-        logs: by shard; each must be without flaws.
-        prepare_rank: builds a rank's model and data, all alike.
-        threads: intra-op threads of torch, as the workers had.
+        plan: plan of the run.
+        logs: one complete log per shard.
+        prepare_rank: builds a rank's model and data, the same for all ranks.
+        threads: number of torch's intra-op threads in the workers.
 
     Returns:
-        Rank 0's model at the end.
+        Rank 0's final model.
 
     Raises:
         StorageError: the logs are not of this job.
@@ -291,7 +291,7 @@ def replay(
 
 
 def _run_rank(group: ReplayGroup, rank: int, prepared: Prepared) -> None:
-    """Make one rank's tasks."""
+    """Run the loop of one rank."""
     prepared.eval_data = None
     try:
         join(
@@ -309,10 +309,10 @@ def _run_rank(group: ReplayGroup, rank: int, prepared: Prepared) -> None:
 
 def tasks_by_rank(logs: Sequence[ApplyLog]) -> dict[int, list[int]]:
     """
-    Give what each rank made, in order; rank 0 is always there.
+    Return each rank's tasks in order; rank 0 is always included.
 
     Raises:
-        StorageError: shards disagree: a worker was lost when only some of them had its gradient.
+        StorageError: the logs differ: a worker was lost when only some shards had its gradient.
     """
     by_log: list[dict[int, list[int]]] = []
     for log in logs:
@@ -322,14 +322,14 @@ def tasks_by_rank(logs: Sequence[ApplyLog]) -> dict[int, list[int]]:
         by_log.append(tasks)
     if any(tasks != by_log[0] for tasks in by_log):
         raise StorageError(
-            "the shards' logs name other tasks of a rank: it was lost between two shards, and what "
-            "it computed on there is not known"
+            "the shards' logs have different tasks of a rank: the rank was lost between two "
+            "shards, and the parameters of its last gradient are unknown"
         )
     return by_log[0]
 
 
 def _pulled_by_rank(log: ApplyLog) -> dict[int, list[int]]:
-    """Give by rank, in the order of its pushes, the version at which each was computed."""
+    """Return, by rank and in push order, the version that each gradient was computed on."""
     versions: dict[int, list[int]] = {}
     for applied in log:
         versions.setdefault(applied.rank, []).append(applied.pulled)

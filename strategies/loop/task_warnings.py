@@ -1,4 +1,4 @@
-"""Warnings of what is no error in a model or a job and probably not meant; rank 0 logs them."""
+"""Warnings about valid but probably unintended properties of a job or model; rank 0 logs them."""
 
 import math
 import secrets
@@ -21,13 +21,13 @@ from distplat.strategies.model.module_hooks import hooks_warning
 from distplat.strategies.sparse.modules import dense_parameters
 
 _STEPS, _FACTOR = "total_steps", "lr_factor"
-"""Facts of a checkpoint, see `schedule_facts`."""
+"""Keys of `schedule_facts` in a checkpoint."""
 _SMALL = 0.1
-"""Below it the largest factor of a task's `lr` is more probably a rate."""
+"""If the largest factor of a task's `lr` is below, it is probably a rate."""
 
 
 def size_warning(job: Job, sampler: Sampler) -> str:
-    """Say what a job asks for that its data is too small for; empty: nothing."""
+    """Return a warning that the data is too small for the batch; empty: none."""
     if sampler.size < sampler.world:
         idle = sampler.world - sampler.size
         return (
@@ -37,31 +37,31 @@ def size_warning(job: Job, sampler: Sampler) -> str:
     if sampler.size < job.global_batch_size:
         return (
             f"the training data has {sampler.size} samples, fewer than global_batch_size "
-            f"{job.global_batch_size}: every step is made of all of them"
+            f"{job.global_batch_size}: every step has all samples"
         )
     return ""
 
 
 def factors_warning(job: Job) -> str:
-    """Say that a task's `lr` seems to give rates instead of factors; empty: it does not."""
-    own = job.task_schedule
-    most = max(own.factors, default=1.0) if own is not None else 1.0
-    if most >= _SMALL:
+    """Return a warning that a task's `lr` seems to return rates, not factors; empty: none."""
+    schedule = job.task_schedule
+    largest = max(schedule.factors, default=1.0) if schedule is not None else 1.0
+    if largest >= _SMALL:
         return ""
     return (
-        f"lr() gives factors of the optimizer's lr, and the largest is {most:g}: no rate is above "
-        f"{most:g} x {max(job.optimizer.rates()):g}"
+        f"lr() gives factors of the optimizer's lr, and the largest is {largest:g}: no rate is "
+        f"above {largest:g} x {max(job.optimizer.rates()):g}"
     )
 
 
 def schedule_facts(job: Job, step: int, steps: int) -> dict[str, float]:
     """
-    Give facts of a checkpoint by which a longer run sees that it has another learning rate.
+    Return facts for a checkpoint by which a resumed run detects a change of the learning rate.
 
     Args:
-        job: the run, with what the task's `lr` gave.
-        step: of the checkpoint.
-        steps: of the run.
+        job: the job, with the factors of the task's `lr`.
+        step: step of the checkpoint.
+        steps: number of steps in the run.
     """
     if job.plateau is not None:
         return {_STEPS: steps}
@@ -70,74 +70,75 @@ def schedule_facts(job: Job, step: int, steps: int) -> dict[str, float]:
 
 def length_warning(job: Job, steps: int, state: Mapping[str, Any]) -> str:
     """
-    Say that a resumed run does not go on along the curve of its learning rate; empty: it does.
+    Return a warning that the learning rate of a resumed run jumps; empty: none.
 
     Args:
-        job: the run, with what the task's `lr` gave.
-        steps: of the run.
-        state: what the checkpoint's `state.json` holds.
+        job: the job, with the factors of the task's `lr`.
+        steps: number of steps in the run.
+        state: content of the checkpoint's `state.json`.
     """
     step, had, factor = state["step"], state.get(_STEPS, steps), state.get(_FACTOR)
     if had == steps or factor is None or job.plateau is not None:
         return ""
-    now = job.lr_schedule.rate(1.0, step - 1, steps)
-    if math.isclose(now, factor, rel_tol=1e-6, abs_tol=1e-12):
+    current = job.lr_schedule.rate(1.0, step - 1, steps)
+    if math.isclose(current, factor, rel_tol=1e-6, abs_tol=1e-12):
         return ""
-    own_rate = job.lr_schedule.rate(2.0, step - 1, steps) == now  # in place of each `lr`
-    is_rate = "a rate of" if own_rate else "lr x"
+    absolute = job.lr_schedule.rate(2.0, step - 1, steps) == current  # does not scale `lr`
+    unit = "a rate of" if absolute else "lr x"
     length, old = [f"{n} steps" if n < UNBOUNDED else "no number of steps" for n in (steps, had)]
     return (
-        f"the learning rate follows the length of the run: that of the checkpoint had {old}, "
-        f"and {is_rate} {factor:.4g} in its step {step}; in this one, of {length}, that step "
-        f"would have had {is_rate} {now:.4g}, and it goes on from there. To have no break, set the "
-        "length from the beginning, or a schedule that depends on it in its last steps alone (wsd)"
+        f"the learning rate depends on the length of the run: the checkpoint's run had {old}, "
+        f"and {unit} {factor:.4g} in its step {step}; in this run, of {length}, that step "
+        f"would have had {unit} {current:.4g}, and the rate continues from there. To avoid the "
+        "jump, set the final length from the start, or a schedule that depends on it only in its "
+        "last steps (wsd)"
     )
 
 
 def parts_warning(job: Job, model: nn.Module) -> str:
-    """Say that a parameter's hook sees parts of a batch; empty: none does."""
+    """Return a warning that a parameter's hook gets gradients of parts of a batch; empty: none."""
     if job.scaling.world == 1 and job.gradient_accumulation == 1:
         return ""
     part = "each worker's part of the batch, or of a micro-batch, before they are added up"
     warning = hooks_warning(model, part)
-    return f"{warning}. `clip_norm` is of the whole" if warning else ""
+    return f"{warning}. `clip_norm` clips the sum" if warning else ""
 
 
 def modes_warning(model: nn.Module) -> str:
-    """Say which parts of a model a step puts in training mode that had been taken out of it."""
-    still = [(name, one) for name, one in model.named_modules() if not one.training]
-    if not model.training:  # all of it, as Hugging Face's from_pretrained() gives a model
+    """Return a warning that `model.train()` sets parts in evaluation mode to training mode."""
+    in_eval = [(name, module) for name, module in model.named_modules() if not module.training]
+    if not model.training:  # the whole model, as Hugging Face's from_pretrained() returns it
         return ""
     model.train()
-    changed = [name for name, one in still if one.training]
-    for _, one in still:
-        one.training = False
+    changed = [name for name, module in in_eval if module.training]
+    for _, module in in_eval:
+        module.training = False
     outer = [name for name in changed if name.rpartition(".")[0] not in changed]
-    if not outer:  # a train() of the model's own sees to it
+    if not outer:  # the model's own train() keeps these parts in evaluation mode
         return ""
     return (
-        f"model() gives {quoted(outer)} in evaluation mode, and each step begins with "
-        "model.train(), which has dropout drop and batch norms take the batch's statistics: where "
-        "that is not meant, give the model a train(mode) that leaves this part in eval()"
+        f"model() gives {quoted(outer)} in evaluation mode, and each step starts with "
+        "model.train(), which enables dropout and batch statistics of batch norms: if this is not "
+        "intended, give the model a train(mode) that leaves this part in eval()"
     )
 
 
 def matrices_warning(job: Job, model: nn.Module) -> str:
-    """Say that Muon has the table of an embedding; empty: it has none."""
-    kinds = job.optimizer.group_classes()
-    if Muon not in kinds:
+    """Return a warning that Muon updates an embedding's weight; empty: none."""
+    classes = job.optimizer.group_classes()
+    if Muon not in classes:
         return ""
-    embeddings = [one for one in model.modules() if isinstance(one, nn.Embedding | nn.EmbeddingBag)]
-    tables = {id(one.weight) for one in embeddings if one.weight.requires_grad}
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    tables = {id(module.weight) for module in embeddings if module.weight.requires_grad}
     names = [
         name
-        for name, one in dense_parameters(model)
-        if id(one) in tables and kinds[job.optimizer.group_of(name)] is Muon
+        for name, parameter in dense_parameters(model)
+        if id(parameter) in tables and classes[job.optimizer.group_of(name)] is Muon
     ]
     if not names:
         return ""
     return (
-        f"Muon updates {quoted(names)}, rows of an embedding: its authors have it for the matrices "
+        f"Muon updates {quoted(names)}, rows of an embedding: its authors use it for the matrices "
         "of hidden layers, and AdamW for embeddings and heads. Give them a group with a name, such "
         f"as {{match: {names[0]!r}, name: AdamW, lr: 3e-4}}"
     )
@@ -145,14 +146,14 @@ def matrices_warning(job: Job, model: nn.Module) -> str:
 
 def reading_warning(data: Dataset[Any], positions: Sequence[int]) -> str:
     """
-    Say that a sample is another one each time that it is read; empty: it is not.
+    Return a warning that a sample differs each time it is read; empty: none.
 
-    It is read twice with the same random numbers, which no step of the training draws. A data set
-    with a generator of its own, of which there is another warning, would go on with other numbers.
+    Reads one sample twice with the same seed, which no training step uses. A data set with its own
+    generator is skipped, as it has another warning and would draw other numbers.
 
     Args:
         data: the training samples.
-        positions: of samples; the first one is read.
+        positions: indices of samples; the first one is read.
     """
     if not positions or isinstance(data, StreamSamples) or held_generators(data):
         return ""
@@ -164,25 +165,25 @@ def reading_warning(data: Dataset[Any], positions: Sequence[int]) -> str:
             before = hash_of(first)
             seed_sample(base, 0)
             again = hash_of(data[position])
-        except Exception:  # it is raised when it is trained on
+        except Exception:  # raised again when the sample is trained on
             return ""
     if before == again == hash_of(first):
         return ""
-    stored = before != hash_of(first)  # the second reading wrote into what the first one gave
-    other = "" if stored else "or draws from a generator that nobody seeds, "
+    stored = before != hash_of(first)  # the second read wrote into the first sample
+    other = "" if stored else "or draws from a generator without a seed, "
     return (
-        f"train_data(): sample {position} is another one when it is read again: reading changes "
-        f"what the data set stores, as `x -= mean` does with a stored x, {other}so the result "
+        f"train_data(): sample {position} differs when it is read again: reading changes "
+        f"the stored data, as `x -= mean` does with a stored x, {other}so the result "
         "depends on how often each worker and loader has read it. Compute on a copy: `x = x - mean`"
     )
 
 
 def model_warnings(job: Job, model: nn.Module) -> list[str]:
-    """Give what is no error in a model and probably not meant, as `job_warnings` does."""
+    """Return the warnings about a model."""
     warnings = parts_warning(job, model), modes_warning(model), matrices_warning(job, model)
     return [*filter(None, warnings)]
 
 
 def job_warnings(job: Job, sampler: Sampler) -> list[str]:
-    """Give what is no error and probably not meant; rank 0 says it for all."""
+    """Return the warnings about a job and its data."""
     return [*filter(None, [size_warning(job, sampler), factors_warning(job)])]

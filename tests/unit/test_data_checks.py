@@ -115,7 +115,7 @@ def test_a_data_set_may_pad_the_samples_of_a_batch_itself(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("count", "remark"),
-    [(3, "has 3 samples, fewer than global_batch_size 4: every step is made of all"), (4, "")],
+    [(3, "has 3 samples, fewer than global_batch_size 4: every step has all"), (4, "")],
 )
 def test_data_smaller_than_a_batch_is_warned_of(
     count: int, remark: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

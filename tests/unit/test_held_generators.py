@@ -131,9 +131,9 @@ def doubled_in_place_and_copied(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda x: x.sub_(1), "another one when it is read again"),
-        (doubled_in_place_and_copied, "or draws from a generator that nobody seeds"),
-        (lambda x: x * secrets.randbits(40), "or draws from a generator that nobody seeds"),
+        (lambda x: x.sub_(1), "differs when it is read again"),
+        (doubled_in_place_and_copied, "or draws from a generator without a seed"),
+        (lambda x: x * secrets.randbits(40), "or draws from a generator without a seed"),
         (lambda x: x - x.mean(), ""),
         (lambda x: x.clamp_(0, 5), ""),
         (lambda x: x + torch.randn(3) + random.random() + np.random.rand(), ""),
@@ -159,7 +159,7 @@ def test_rank_0_says_so_before_the_first_step() -> None:
     assert prepared.warnings == []
     describe(prepared)
     [warning] = prepared.warnings
-    assert "is another one when it is read again" in warning
+    assert "differs when it is read again" in warning
 
 
 def test_data_with_a_generator_of_its_own_is_read_no_second_time() -> None:

@@ -234,10 +234,10 @@ class Wordy(Scored):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Lost, "'auc' as a Auc that the task does not keep: make it once, in __init__"),
+        (Lost, "'auc', a Auc that is not an attribute of the task: create it once, in __init__"),
         (Unmerged, r"the metric 'auc', a Plain, needs merge\(other\)"),
-        (Strange, "metric 'auc'.*keep tensors, numbers and text in it"),
-        (Arrays, r"metric 'auc'\['scores'\]\[0\] is an array of <U4.*keep tensors"),
+        (Strange, "metric 'auc'.*may have tensors, numbers and text"),
+        (Arrays, r"metric 'auc'\['scores'\]\[0\] is an array of <U4.*may have tensors"),
         (Wordy, r"compute\(\) of the metric 'auc' gives 'auc' as a str|gives as a str"),
     ],
 )
@@ -301,5 +301,5 @@ def test_a_mean_over_ranks_is_refused() -> None:
             self.kept.update(outputs)
             return {"kept": self.kept}
 
-    with pytest.raises(ValueError, match=r"keeps 'mean' as a mean over ranks.*keep a sum"):
+    with pytest.raises(ValueError, match=r"has 'mean' as a mean over ranks.*use a sum"):
         train(job_of("ring", 2), Meant)

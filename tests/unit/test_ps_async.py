@@ -341,7 +341,7 @@ def test_logs_that_no_run_can_have_are_refused() -> None:
     for row in [(1, 1, 0), (1, 3, 1), (0, 0, 2), (0, 2, 3)]:
         second.add(Applied(*row))
     run.servers.logs = lambda: [first.numbers(), second.numbers()]  # type: ignore[method-assign]
-    with pytest.raises(StorageError, match="cannot be followed"):
+    with pytest.raises(StorageError, match="cannot be replayed"):
         again(run, of, Mlp)
 
 

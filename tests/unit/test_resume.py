@@ -217,7 +217,7 @@ ONE_CYCLE = {"name": "OneCycleLR", "cycle_momentum": False}
 @pytest.mark.parametrize(
     "task, schedule, steps, told",
     [
-        (Plain, ONE_CYCLE, 2 * STEPS, "in its step 5; in this one, of 24 steps,"),
+        (Plain, ONE_CYCLE, 2 * STEPS, "in its step 5; in this run, of 24 steps,"),
         (Plain, {"name": "cosine"}, 2 * STEPS, "lr x 0.7077 in its step 5;"),
         (Plain, {"name": "cosine"}, STEPS, ""),
         (Plain, {"name": "wsd", "decay_steps": 3}, 2 * STEPS, ""),

@@ -89,7 +89,7 @@ def test_a_weight_that_the_model_decides_is_told(
 
     given = job_of("ring", 1, global_batch_size=16, steps=3, gradient_accumulation=2)
     train(given, Pair)
-    told = caplog.text.count("It depends on what the model gave")
+    told = caplog.text.count("The weight depends on the model's output")
     assert told == (name in FIGURES)
 
 

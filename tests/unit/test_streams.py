@@ -339,7 +339,7 @@ def parting(first: int) -> type[Task]:
 
 
 def test_ranks_that_read_other_streams_are_told() -> None:
-    text = r"(?s)has other training samples than worker-.*cut no data by rank"
+    text = r"(?s)has other training samples than worker-.*do not split data by rank"
     with pytest.raises(Exception, match=text):
         train(job("ring", 2), parting(0))
 

@@ -153,21 +153,21 @@ def test_what_it_may_give(give: Give, expected: list[int] | None) -> None:
 
 HELD = torch.Generator().manual_seed(1)
 WRONG: list[tuple[Give, str]] = [
-    (lambda data, epoch: None, r"must give numbers of samples, got a NoneType: is there a `ret"),
-    (lambda data, epoch: 3, "must give numbers of samples, got a int"),
+    (lambda data, epoch: None, r"must return indices of samples, got a NoneType: is there a `ret"),
+    (lambda data, epoch: 3, "must return indices of samples, got a int"),
     (lambda data, epoch: [], "gave no samples for epoch 0"),
     (lambda data, epoch: [0, SAMPLES], "gave the sample 11 for epoch 0, and the data has 11: 0 to"),
     (lambda data, epoch: [0, -1], "gave the sample -1 for epoch 0"),
-    (lambda data, epoch: [0.5], "must give whole numbers, got 0.5"),
-    (lambda data, epoch: ["a"], "must give whole numbers, got 'a'"),
+    (lambda data, epoch: [0.5], "must return whole numbers, got 0.5"),
+    (lambda data, epoch: ["a"], "must return whole numbers, got 'a'"),
     (
         lambda data, epoch: BatchSampler(SequentialSampler(data), 3, drop_last=False),
-        "must give one sample after the other, not batches",
+        "must return single samples, not batches",
     ),
-    (lambda data, epoch: [[0, 1], [2, 3]], "must give one sample after the other, not batches"),
+    (lambda data, epoch: [[0, 1], [2, 3]], "must return single samples, not batches"),
     (
         lambda data, epoch: torch.randperm(9, generator=HELD),
-        "gave two orders when it was asked twice for epoch 0.*seed with `epoch`",
+        "gave two orders when it was called twice for epoch 0.*seeded with `epoch`",
     ),
     (lambda data, epoch: range(4 - epoch), "gave 3 samples for epoch 1, 4 for epoch 0"),
 ]

@@ -117,7 +117,7 @@ def test_what_is_no_factor_is_said(found: Any, said: str) -> None:
         prepare(rated(), Wrong())
     line = Wrong.lr.__code__.co_firstlineno
     place = f"test_task_schedule.py:{line}: "
-    assert str(caught.value) == f"{place}lr() must give a number, 0 or more; {said}"
+    assert str(caught.value) == f"{place}lr() must return a number, 0 or more; {said}"
 
 
 def test_a_task_may_keep_a_number_under_this_name() -> None:

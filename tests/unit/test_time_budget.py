@@ -202,7 +202,7 @@ class OwnRates(Evaluated):
 
 
 def test_a_task_whose_rates_ask_for_the_number_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"max_time_s: alone does not say how many steps"):
+    with pytest.raises(SpecError, match=r"max_time_s: alone does not set the number of steps"):
         Trainer(fields(storage_path=str(tmp_path)), OwnRates).fit()
 
 
@@ -211,6 +211,6 @@ def test_what_a_checkpoint_of_it_says_to_a_run_with_a_length() -> None:
     state = {"step": 3, **schedule_facts(endless, 3, UNBOUNDED)}
     assert length_warning(endless, UNBOUNDED, state) == ""
     longer = job("ring", steps=9, lr_schedule={"name": "linear"})
-    assert "that of the checkpoint had no number of steps" in length_warning(longer, 9, state)
+    assert "the checkpoint's run had no number of steps" in length_warning(longer, 9, state)
     problems = [str(one) for one in mismatches({**state, "steps_per_epoch": 2}, endless)]
     assert not [one for one in problems if "nothing" in one or "steps" in one]

@@ -47,7 +47,7 @@ class KeepsPart(Plain):
 def test_a_part_in_evaluation_mode_is_warned_of() -> None:
     prepared = prepare(job_of("ring"), PartEvaluates())
     (found,) = prepared.warnings
-    assert found.startswith("model() gives '0' in evaluation mode, and each step begins with")
+    assert found.startswith("model() gives '0' in evaluation mode, and each step starts with")
     assert not prepared.flat.model.get_submodule("0.1").training
 
 
