@@ -1,5 +1,5 @@
 """
-Attention with each rank's own heads (Shoeybi et al. 2019): heads do not know of each other.
+Attention split by heads, which are independent of each other (Shoeybi et al. 2019).
 
     x --f--> query, key, value of own heads -> attention -> own rows of the output layer --g--> y
 """
@@ -28,15 +28,15 @@ from distplat.strategies.tensor.parallel_plan import HeadLayout, slice_of
 
 def split_heads(name: str, module: nn.Module, region: TensorParallelRegion) -> Parts:
     """
-    Leave a rank its own heads of an attention module.
+    Reduce an attention module to this rank's heads.
 
     Args:
         name: in the model, for errors.
-        module: torch's `nn.MultiheadAttention`, or one with a `head_layout`.
+        module: torch's `nn.MultiheadAttention`, or a module with a `head_layout`.
         region: of the model.
 
     Raises:
-        SpecError: it does not say where its heads are, or has fewer than there are ranks.
+        SpecError: the module has no head layout, or fewer heads than ranks.
     """
     if type(module).forward is nn.MultiheadAttention.forward:
         assert isinstance(module, nn.MultiheadAttention)
@@ -44,8 +44,8 @@ def split_heads(name: str, module: nn.Module, region: TensorParallelRegion) -> P
     layout = getattr(module, "head_layout", None)
     if not isinstance(layout, HeadLayout):
         text = f"{name} ({type(module).__name__}) does not say where its heads are"
-        raise SpecError(Problem((), text, _what_to_give(module)))
-    heads = _number(name, module, layout)
+        raise SpecError(Problem((), text, _layout_hint(module)))
+    heads = _head_count(name, module, layout)
     parts: Parts = {}
     for layer in layout.inwards:
         linear = _layer(name, module, layer)
@@ -61,9 +61,9 @@ def split_heads(name: str, module: nn.Module, region: TensorParallelRegion) -> P
     return parts
 
 
-def _what_to_give(module: nn.Module) -> str:
-    """Say how a module of another library is told where its heads are, too."""
-    layers = [name for name, one in module.named_modules() if isinstance(one, nn.Linear)]
+def _layout_hint(module: nn.Module) -> str:
+    """Return the hint for a module without `head_layout`, including modules of libraries."""
+    layers = [name for name, child in module.named_modules() if isinstance(child, nn.Linear)]
     if not layers:
         return "it has no nn.Linear, and others are not sliced: leave it whole"
     return (
@@ -72,7 +72,7 @@ def _what_to_give(module: nn.Module) -> str:
     )
 
 
-def _number(name: str, module: nn.Module, layout: HeadLayout) -> int:
+def _head_count(name: str, module: nn.Module, layout: HeadLayout) -> int:
     heads = getattr(module, layout.count, None)
     if isinstance(heads, int):
         return heads
@@ -116,11 +116,11 @@ def _split_multihead(
 
 
 class SplitMultiheadAttention(nn.MultiheadAttention):
-    """A rank's own heads of torch's module; the same arguments, the same results."""
+    """This rank's heads of torch's module, with the same arguments and results."""
 
     region: TensorParallelRegion
     bounds: Bounds
-    """Heads, by rank."""
+    """Range of heads, by rank."""
 
     def forward(
         self,
@@ -133,7 +133,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend, as `nn.MultiheadAttention` does; see there for shapes."""
+        """Compute attention; see `nn.MultiheadAttention` for shapes."""
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask: give the mask, too")
         batched = query.dim() == 3
@@ -155,12 +155,12 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         if batched and not self.batch_first:
             outputs = outputs.transpose(0, 1)
         if weights is not None:
-            weights = self._of_all_heads(weights, average_attn_weights)
+            weights = self._gather_weights(weights, average_attn_weights)
             weights = weights if batched else weights.squeeze(0)
         return outputs, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """Give query, key and value of the own heads; each input is exchanged once in backward."""
+        """Return query, key and value of this rank's heads; backward reduces each input once."""
         inputs = {id(t): copy_forward(t, self.region.group) for t in (query, key, value)}
         biases: list[Tensor | None] = [None] * 3
         if self.in_proj_bias is not None:
@@ -172,8 +172,8 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
             weights = list(self.in_proj_weight.chunk(3))
         else:
             weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
-        given = zip((query, key, value), weights, biases, strict=True)
-        return [F.linear(inputs[id(t)], weight, bias) for t, weight, bias in given]
+        arguments = zip((query, key, value), weights, biases, strict=True)
+        return [F.linear(inputs[id(t)], weight, bias) for t, weight, bias in arguments]
 
     def _own_heads(self, features: Tensor, batched: bool) -> Tensor:
         """[L, N, own features], or batch first, or [L, own features] -> [N, heads, L, size]."""
@@ -185,7 +185,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         return heads.transpose(1, 2)
 
     def _mask(self, mask: Tensor | None, padding: Tensor | None, query: Tensor) -> Tensor | None:
-        """Give what is added to the scores: [L, S], or [N, own heads or 1, L, S]."""
+        """Return the additive mask of the scores: [L, S], or [N, own heads or 1, L, S]."""
         if mask is not None:
             mask = _additive(mask, query.dtype)
             if mask.dim() == 3:  # [N x all heads, L, S]
@@ -196,7 +196,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
         padding = _additive(padding, query.dtype)[:, None, None, :]
         return padding if mask is None else mask + padding
 
-    def _of_all_heads(self, weights: Tensor, average: bool) -> Tensor:
+    def _gather_weights(self, weights: Tensor, average: bool) -> Tensor:
         """[N, own heads, L, S] -> [N, L, S], or [N, all heads, L, S]."""
         if average:
             return sum_forward(weights.sum(1).contiguous(), self.region.group) / self.bounds[-1][1]
@@ -205,7 +205,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Give who attends to whom; after dropout, as torch does."""
+    """Return the attention weights, after dropout as in torch."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     if mask is not None:
         scores = scores + mask
@@ -213,7 +213,7 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor | None, dropout: float) ->
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Give minus infinity where a mask of truth values hides something."""
+    """Convert a boolean mask to an additive one, with minus infinity at masked positions."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float("-inf"))

@@ -2,11 +2,12 @@
 Parallel branches on different ranks, as in Inception (Szegedy et al. 2015).
 
              ┌─ branch 0 ─┐          rank 0 computes branches 0 and 2, rank 1 branch 1;
-    x ──f────┼─ branch 1 ─┼── join   then each gets the outputs of the others
+    x ──f────┼─ branch 1 ─┼── join   then the ranks exchange the outputs
              └─ branch 2 ─┘
 
-The module around them is left as it is. When its `forward` calls the first branch, every rank
-computes those that it has and outputs are exchanged; calls of the others find theirs ready.
+The module that contains the branches is unchanged. When its `forward` calls the first branch, every
+rank computes its own branches and all outputs are exchanged; calls of the other branches return
+outputs that already exist.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,23 +27,23 @@ from distplat.strategies.tensor.parallel_layers import Parts, set_class
 from distplat.strategies.tensor.parallel_plan import ShardSpec, share_out
 
 _ALIGN = 16
-"""Bytes: outputs of several dtypes may go together."""
+"""Alignment in bytes, because a buffer may hold outputs of several dtypes."""
 
 
 @dataclass(frozen=True)
-class _Form:
-    """Of a branch's output, whoever has it."""
+class _OutputSpec:
+    """Shape and dtype of a branch's output, on any rank."""
 
     shape: tuple[int, ...]
     dtype: str
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "_Form":
+    def of(cls, tensor: Tensor) -> "_OutputSpec":
         return cls(tuple(tensor.shape), dtype_name(tensor))
 
     @property
-    def room(self) -> int:
-        """Bytes, padding included."""
+    def nbytes(self) -> int:
+        """Size in bytes, including padding."""
         size = prod(self.shape) * self.torch_dtype.itemsize
         return -(-size // _ALIGN) * _ALIGN
 
@@ -51,37 +52,37 @@ class _Form:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
-    def view(self, room: Tensor) -> Tensor:
-        """See bytes as the output."""
-        elements = room.view(self.torch_dtype)[: prod(self.shape)]
+    def view(self, buffer: Tensor) -> Tensor:
+        """View bytes as the output."""
+        elements = buffer.view(self.torch_dtype)[: prod(self.shape)]
         return elements.view(self.shape)
 
 
 class Branch(nn.Module):
-    """One branch, on the rank that has it and on the others; mixed into the class that it has."""
+    """A branch, on its owner and on other ranks; mixed into the branch's own class."""
 
-    around: "Branches"
+    branch_group: "Branches"
     index: int
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Give the branch's output, whoever computes it."""
-        return self.around.output(self.index, inputs)
+        """Return the branch's output, computed on any rank."""
+        return self.branch_group.output(self.index, inputs)
 
     def compute(self, inputs: Tensor) -> Tensor:
-        """Compute it here."""
+        """Compute the branch on this rank."""
         outputs: Tensor = super().forward(inputs)
         return outputs
 
 
 class Branches:
     """
-    The branches of one module, as a rank sees them.
+    The branches of a module, on a rank.
 
     Args:
-        title: the module, for errors.
+        title: name of the module, for errors.
         owners: rank of each branch.
         region: of the model.
-        trains: whether any branch has a parameter to train.
+        trains: whether any branch has a trainable parameter.
     """
 
     def __init__(
@@ -90,100 +91,102 @@ class Branches:
         self.modules: list[Branch] = []
         self._title, self._owners = title, owners
         self.region, self._trains = region, trains
-        self._forms: dict[object, list[_Form]] = {}
-        self._given: Tensor | None = None
-        self._ready: dict[int, Tensor] = {}
+        self._specs: dict[object, list[_OutputSpec]] = {}
+        self._inputs: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
 
     def forget(self) -> None:
-        """Drop outputs that nobody has fetched, as after a forward that has failed."""
-        self._given, self._ready = None, {}
+        """Discard outputs that were not fetched, for example after a failed forward."""
+        self._inputs, self._outputs = None, {}
         self.region.forget()
 
     def output(self, index: int, inputs: Tensor) -> Tensor:
         """
-        Give a branch's output.
+        Return a branch's output.
 
         Raises:
-            ValueError: branches have different inputs, or one does not give what it gave before.
+            ValueError: branches have different inputs, or the shape of an output has changed.
             CollectiveError: a rank is missing.
         """
-        if not self._ready:
-            self._given, self._ready = inputs, dict(enumerate(self._compute(inputs)))
-        if inputs is not self._given or index not in self._ready:
+        if not self._outputs:
+            self._inputs, self._outputs = inputs, dict(enumerate(self._compute(inputs)))
+        if inputs is not self._inputs or index not in self._outputs:
             self.forget()
             raise ValueError(
                 f"{self._title}: branches on different ranks must have one input, and each is "
                 "called once; move what changes the input of one into the branch"
             )
-        return self._ready.pop(index)
+        return self._outputs.pop(index)
 
     def _compute(self, inputs: Tensor) -> tuple[Tensor, ...]:
         shared = copy_forward(inputs, self.region.group)
         modules = [
-            m for m, owner in zip(self.modules, self._owners, strict=True) if self._has(owner)
+            m for m, owner in zip(self.modules, self._owners, strict=True) if self._is_local(owner)
         ]
         if modules[0].training:
             self.region.begin(inputs.device)
         own = [branch.compute(shared) for branch in modules]
         self.region.end()
-        forms = self._agree(inputs, own)
-        # All ranks must agree on whether there is a backward, also one whose branches have none.
-        lever = shared
+        specs = self._agree(inputs, own)
+        # All ranks must take part in backward, even a rank whose branches have no parameters.
+        grad_anchor = shared
         if not shared.requires_grad and self._trains:
-            lever = torch.zeros((), device=inputs.device, requires_grad=True)
+            grad_anchor = torch.zeros((), device=inputs.device, requires_grad=True)
         outputs: tuple[Tensor, ...] = _Exchanged.apply(  # type: ignore[no-untyped-call]
-            lever, self.region.group, self._owners, forms, *own
+            grad_anchor, self.region.group, self._owners, specs, *own
         )
         return outputs
 
-    def _has(self, owner: int) -> bool:
+    def _is_local(self, owner: int) -> bool:
         return owner == self.region.group.rank
 
-    def _agree(self, inputs: Tensor, own: Sequence[Tensor]) -> list[_Form]:
-        """Learn the forms of all outputs: asked once for each kind of input."""
-        local = [_Form.of(output) for output in own]
+    def _agree(self, inputs: Tensor, own: Sequence[Tensor]) -> list[_OutputSpec]:
+        """Return the specs of all outputs; they are exchanged once for each kind of input."""
+        local = [_OutputSpec.of(output) for output in own]
         kind = (inputs.shape, inputs.dtype, torch.is_autocast_enabled(inputs.device.type))
-        if kind not in self._forms:
-            shapes = [(form.shape, form.dtype) for form in local]
+        if kind not in self._specs:
+            shapes = [(spec.shape, spec.dtype) for spec in local]
             by_rank = [*map(iter, gather_values(shapes, self.region.group, inputs.device))]
             given = [next(by_rank[owner]) for owner in self._owners]
-            self._forms[kind] = [_Form(tuple(shape), dtype) for shape, dtype in given]
-        forms = self._forms[kind]
-        if local != [f for f, owner in zip(forms, self._owners, strict=True) if self._has(owner)]:
+            self._specs[kind] = [_OutputSpec(tuple(shape), dtype) for shape, dtype in given]
+        specs = self._specs[kind]
+        if local != [
+            f for f, owner in zip(specs, self._owners, strict=True) if self._is_local(owner)
+        ]:
             raise ValueError(
-                f"{self._title}: a branch on rank {self.region.group.rank} gave {forms} for one "
+                f"{self._title}: a branch on rank {self.region.group.rank} gave {specs} for one "
                 f"kind of input, and now {local}; on several ranks, shapes must follow from it"
             )
-        return forms
+        return specs
 
 
 class _Exchanged(Function):
-    """Forward: everybody's outputs. Backward: a rank has the gradients of its own already."""
+    """Forward gathers all outputs; backward needs no exchange, as gradients are complete."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        lever: Tensor,
+        grad_anchor: Tensor,
         group: Collective,
         owners: Sequence[int],
-        forms: Sequence[_Form],
+        specs: Sequence[_OutputSpec],
         *own: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.own = [index for index, owner in enumerate(owners) if owner == group.rank]
-        # Recomputation stops at the last saved tensor: with this one, no rank stops before here.
-        ctx.save_for_backward(lever.new_empty(0))
+        # Recomputation stops at the last saved tensor: this one makes every rank reach this point.
+        ctx.save_for_backward(grad_anchor.new_empty(0))
         sizes, starts = [0] * group.world, []
-        for owner, form in zip(owners, forms, strict=True):
+        for owner, spec in zip(owners, specs, strict=True):
             starts.append(sizes[owner])
-            sizes[owner] += form.room
-        rooms = [torch.empty(size, dtype=torch.uint8, device=own[0].device) for size in sizes]
+            sizes[owner] += spec.nbytes
+        buffers = [torch.empty(size, dtype=torch.uint8, device=own[0].device) for size in sizes]
         outputs = tuple(
-            form.view(rooms[owner][start : start + form.room])
-            for owner, start, form in zip(owners, starts, forms, strict=True)
+            spec.view(buffers[owner][start : start + spec.nbytes])
+            for owner, start, spec in zip(owners, starts, specs, strict=True)
         )
         for index, output in zip(ctx.own, own, strict=True):
             outputs[index].copy_(output)
-        group.all_gather(rooms, rooms[group.rank])
+        group.all_gather(buffers, buffers[group.rank])
         return outputs
 
     @staticmethod
@@ -196,14 +199,14 @@ def split_branches(
     modules: Mapping[str, nn.Module], region: TensorParallelRegion
 ) -> tuple[Branches, Parts]:
     """
-    Leave a rank its own branches; the parameters of the others become empty.
+    Keep this rank's branches; the parameters of other branches become empty.
 
     Args:
-        modules: the branches of one module, by name.
+        modules: the branches of a module, by name.
         region: of the model.
 
     Returns:
-        What the branches go through, and which tensors, by name, the rank has.
+        The object through which branches are called, and the rank's part of each tensor, by name.
 
     Raises:
         SpecError: fewer branches than ranks, or a parameter without a dimension.
@@ -215,22 +218,22 @@ def split_branches(
     costs = [sum(p.numel() for p in branch.parameters()) for branch in modules.values()]
     trains = any(p.requires_grad for branch in modules.values() for p in branch.parameters())
     owners = share_out(costs, group.world)
-    around = Branches(title, owners, region, trains)
+    branches = Branches(title, owners, region, trains)
     parts: Parts = {}
     for index, (name, branch) in enumerate(modules.items()):
         has = owners[index] == group.rank
         parts |= _parts(name, branch, has)
         if not has:
             _empty(branch)
-        kind = type(branch)
-        wrapped: Branch = set_class(branch, type(f"Branch{kind.__name__}", (Branch, kind), {}))
-        wrapped.around, wrapped.index = around, index
-        around.modules.append(wrapped)
-    return around, parts
+        cls = type(branch)
+        wrapped: Branch = set_class(branch, type(f"Branch{cls.__name__}", (Branch, cls), {}))
+        wrapped.branch_group, wrapped.index = branches, index
+        branches.modules.append(wrapped)
+    return branches, parts
 
 
 def _parts(name: str, branch: nn.Module, has: bool) -> Parts:
-    """Give all tensors of a branch as whole, or as absent."""
+    """Return the specs of a branch's tensors: complete, or empty."""
     parts = {}
     for own, tensor in (*branch.named_parameters(), *branch.named_buffers()):
         if isinstance(tensor, nn.Parameter) and tensor.ndim == 0:

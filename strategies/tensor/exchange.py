@@ -1,5 +1,5 @@
 """
-What ranks of a tensor group exchange in forward, and what that means in backward.
+Exchanges between the ranks of a tensor group, as autograd functions.
 
                       forward                     backward
     copied (f)        nothing                     sum of the ranks' gradients
@@ -7,9 +7,9 @@ What ranks of a tensor group exchange in forward, and what that means in backwar
     gathered          all ranks' columns          own columns of the gradient
     scattered         own columns                 all ranks' columns
 
-f and g are those of Shoeybi et al. ("Megatron-LM", 2019): f stands before what is split, g behind
-it. A value is *complete* where every rank has the same bits of all of it; gradients of complete
-values are complete, too. Every rank makes the same calls in the same order.
+f and g are those of Shoeybi et al. ("Megatron-LM", 2019): f precedes a split module, g follows it.
+A value is *complete* if every rank has all of it with the same bits; gradients of complete values
+are complete, too. Every rank makes the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from torch.autograd.function import FunctionCtx
 from distplat.strategies.collective import Collective
 
 Bounds = Sequence[tuple[int, int]]
-"""First column and the one behind the last, by rank; together they are all columns."""
+"""First and last (exclusive) column, by rank; together they cover all columns."""
 
 
 def copy_forward(value: Tensor, group: Collective) -> Tensor:
     """
-    Let each rank use a complete value for its own part.
+    Use a complete value as the input of each rank's part.
 
     Raises:
         CollectiveError: in backward, when a rank is missing.
@@ -40,7 +40,7 @@ def copy_forward(value: Tensor, group: Collective) -> Tensor:
 
 def sum_forward(part: Tensor, group: Collective) -> Tensor:
     """
-    Add the ranks' parts up, in place.
+    Sum the ranks' parts, in place.
 
     Raises:
         CollectiveError: a rank is missing.
@@ -50,7 +50,7 @@ def sum_forward(part: Tensor, group: Collective) -> Tensor:
 
 def gathered(columns: Tensor, bounds: Bounds, group: Collective) -> Tensor:
     """
-    Put the ranks' columns, the last dimension, together.
+    Concatenate the ranks' columns, along the last dimension.
 
     Raises:
         CollectiveError: a rank is missing.
@@ -60,7 +60,7 @@ def gathered(columns: Tensor, bounds: Bounds, group: Collective) -> Tensor:
 
 def scattered(value: Tensor, bounds: Bounds, group: Collective) -> Tensor:
     """
-    Take the own columns, the last dimension, of a complete value.
+    Return this rank's columns, along the last dimension, of a complete value.
 
     Raises:
         CollectiveError: in backward, when a rank is missing.
@@ -68,21 +68,21 @@ def scattered(value: Tensor, bounds: Bounds, group: Collective) -> Tensor:
     return apply(_Scattered, value, bounds, group)
 
 
-def all_columns(mine: Tensor, bounds: Bounds, group: Collective) -> Tensor:
-    """Gather columns without a trace for backward."""
-    parts = [mine.new_empty((*mine.shape[:-1], stop - start)) for start, stop in bounds]
-    group.all_gather(parts, mine.contiguous())
+def all_columns(local: Tensor, bounds: Bounds, group: Collective) -> Tensor:
+    """Gather all ranks' columns, without autograd."""
+    parts = [local.new_empty((*local.shape[:-1], stop - start)) for start, stop in bounds]
+    group.all_gather(parts, local.contiguous())
     return torch.cat(parts, dim=-1)
 
 
 def own_columns(value: Tensor, bounds: Bounds, group: Collective) -> Tensor:
-    """Give the own columns as a tensor of their own."""
+    """Copy this rank's columns."""
     start, stop = bounds[group.rank]
     return value[..., start:stop].contiguous()
 
 
 def apply(function: type[Function], *arguments: object) -> Tensor:
-    """Call a function of ours where autograd sees it."""
+    """Call `function.apply`, with a typed result."""
     outputs: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
     return outputs
 
@@ -95,7 +95,7 @@ class _Copied(Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # A copy: what came in may still be read elsewhere.
+        # A copy, because other nodes may still read the incoming gradient.
         total = gradients[0].clone(memory_format=torch.contiguous_format)
         ctx.group.all_reduce(total)
         return total, None
@@ -140,45 +140,45 @@ _RANGE = 1 << 48
 
 class TensorParallelRegion:
     """
-    Follows one process's forward; one object for all split modules of a model.
+    State of a rank's forward through split modules; one object for all of them.
 
     Args:
         group: the tensor group.
     """
 
     def __init__(self, group: Collective) -> None:
-        self.group = group  #: of the present attempt
-        self._outside: Tensor | None = None
+        self.group = group  #: of the current attempt
+        self._shared_state: Tensor | None = None
         self._generator: torch.Generator | None = None
-        self._way_in: tuple[Tensor, Tensor] | None = None
+        self._entered: tuple[Tensor, Tensor] | None = None
 
     def enter(self, value: Tensor) -> Tensor:
-        """Give a complete value for use in this rank's part; the same one if it was just given."""
-        if self._way_in is not None and self._way_in[0] is value:
-            given = self._way_in[1]
-            if given.requires_grad == (value.requires_grad and torch.is_grad_enabled()):
-                return given
-        self._way_in = (value, copy_forward(value, self.group))
-        return self._way_in[1]
+        """Return a complete value as the input of this rank's part; reuse the last one if equal."""
+        if self._entered is not None and self._entered[0] is value:
+            copied = self._entered[1]
+            if copied.requires_grad == (value.requires_grad and torch.is_grad_enabled()):
+                return copied
+        self._entered = (value, copy_forward(value, self.group))
+        return self._entered[1]
 
     def begin(self, device: torch.device) -> None:
-        """Draw own numbers from here on; inside of a split this does nothing."""
+        """Use random numbers of this rank until `end`; a nested call does nothing."""
         if self._generator is not None:
             return
-        drawn = int(torch.randint(_RANGE, ()))  # on the CPU: no wait for a GPU
+        seed = int(torch.randint(_RANGE, ()))  # on the CPU, to avoid a GPU synchronization
         generator = _generator(device)
-        self._outside, self._generator = generator.get_state(), generator
-        generator.manual_seed(drawn * self.group.world + self.group.rank)
+        self._shared_state, self._generator = generator.get_state(), generator
+        generator.manual_seed(seed * self.group.world + self.group.rank)
 
     def end(self) -> None:
-        """Go on with the numbers that all ranks draw alike."""
-        if self._generator is not None and self._outside is not None:
-            self._generator.set_state(self._outside)
+        """Continue with the random numbers that are the same on all ranks."""
+        if self._generator is not None and self._shared_state is not None:
+            self._generator.set_state(self._shared_state)
         self.forget()
 
     def forget(self) -> None:
-        """Reset to the state before a forward: the one before may have failed."""
-        self._generator = self._outside = self._way_in = None
+        """Reset the state before a forward, because the previous forward may have failed."""
+        self._generator = self._shared_state = self._entered = None
 
 
 def _generator(device: torch.device) -> torch.Generator:

@@ -4,8 +4,8 @@ Linear layers split by columns or rows, and embeddings split by vocabulary (Shoe
     x --f--> x W[:, own columns] -> GELU -> h W[own rows, :] --g--> + bias, once
              colwise                        rowwise
 
-A module stays the object that it was, at its place and under its name: its class becomes one of
-those below, and its parameters the rank's part of them.
+A module stays the same object with the same name: its class becomes one of the classes below, and
+its parameters become this rank's part.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,18 +31,18 @@ from distplat.strategies.tensor.parallel_plan import ShardSpec, slice_of
 
 
 def take(whole: Tensor, spec: ShardSpec) -> Tensor:
-    """Give a part of a full tensor, of at least one dimension, as a tensor of its own."""
+    """Copy a rank's part of a full tensor, which has at least one dimension."""
     ranges = [whole.narrow(spec.dim, start, stop - start) for start, stop in spec.ranges()]
     return torch.cat(ranges, spec.dim) if len(ranges) > 1 else ranges[0].clone()
 
 
 def tensor_slice_of(shape: Sequence[int], spec: ShardSpec | None) -> TensorSlice:
     """
-    Say where a rank's part lies in the full tensor.
+    Return the position of a rank's part in the full tensor.
 
     Args:
         shape: of the part.
-        spec: what it is; None: complete. Buffers of a branch that is elsewhere are complete, too.
+        spec: of the part; None: complete. Buffers of another rank's branch are complete, too.
     """
     if spec is None or not shape or shape[spec.dim] == spec.size:
         return TensorSlice(tuple(shape))
@@ -52,14 +52,14 @@ def tensor_slice_of(shape: Sequence[int], spec: ShardSpec | None) -> TensorSlice
 
 def join_parts(parts: Sequence[Tensor], specs: Sequence[ShardSpec]) -> Tensor:
     """
-    Put a full tensor together.
+    Merge the ranks' parts to the full tensor.
 
     Args:
         parts: one per rank.
-        specs: what each is of the full tensor.
+        specs: of the parts.
 
     Raises:
-        ValueError: the parts are not all of it.
+        ValueError: the parts do not cover the full tensor.
     """
     for part, spec in zip(parts, specs, strict=True):
         if spec.whole:
@@ -81,23 +81,23 @@ def gather_full(
     state: Mapping[str, Tensor], specs: Mapping[str, ShardSpec], group: Collective
 ) -> dict[str, Tensor]:
     """
-    Put full tensors together on rank 0, one after the other. Every rank calls this.
+    Gather full tensors on rank 0, one after the other. Every rank calls this.
 
     Args:
-        state: the rank's tensors by name: those of its `state_dict`, or of an optimizer's state
-            under the names of the parameters. The same names in the same order on all ranks.
-        specs: what `parallelize` gave; a name that is not in it is complete on every rank.
+        state: the rank's tensors by name: its `state_dict`, or an optimizer's state under the names
+            of the parameters. The same names in the same order on all ranks.
+        specs: returned by `parallelize`; tensors without a spec are complete on every rank.
         group: the tensor group.
 
     Returns:
-        All tensors in full on rank 0, nothing elsewhere.
+        All full tensors on rank 0, nothing on other ranks.
 
     Raises:
         CollectiveError: a rank is missing.
     """
     device = next(iter(state.values())).device if state else torch.device("cpu")
-    every = gather_values({name: asdict(spec) for name, spec in specs.items()}, group, device)
-    by_rank = [{name: ShardSpec(**fields) for name, fields in its.items()} for its in every]
+    gathered = gather_values({name: asdict(spec) for name, spec in specs.items()}, group, device)
+    by_rank = [{name: ShardSpec(**fields) for name, fields in g.items()} for g in gathered]
     full: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if group.rank == 0:
@@ -108,34 +108,34 @@ def gather_full(
     return full
 
 
-def _receive(mine: Tensor, specs: Sequence[ShardSpec], group: Collective) -> Tensor:
+def _receive(local: Tensor, specs: Sequence[ShardSpec], group: Collective) -> Tensor:
     parts = []
     for rank, spec in enumerate(specs):
-        part = mine
+        part = local
         if rank != 0:
-            part = _room(mine, spec)
+            part = _empty_part(local, spec)
             if spec.extent:
                 group.recv(part, rank)
         parts.append(part)
     return join_parts(parts, specs)
 
 
-def _room(mine: Tensor, spec: ShardSpec) -> Tensor:
-    """Give memory for another rank's part of the tensor of which `mine` is one."""
-    shape = list(mine.shape)
-    if shape:  # a counter among the buffers of a branch has none
+def _empty_part(local: Tensor, spec: ShardSpec) -> Tensor:
+    """Allocate memory for another rank's part of the same tensor as `local`."""
+    shape = list(local.shape)
+    if shape:  # a branch's buffer may be a counter without dimensions
         shape[spec.dim] = spec.extent
-    return mine.new_empty(shape)
+    return local.new_empty(shape)
 
 
 Parts = dict[str, ShardSpec]
-"""What of a module's parameters the rank has, by their names in the module."""
+"""The rank's part of each of a module's parameters, by their names in the module."""
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def set_class(module: nn.Module, kind: type[_Module]) -> _Module:
-    """Give a module another class; it stays the same object."""
-    module.__class__ = kind
+def set_class(module: nn.Module, cls: type[_Module]) -> _Module:
+    """Change the class of a module, in place."""
+    module.__class__ = cls
     return cast(_Module, module)
 
 
@@ -145,10 +145,10 @@ class ColumnLinear(nn.Linear):
     region: TensorParallelRegion
     bounds: Bounds
     gathers: bool
-    """Whether the output is put together, or left split."""
+    """Whether the output is gathered; otherwise it stays split."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """[..., in] -> [..., own columns], or [..., out] where they are put together."""
+        """[..., in] -> [..., own columns], or [..., out] if they are gathered."""
         if self.gathers:
             outputs = super().forward(copy_forward(input, self.region.group))
             return gathered(outputs, self.bounds, self.region.group)
@@ -160,27 +160,28 @@ class ColumnLinear(nn.Linear):
 
 def lone_columns(module: nn.Module) -> list[tuple[str, str]]:
     """
-    Find layers whose columns are split beside others of their size that are whole.
+    Find split column layers with an unsplit sibling of the same size.
 
     Returns:
-        Names of both, as a plan of a gated MLP has them that leaves one of its two out.
+        Names of both: in a gated MLP, the plan probably omits one of the two layers.
     """
     pairs = []
     for prefix, parent in module.named_modules():
-        layers = [(f"{prefix}.{own}".strip("."), one) for own, one in parent.named_children()]
+        children = parent.named_children()
+        layers = [(f"{prefix}.{name}".strip("."), child) for name, child in children]
         for split, columns in layers:
             if isinstance(columns, ColumnLinear) and not columns.gathers:
                 sizes = columns.in_features, columns.bounds[-1][1]
                 pairs += [
                     (split, name)
-                    for name, one in layers
-                    if type(one) is nn.Linear and (one.in_features, one.out_features) == sizes
+                    for name, layer in layers
+                    if type(layer) is nn.Linear and (layer.in_features, layer.out_features) == sizes
                 ]
     return pairs
 
 
 class RowLinear(nn.Linear):
-    """A rank's rows of a linear layer; the input is split as a column layer leaves it, or whole."""
+    """A rank's rows of a linear layer; the input is a column layer's split output, or complete."""
 
     region: TensorParallelRegion
     bounds: Bounds
@@ -205,22 +206,22 @@ class RowLinear(nn.Linear):
 
 
 class VocabularyEmbedding(nn.Embedding):
-    """A rank's rows of an embedding: zeros for those of others, and the sum is complete."""
+    """A rank's rows of an embedding: other ranks' rows are zeros, and the sum is complete."""
 
     region: TensorParallelRegion
     start: int
     """Number of the rank's first row."""
     size: int
-    """Rows on all ranks."""
+    """Number of rows on all ranks."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """[...] numbers of rows -> [..., features]."""
-        own = input - self.start
-        elsewhere = (own < 0) | (own >= self.num_embeddings)
-        # A number that no rank has stays out of range: it is refused as in a whole embedding.
-        nowhere = (input < 0) | (input >= self.size)
-        own = own.masked_fill(elsewhere, 0).masked_fill(nowhere, self.num_embeddings)
-        rows = super().forward(own).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        """[...] indices -> [..., features]."""
+        local = input - self.start
+        on_other_rank = (local < 0) | (local >= self.num_embeddings)
+        # An index that no rank has stays out of range, so that it raises as in `nn.Embedding`.
+        invalid = (input < 0) | (input >= self.size)
+        local = local.masked_fill(on_other_rank, 0).masked_fill(invalid, self.num_embeddings)
+        rows = super().forward(local).masked_fill(on_other_rank.unsqueeze(-1), 0.0)
         return sum_forward(rows, self.region.group)
 
 
@@ -234,20 +235,20 @@ def split_columns(
     blocks: int = 1,
 ) -> Parts:
     """
-    Make a linear layer one of columns.
+    Split the columns of a linear layer.
 
     Args:
         name: in the model, for errors.
         linear: complete, the same on all ranks.
         region: of the model.
-        gathers: put the output together.
-        units: columns that stay together are one unit; None: each is one.
-        blocks: equal parts of the columns that are cut alike.
+        gathers: gather the output.
+        units: number of groups of columns that stay together; None: each column is a unit.
+        blocks: number of equal blocks of columns, each of which is split.
 
     Raises:
-        SpecError: no linear layer, or more ranks than units.
+        SpecError: not a linear layer, or more ranks than units.
     """
-    layer = _plain(name, linear, nn.Linear, "colwise")
+    layer = _check_type(name, linear, nn.Linear, "colwise")
     size = layer.out_features
     group = region.group
     ranks = range(group.world)
@@ -265,12 +266,12 @@ def split_rows(
     name: str, linear: nn.Module, region: TensorParallelRegion, *, units: int | None = None
 ) -> Parts:
     """
-    Make a linear layer one of rows; its bias stays whole and is added once.
+    Split the rows of a linear layer; the bias stays complete and is added once.
 
     Raises:
-        SpecError: no linear layer, or more ranks than units.
+        SpecError: not a linear layer, or more ranks than units.
     """
-    layer = _plain(name, linear, nn.Linear, "rowwise")
+    layer = _check_type(name, linear, nn.Linear, "rowwise")
     size, group = layer.in_features, region.group
     specs = [slice_of(name, 1, units or size, size, r, group.world) for r in range(group.world)]
     parts = {"weight": specs[group.rank]}
@@ -284,12 +285,12 @@ def split_rows(
 
 def split_vocabulary(name: str, embedding: nn.Module, region: TensorParallelRegion) -> Parts:
     """
-    Make an embedding one of the rank's rows.
+    Split the rows of an embedding.
 
     Raises:
-        SpecError: no embedding, one that cannot be split, or more ranks than rows.
+        SpecError: not an embedding, an unsupported option, or more ranks than rows.
     """
-    table = _plain(name, embedding, nn.Embedding, "embedding")
+    table = _check_type(name, embedding, nn.Embedding, "embedding")
     for option in ("max_norm", "scale_grad_by_freq", "sparse"):
         if getattr(table, option):
             text = f"{name}: an embedding with `{option}` cannot be split"
@@ -299,15 +300,15 @@ def split_vocabulary(name: str, embedding: nn.Module, region: TensorParallelRegi
     keep(table, {"weight": spec})
     table.num_embeddings = spec.extent
     if table.padding_idx is not None:
-        here = spec.start <= table.padding_idx < spec.stop
-        table.padding_idx = table.padding_idx - spec.start if here else None
+        is_local = spec.start <= table.padding_idx < spec.stop
+        table.padding_idx = table.padding_idx - spec.start if is_local else None
     split = set_class(table, VocabularyEmbedding)
     split.region, split.start, split.size = region, spec.start, size
     return {"weight": spec}
 
 
 def keep(module: nn.Module, parts: Parts) -> None:
-    """Replace parameters by the rank's part of them; the rest of their memory is let go."""
+    """Replace parameters by this rank's part; the memory of the full tensors is freed."""
     for name, spec in parts.items():
         whole = module._parameters[name]
         assert whole is not None
@@ -315,19 +316,21 @@ def keep(module: nn.Module, parts: Parts) -> None:
         module._parameters[name] = nn.Parameter(part, requires_grad=whole.requires_grad)
 
 
-def _plain(name: str, module: nn.Module, kind: type[_Module], style: str) -> _Module:
+def _check_type(name: str, module: nn.Module, cls: type[_Module], style: str) -> _Module:
     """
-    Check that a module is what a style splits, and computes as it does.
+    Check that a module has the class that a style splits, and its `forward`.
 
     Raises:
-        SpecError: it is something else, or has a `forward` or a weight of its own.
+        SpecError: the module has another class, an overridden `forward` or a computed weight.
     """
-    what = type(module).__name__
-    if not isinstance(module, kind):
-        text = f"{name} is a {what}, and `{style}` splits {kind.__name__}"
+    class_name = type(module).__name__
+    if not isinstance(module, cls):
+        text = f"{name} is a {class_name}, and `{style}` splits {cls.__name__}"
         inner = [*module.children()]
         raise SpecError(Problem((), text, "name the layer itself" if inner else "leave it whole"))
-    if type(module).forward is not kind.forward or "weight" not in module._parameters:
-        text = f"{name} ({what}) computes otherwise than {kind.__name__}, so it cannot be split"
+    if type(module).forward is not cls.forward or "weight" not in module._parameters:
+        text = (
+            f"{name} ({class_name}) computes otherwise than {cls.__name__}, so it cannot be split"
+        )
         raise SpecError(Problem((), text, "leave it out of the plan"))
     return module

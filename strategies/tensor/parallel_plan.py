@@ -4,8 +4,8 @@ Which modules are split over the ranks of a tensor group, and how: names and num
     blocks.*.mlp.up: colwise            a plan: patterns of module names, and a style for each
     blocks.*.mlp.down: rowwise
 
-    rank 0 of 3   | 0 1 2 3 |           10 columns over 3 ranks: any sizes can be shared out,
-    rank 1        | 4 5 6 |             as long as nobody is left with nothing
+    rank 0 of 3   | 0 1 2 3 |           10 columns over 3 ranks: sizes need not be divisible,
+    rank 1        | 4 5 6 |             but every rank must have a part
     rank 2        | 7 8 9 |
 """
 
@@ -25,29 +25,29 @@ STYLES: Mapping[str, str] = {
     "heads": "an attention's heads are split",
     "branches": "the pattern names the branches of one module, each of which is on one rank",
 }
-"""What a plan may say, with what it does."""
+"""Styles of a plan, with their descriptions."""
 
 
 @dataclass(frozen=True)
 class ShardSpec:
     """
-    Which part of a full tensor a rank has: a range of one dimension.
+    A rank's part of a full tensor: a range of one dimension.
 
-    Where several matrices lie one behind the other in one tensor, as query, key and value do, the
-    rank has the same range of each: `blocks` of them.
+    If a tensor concatenates several matrices, such as query, key and value, the rank has the same
+    range of each of these `blocks`.
     """
 
     dim: int
     start: int
     """First index, within a block."""
     stop: int
-    """Index behind the last one, within a block; `start` where the rank has nothing."""
+    """Last index, exclusive, within a block; equal to `start` if the part is empty."""
     size: int
-    """Of the full tensor in this dimension, all blocks together."""
+    """Size of the full tensor in this dimension, including all blocks."""
     blocks: int = 1
 
     def ranges(self) -> list[tuple[int, int]]:
-        """Give the parts of the full dimension that the rank has, in order."""
+        """Return the rank's ranges of the full dimension, in order."""
         block = self.size // self.blocks
         return [(b * block + self.start, b * block + self.stop) for b in range(self.blocks)]
 
@@ -58,7 +58,7 @@ class ShardSpec:
 
     @property
     def whole(self) -> bool:
-        """Whether the rank has all of it."""
+        """Whether the rank has the full tensor."""
         return self.extent == self.size
 
 
@@ -66,19 +66,19 @@ def slice_of(
     what: str, dim: int, units: int, size: int, rank: int, world: int, *, blocks: int = 1
 ) -> ShardSpec:
     """
-    Give a rank's part of a dimension in which units are kept whole.
+    Return a rank's part of a dimension that consists of indivisible units.
 
     Args:
-        what: the module, for the error.
-        dim: the dimension that is cut.
-        units: what is shared out: columns, rows, heads.
+        what: name of the module, for errors.
+        dim: the split dimension.
+        units: number of columns, rows or heads.
         size: of the dimension; `blocks * units` times the size of a unit.
         rank: in the tensor group.
-        world: ranks in the tensor group.
-        blocks: equal parts of the dimension that are cut alike.
+        world: number of ranks in the tensor group.
+        blocks: number of equal blocks of the dimension, each of which is split.
 
     Raises:
-        SpecError: fewer units than ranks, or units that are not all of one size.
+        SpecError: fewer units than ranks, or units of different sizes.
     """
     if size % (blocks * units):
         text = f"{what}: {size} features are no {blocks * units} heads of one size"
@@ -114,11 +114,11 @@ def share_out(costs: Sequence[float], ranks: int) -> list[int]:
 
 def check_styles(plan: Mapping[str, str], where: Sequence[str] = ()) -> list[Problem]:
     """
-    Find what is wrong with a plan whatever the model is.
+    Return the problems of a plan that do not depend on the model.
 
     Args:
         plan: pattern -> style.
-        where: the field that holds the plan, for the messages.
+        where: the field with the plan, for messages.
     """
     problems = []
     for pattern, style in plan.items():
@@ -132,26 +132,25 @@ def check_styles(plan: Mapping[str, str], where: Sequence[str] = ()) -> list[Pro
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Say whether a pattern names a module; `*`, `?` and `[..]` stand within one of its parts."""
-    wanted, parts = pattern.split("."), name.split(".")
-    return len(wanted) == len(parts) and all(map(fnmatchcase, parts, wanted))
+    """Return whether a pattern matches a name; `*`, `?` and `[..]` do not match dots."""
+    patterns, parts = pattern.split("."), name.split(".")
+    return len(patterns) == len(parts) and all(map(fnmatchcase, parts, patterns))
 
 
 def resolve(
     plan: Mapping[str, str], names: Collection[str], *, partial: bool = False
 ) -> dict[str, str]:
     """
-    Give the style of each module that the plan names, in the order of `names`.
+    Return the style of each module that the plan matches, in the order of `names`.
 
     Args:
         plan: pattern -> style.
         names: of all modules, in the model's order.
-        partial: these are the modules of a part of the model, a pipeline stage: a pattern may name
-            none of them.
+        partial: the names are those of a pipeline stage, so a pattern may match none of them.
 
     Raises:
-        SpecError: names every unknown style, every pattern without a module, every module that has
-            two styles or lies inside another one of the plan.
+        SpecError: names every unknown style, every pattern without a match, and every module that
+            has two styles or is inside another module of the plan.
     """
     problems = check_styles(plan)
     styles: dict[str, str] = {}
@@ -179,7 +178,7 @@ def resolve(
 
 
 def _names_nothing(pattern: str, names: Collection[str]) -> Problem:
-    """Say how far a pattern leads, and what is there instead."""
+    """Return the problem of a pattern without a match, with the names at the first mismatch."""
     parts = pattern.split(".")
     for known in range(len(parts) - 1, -1, -1):
         prefix = ".".join(parts[:known])
@@ -200,7 +199,7 @@ def _begins(name: str, prefix: str) -> bool:
 
 
 def siblings(names: Sequence[str]) -> dict[str, list[str]]:
-    """Group modules by the module that they are parts of; order is kept."""
+    """Group module names by their parent, in order."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(name.rpartition(".")[0], []).append(name)
@@ -209,23 +208,23 @@ def siblings(names: Sequence[str]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Which linear layers of an attention module make its heads, and which one takes them."""
+    """The linear layers of an attention module whose outputs or inputs are heads."""
 
     inwards: Mapping[str, str]
     """Linear layers whose outputs are heads, by name in the module, and the axes of the outputs:
-    `heads features` for one of query, key and value, `3 heads features` for all in one layer, or
-    `heads 3 features` where each head's three come together."""
+    `heads features` for query, key or value, `3 heads features` for all three in one layer, or
+    `heads 3 features` if they are interleaved by head."""
     outwards: str
     """Linear layer whose inputs are heads: `heads features`."""
     count: str = "heads"
-    """Attribute of the module with the number of heads; a rank's module gets that of its own."""
+    """Attribute of the module with the number of heads; set to the rank's number of heads."""
 
     def blocks(self, name: str) -> int:
         """
-        Give how many equal parts of a layer's outputs are cut alike.
+        Return the number of equal blocks in a layer's outputs, each of which is split.
 
         Raises:
-            SpecError: the axes do not say where the heads are.
+            SpecError: the axes are invalid.
         """
         axes = self.inwards[name].split()
         if axes.count("heads") == 1:

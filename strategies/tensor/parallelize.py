@@ -7,8 +7,8 @@ Split a model's modules over a tensor group, by a plan.
                 blocks.0.mlp.down  [16, 64]  -> [16, 32]     ShardSpec(1, 32, 64, 64)
                 head               [10, 16]     [10, 16]     not in the plan: the same on all ranks
 
-All ranks of the group are given the same inputs and have the same outputs. Gradients of what is not
-split are the same bits on every rank, so replicas stay equal without an exchange.
+All ranks of the group have the same inputs and outputs. Gradients of unsplit parameters have the
+same bits on every rank, so these parameters stay equal without an exchange.
 """
 
 import functools
@@ -42,71 +42,71 @@ def parallelize(
     Split a module in place. Every rank of the group calls this with the same module and plan.
 
     Args:
-        module: a model or a pipeline stage, with values, the same on all ranks; of no use after an
+        module: a model or a pipeline stage, initialized equally on all ranks; unusable after an
             error.
-        plan: pattern of module names -> style (`plan.STYLES`).
+        plan: pattern of module names -> style (`STYLES`).
         group: the tensor group. With one rank the plan is checked and nothing is split.
-        partial: the module is a part of the model: patterns may name nothing in it. Check the plan
-            against the names of the whole model then, with `plan.resolve`.
+        partial: the module is a part of the model, in which patterns may match nothing. The caller
+            checks the plan against the whole model with `resolve`.
 
     Returns:
-        Which part of a tensor this rank has, by the names of parameters, and for branches of
-        buffers too. What is not in it is complete on every rank.
+        This rank's part of each split parameter, by name, and of the buffers of branches. All other
+        tensors are complete on every rank.
 
     Raises:
-        SpecError: the plan does not fit the module; holds every problem found.
+        SpecError: the plan does not fit the module; contains all problems.
     """
     modules = dict(module.named_modules())
     styles = resolve(plan, list(modules), partial=partial)
     _check_pairs(modules, styles)
     if group.world == 1:
         return {}
-    _refuse_lost(modules, styles)
-    tied = _tied(module)
+    _refuse_hooks(modules, styles)
+    tied = _tied_names(module)
     region = TensorParallelRegion(group)
     specs, branches = _split_all(modules, styles, region)
-    _tie_again(module, tied, specs)
-    for one in modules.values():
-        if isinstance(one, nn.TransformerEncoderLayer):
-            one.activation_relu_or_gelu = 0  # else evaluation takes a way past our layers
+    _retie(module, tied, specs)
+    for child in modules.values():
+        if isinstance(child, nn.TransformerEncoderLayer):
+            child.activation_relu_or_gelu = 0  # disables the fast path, which bypasses split layers
     module.register_forward_pre_hook(functools.partial(_reset, region, branches))
     return specs
 
 
 def reconnect(module: nn.Module, group: Collective) -> None:
     """
-    Go on with the group of another attempt, without what a forward that failed has left behind.
+    Use the group of another attempt, and discard the state of a failed forward.
 
     Args:
-        module: that `parallelize` was given.
+        module: split by `parallelize`.
         group: the same ranks, in the same order.
     """
-    for one in module.modules():
+    for child in module.modules():
         if isinstance(
-            one, ColumnLinear | RowLinear | SplitMultiheadAttention | VocabularyEmbedding
+            child, ColumnLinear | RowLinear | SplitMultiheadAttention | VocabularyEmbedding
         ):
-            one.region.group = group
-            one.region.forget()
-        elif isinstance(one, Branch):
-            one.around.region.group = group
-            one.around.forget()
+            child.region.group = group
+            child.region.forget()
+        elif isinstance(child, Branch):
+            child.branch_group.region.group = group
+            child.branch_group.forget()
 
 
 def _reset(region: TensorParallelRegion, branches: list[Branches], *_: object) -> None:
-    """Leave nothing of the forward before, which may have failed; called before each."""
+    """Discard the state of the previous forward, which may have failed; a forward pre-hook."""
     region.forget()
-    for one in branches:
-        one.forget()
+    for group in branches:
+        group.forget()
 
 
 def _split_all(
     modules: Mapping[str, nn.Module], styles: Mapping[str, str], region: TensorParallelRegion
 ) -> tuple[dict[str, ShardSpec], list[Branches]]:
     """
-    Split module after module.
+    Split all modules of the plan.
 
     Raises:
-        SpecError: holds every problem found.
+        SpecError: contains all problems.
     """
     specs: dict[str, ShardSpec] = {}
     branches: list[Branches] = []
@@ -122,11 +122,11 @@ def _split_all(
     grouped = siblings([name for name, style in styles.items() if style == "branches"])
     for names in grouped.values():
         try:
-            around, parts = split_branches({name: modules[name] for name in names}, region)
+            group, parts = split_branches({name: modules[name] for name in names}, region)
         except SpecError as error:
             problems += error.problems
         else:
-            branches.append(around)
+            branches.append(group)
             specs |= parts
     if problems:
         raise SpecError(*problems)
@@ -147,8 +147,8 @@ def _split(name: str, module: nn.Module, style: str, region: TensorParallelRegio
 
 
 def _check_pairs(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) -> None:
-    """Refuse columns that nothing takes: a layer after them would see a part for the whole."""
-    taken = {
+    """Refuse split outputs without a `rowwise` consumer: the next layer would see a part."""
+    consumed = {
         getattr(modules[name], "in_features", None)
         for name, style in styles.items()
         if style == "rowwise"
@@ -162,31 +162,31 @@ def _check_pairs(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) ->
         )
         for name, style in styles.items()
         if style == "colwise"
-        and (width := getattr(modules[name], "out_features", None)) not in taken
+        and (width := getattr(modules[name], "out_features", None)) not in consumed
     ]
     if problems:
         raise SpecError(*problems)
 
 
-def _refuse_lost(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) -> None:
+def _refuse_hooks(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) -> None:
     """
-    Refuse what hangs on layers to be sliced, where it would see a part for the whole.
+    Refuse hooks and parametrizations of layers to be split, which would see only a part.
 
-    Branches are whole on the rank that has them; theirs are called by each rank, with one input.
+    A branch is complete on its rank; only hooks of the branch module itself are refused.
     """
     problems = []
     hint = "leave the layer out of the plan, or take it off"
     for name, style in styles.items():
         whole = style == "branches"
-        for own, one in modules[name].named_modules(prefix=name):
-            if whole and own != name:
+        for path, child in modules[name].named_modules(prefix=name):
+            if whole and path != name:
                 continue
-            kinds = called_hooks(one)
-            if is_parametrized(one) and not whole:
-                kinds.append("a parametrization")
-            text = f"{own} ({type(one).__name__}) has {{}}, and `{style}` slices it"
-            problems += [Problem((), text.format(kind), hint) for kind in kinds]
-            parameters = [] if whole else one.named_parameters(own, recurse=False)
+            found = called_hooks(child)
+            if is_parametrized(child) and not whole:
+                found.append("a parametrization")
+            text = f"{path} ({type(child).__name__}) has {{}}, and `{style}` slices it"
+            problems += [Problem((), text.format(hook), hint) for hook in found]
+            parameters = [] if whole else child.named_parameters(path, recurse=False)
             for parameter, tensor in parameters:
                 text = f"{parameter} has {{}}, and `{style}` slices it"
                 problems += [Problem((), text.format(k), hint) for k in tensor_hooks(tensor)]
@@ -194,25 +194,25 @@ def _refuse_lost(modules: Mapping[str, nn.Module], styles: Mapping[str, str]) ->
         raise SpecError(*problems)
 
 
-def _tied(module: nn.Module) -> list[list[str]]:
-    """Give the names of parameters that have several."""
+def _tied_names(module: nn.Module) -> list[list[str]]:
+    """Return the groups of names of shared parameters."""
     names: defaultdict[int, list[str]] = defaultdict(list)
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
-    return [several for several in names.values() if len(several) > 1]
+    return [group for group in names.values() if len(group) > 1]
 
 
-def _tie_again(module: nn.Module, tied: list[list[str]], specs: dict[str, ShardSpec]) -> None:
+def _retie(module: nn.Module, tied: list[list[str]], specs: dict[str, ShardSpec]) -> None:
     """
-    Let parameters that were one tensor be one again.
+    Tie shared parameters again after the split.
 
     Raises:
-        SpecError: they are not split alike.
+        SpecError: the plan splits tied parameters differently.
     """
     problems = []
     for first, *others in tied:
-        one = module.get_parameter(first)
-        if all(module.get_parameter(other) is one for other in others):  # one module, two names
+        shared = module.get_parameter(first)
+        if all(module.get_parameter(other) is shared for other in others):  # a shared module
             if first in specs:
                 specs |= dict.fromkeys(others, specs[first])
             continue
@@ -224,6 +224,6 @@ def _tie_again(module: nn.Module, tied: list[list[str]], specs: dict[str, ShardS
             continue
         for other in others:
             home, _, own = other.rpartition(".")
-            module.get_submodule(home)._parameters[own] = one
+            module.get_submodule(home)._parameters[own] = shared
     if problems:
         raise SpecError(*problems)
