@@ -56,7 +56,7 @@ from distplat.strategies.sparse.files import PartSource, keep_tables
 
 logger = logging.getLogger(__name__)
 
-_MOST = 100_000
+_MAX_EVENTS = 100_000
 """Events kept for a driver that does not poll, about 50 MB; beyond this, steps and log lines are
 dropped to bound the memory."""
 _BEGIN_S = 5.0
@@ -104,7 +104,7 @@ class ControllerActor:
     def __init__(self, name: str, submission: str | None = None) -> None:
         self._name, self._submission = name, submission
         self._outbox: Outbox[RunEvent] = Outbox(
-            _MOST, lambda event: isinstance(event, StepSummary | logging.LogRecord)
+            _MAX_EVENTS, lambda event: isinstance(event, StepSummary | logging.LogRecord)
         )
         self._controller: Controller | None = None
         self._lock = threading.Lock()
@@ -268,7 +268,7 @@ class ControllerActor:
 
     def _running(self, wait_s: float = _BEGIN_S) -> Controller:
         if not self._started.wait(wait_s) or self._controller is None:
-            raise NotReadyError(f"{self._name}: the run has not begun yet")
+            raise NotReadyError(f"{self._name}: the run has not started yet")
         return self._controller
 
     def _keep_files(self, actor_group: ActorGroup) -> None:

@@ -43,7 +43,7 @@ _HOLD_S = 0.5
 _END_S = 35.0
 """Timeout for the controller to write complete checkpoints and to kill the actors."""
 _NAME = "controller"
-_MOST = 100_000
+_MAX_EVENTS = 100_000
 """Events kept while a callback blocks the driver; beyond this, steps and log lines are dropped. All
 other events are kept, as they are few."""
 _LEAVE_S = 2.0
@@ -97,7 +97,7 @@ class ControllerClient:
         self._left = threading.Event()  #: `follow` has returned
         self._write_lock = threading.Lock()  #: held while a file is written
         self._events: Outbox[Summary | logging.LogRecord] = Outbox(
-            _MOST, lambda event: isinstance(event, StepSummary | logging.LogRecord)
+            _MAX_EVENTS, lambda event: isinstance(event, StepSummary | logging.LogRecord)
         )
         self._pending: deque[Summary | logging.LogRecord] = deque()  #: taken from `_events`
 
@@ -237,7 +237,7 @@ class ControllerClient:
 
     def _check_followed(self) -> None:
         if self._left.is_set():
-            raise _NotFollowed("nobody follows the run any more")
+            raise _NotFollowed("`follow` has returned")
 
     def _call_from_thread(self, method: str, *args: Any) -> Any:
         """Call a method from the polling thread; warnings are queued, as a terminal may block."""

@@ -232,32 +232,32 @@ class Packed:
     """A pickled value; handles, replies and references in it are shared instead of copied."""
 
     def __init__(self, value: Any) -> None:
-        self.kept: list[Any] = []
+        self.shared: list[Any] = []
         stream = io.BytesIO()
         pickler = _Pickler(stream, protocol=pickle.HIGHEST_PROTOCOL)
-        pickler.kept = self.kept
+        pickler.shared = self.shared
         pickler.dump(value)
         self.data = stream.getvalue()
 
     def open(self) -> Any:
         """Return a new copy of the value."""
         unpickler = _Unpickler(io.BytesIO(self.data))
-        unpickler.kept = self.kept
+        unpickler.shared = self.shared
         return unpickler.load()
 
 
 class _Pickler(pickle.Pickler):
-    kept: list[Any]
+    shared: list[Any]
 
     def persistent_id(self, obj: Any) -> int | None:
         if not isinstance(obj, Actor | StoredObject | Future):
             return None
-        self.kept.append(obj)
-        return len(self.kept) - 1
+        self.shared.append(obj)
+        return len(self.shared) - 1
 
 
 class _Unpickler(pickle.Unpickler):
-    kept: list[Any]
+    shared: list[Any]
 
     def persistent_load(self, pid: Any) -> Any:
-        return self.kept[pid]
+        return self.shared[pid]

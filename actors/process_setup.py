@@ -43,12 +43,12 @@ def quick_imports() -> Iterator[None]:
 @contextmanager
 def variables(values: Mapping[str, str], *also: str) -> Iterator[None]:
     """Set environment variables in a block; also restore those in `also` afterwards."""
-    before = {name: os.environ.get(name) for name in (*values, *also)}
+    saved = {name: os.environ.get(name) for name in (*values, *also)}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for name, value in saved.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value

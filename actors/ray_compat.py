@@ -1,8 +1,8 @@
 """
-Everything private of Ray that distplat uses, behind one function each, with the reason.
+Wrappers of all private APIs of Ray that distplat uses, each with the reason.
 
-A release of Ray may change it without a word; tests/unit/test_compat.py fails then, name by name.
-What is private of torch stands in `strategies/torch_compat.py`.
+A release of Ray may change them without notice; tests/unit/test_compat.py then fails and names
+them. `strategies/torch_compat.py` has the same for torch.
 """
 
 import json
@@ -44,60 +44,60 @@ from distplat.actors.process_setup import variables
 from distplat.platform.errors import SpecError, encodable
 
 JOB_CONFIG_VARIABLE: str = RAY_JOB_CONFIG_JSON_ENV_VAR
-"""Has what the job API gave its driver; nothing public tells of it."""
+"""Variable with the job API's settings for its driver; no public API returns them."""
 _SOCKET = "/ray-12345678/r/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"
-"""The longest name of a socket below the system's directory for such files."""
+"""Longest path of a socket, relative to the temporary directory."""
 FOLDER_BYTES = (107 if sys.platform == "linux" else 103) - len(_SOCKET)
-"""The longest name that this directory may have: that of a socket has a limit."""
+"""Longest path of the temporary directory, because paths of sockets are limited."""
 MAX_PACKAGE: int = GCS_STORAGE_MAX_SIZE - 1
-"""Bytes of a folder or a module that a driver can ship: Ray refuses more when it has packed it."""
+"""Largest size in bytes of a shipped folder or module; Ray rejects more, but only after packing."""
 _COLORS = "RAY_COLOR_PREFIX"
 _ONE_MACHINE = "distplat_one_machine"
 LOGGERS = ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env")
-"""They log each upload at level INFO, which is no part of a command's output."""
+"""Loggers that report each upload at level INFO, which a command should not print."""
 
 
 def submission_id() -> str | None:
-    """Give the id under which the job API started this process; None: it did not."""
+    """Return this process's id in Ray's job API; None: not started through it."""
     config = json.loads(os.environ.get(JOB_CONFIG_VARIABLE) or "{}")
     submission: str | None = config.get("metadata", {}).get("job_submission_id")
     return submission
 
 
 def put_first(key: bytes, value: bytes) -> None:
-    """Write a key unless it exists: ranks agree without an actor to ask."""
+    """Write a key unless it exists, so that ranks agree on a value without an actor."""
     _internal_kv_put(key, value, overwrite=False)
 
 
 def put(key: bytes, value: bytes) -> None:
-    """Write a key, whatever it was before: ranks of a group meet by it."""
+    """Write or overwrite a key; ranks of a group use it as a rendezvous."""
     _internal_kv_put(key, value, overwrite=True)
 
 
 def delete(key: bytes) -> None:
-    """Remove a key; one that is not there is no error."""
+    """Delete a key, if it exists."""
     _internal_kv_del(key)
 
 
 def keys(prefix: bytes) -> list[bytes]:
-    """List the keys that begin so."""
-    found: list[bytes] = _internal_kv_list(prefix)
-    return found
+    """Return the keys with a prefix."""
+    matches: list[bytes] = _internal_kv_list(prefix)
+    return matches
 
 
 def get(key: bytes) -> bytes | None:
-    """Read a key; None: there is none."""
+    """Return the value of a key, or None."""
     value: bytes | None = _internal_kv_get(key)
     return value
 
 
 def delete_all(prefix: bytes) -> None:
-    """Remove all keys that begin so: Ray's store outlives a job."""
+    """Delete all keys with a prefix: Ray's key-value store outlives a job."""
     _internal_kv_del(prefix, del_by_prefix=True)
 
 
 def log_as(name: str) -> None:
-    """Have Ray print another name before this actor's lines: it was asked for as a spare."""
+    """Set the name that Ray prints before this actor's output; a spare takes a worker's name."""
     for stream in (sys.__stdout__, sys.__stderr__):
         if stream is not None:
             print(f"{ray_constants.LOG_PREFIX_ACTOR_NAME}{name}", file=stream, flush=True)
@@ -106,30 +106,31 @@ def log_as(name: str) -> None:
 @contextmanager
 def printed_by_actors(take: Callable[[Mapping[str, Any]], bool]) -> Iterator[None]:
     """
-    Have what actors print handed to `take` in this block, by a thread of Ray's.
+    Pass the output of actors to `take` in this block, from a thread of Ray.
 
     Args:
-        take: says whether it has taken a batch of lines; the others are Ray's to print.
+        take: called with each batch of lines; returns whether it has handled the batch. Ray prints
+            the others.
     """
     dispatcher = global_worker_stdstream_dispatcher
-    before = list(dispatcher.handlers)
+    original = list(dispatcher.handlers)
 
     def handle(batch: Mapping[str, Any]) -> None:
-        # Where nobody reads any more, this would end Ray's thread: no line would come after that.
+        # An exception, such as a closed stdout, would end Ray's thread and lose all later lines.
         with suppress(OSError, ValueError):
             if not take(batch):
-                for _, handler in before:
+                for _, handler in original:
                     handler(batch)
 
     dispatcher.handlers = [("distplat", handle)]
     try:
         yield
     finally:
-        dispatcher.handlers = before
+        dispatcher.handlers = original
 
 
 def print_batch(batch: Mapping[str, Any], *, colored: bool) -> None:
-    """Print lines of an actor as Ray does, but those too that another actor has printed alike."""
+    """Print lines of an actor as Ray does, but without its deduplication across actors."""
     plain = not colored and _COLORS not in os.environ
     with variables({_COLORS: "0"} if plain else {}):  # what the user's own print is none of ours
         stream = sys.stderr if batch["is_err"] else sys.stdout
@@ -138,19 +139,19 @@ def print_batch(batch: Mapping[str, Any], *, colored: bool) -> None:
 
 
 def free_resources() -> dict[str, dict[str, float]]:
-    """Give what is free by node: `ray.available_resources` sums over the cluster."""
+    """Return the free resources of each node; `ray.available_resources` returns only their sum."""
     by_node: dict[str, dict[str, float]] = available_resources_per_node()
     return by_node
 
 
 def ray_is_ours() -> bool:
-    """Tell whether this process has started Ray's head: its processes have our environment."""
+    """Return whether this process started Ray's head, whose processes inherit our environment."""
     node = ray._private.worker._global_node
     return node is not None and bool(node.head)
 
 
 def log_folder() -> str | None:
-    """Give where Ray's processes log, on each node; None: this process is not connected."""
+    """Return the log folder of Ray on each node; None: this process is not connected."""
     node = ray._private.worker._global_node
     return None if node is None else str(node.get_logs_dir_path())
 
@@ -158,104 +159,104 @@ def log_folder() -> str | None:
 @contextmanager
 def loopback() -> Iterator[None]:
     """
-    Have a Ray that starts in this block listen on loopback alone.
+    Make a Ray that starts in this block listen only on loopback.
 
-    `_node_ip_address="127.0.0.1"` does not do it: Ray puts the machine's own address in its place,
-    except where it takes clusters for impossible, as on macOS.
+    `_node_ip_address="127.0.0.1"` has no effect: Ray replaces it by the machine's address, except
+    on platforms without support for clusters, such as macOS.
     """
-    before = ray_constants.ENABLE_RAY_CLUSTER
+    original = ray_constants.ENABLE_RAY_CLUSTER
     ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
+        ray_constants.ENABLE_RAY_CLUSTER = original
 
 
 @contextmanager
 def own_process_groups() -> Iterator[None]:
     """
-    Have the processes of a Ray that starts in this block hear no signal to the driver's group.
+    Start Ray's processes in this block in their own process groups.
 
-    A terminal that goes away, `timeout` and `kill -- -GROUP` signal the driver and its children.
-    Ray protects its own from SIGINT alone: at SIGTERM and SIGHUP its head ended at once, and the
-    driver could end nothing in order any more. On Linux they end with the driver; elsewhere Ray
-    needs the group to end them.
+    A closed terminal, `timeout` and `kill -- -GROUP` signal the driver and its children. Ray
+    protects its processes only from SIGINT: on SIGTERM and SIGHUP its head would exit at once, and
+    the driver could not shut down cleanly. On Linux Ray's processes still end with the driver; on
+    other platforms Ray needs the group to kill them.
     """
-    before = services.ConsolePopen
+    original = services.ConsolePopen
     if sys.platform == "linux":
-        services.ConsolePopen = partial(before, process_group=0)
+        services.ConsolePopen = partial(original, process_group=0)
     try:
         yield
     finally:
-        services.ConsolePopen = before
+        services.ConsolePopen = original
 
 
 @contextmanager
 def own_signals() -> Iterator[None]:
     """
-    Have SIGTERM stay this process's own while Ray starts, or is joined, in this block.
+    Keep this process's SIGTERM handler while Ray starts or connects in this block.
 
-    Ray would end the process: by `sys.exit` while it starts, afterwards by an abort in C++, whose
-    handler lies above Python's.
+    Ray's handler would end the process: by `sys.exit` during the start, later by an abort in C++,
+    which replaces Python's handler.
     """
-    before = utils.set_sigterm_handler
+    original = utils.set_sigterm_handler
     utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
-        utils.set_sigterm_handler = before
-        ours = signal.getsignal(signal.SIGTERM)
-        if threading.current_thread() is threading.main_thread() and ours is not None:
-            signal.signal(signal.SIGTERM, ours)
+        utils.set_sigterm_handler = original
+        handler = signal.getsignal(signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread() and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 def address_file() -> Path:
-    """Give where `ray start` notes an address; `address="auto"` finds others' Rays, too."""
+    """Return the file with the address of `ray start`; `address="auto"` also finds other Rays."""
     return Path(get_ray_address_file(None))
 
 
 def temporary_folder() -> Path:
     """
-    Give where the folder of a Ray that starts is made: where Ray itself would, if names are short.
+    Return the parent of a local Ray's folder: Ray's default, or `/tmp` if its path is too long.
 
-    Where that disk is full, Python would choose another one.
+    Unlike `tempfile.gettempdir` this does not fall back to another disk if one is full.
     """
     return Path("/tmp" if has_long_name(base := wanted_folder()) else base)
 
 
 def wanted_folder() -> Path:
-    """Give the directory that `RAY_TMPDIR` leads to, on Linux else `TMPDIR`; else `/tmp`."""
+    """Return `RAY_TMPDIR`, else on Linux `TMPDIR`, else `/tmp`."""
     return Path(get_default_system_temp_dir()).absolute()
 
 
 def has_long_name(folder: Path) -> bool:
-    """Say whether sockets below a directory would have too long names."""
+    """Return whether paths of sockets below a directory would be too long."""
     return len(os.fsencode(folder)) > FOLDER_BYTES
 
 
 def address_of_auto() -> str:
     """
-    Give what `address="auto"` would join: what `ray start` noted, or any Ray's process.
+    Return the address that `address="auto"` means: that of `ray start`, or of any Ray process.
 
     Raises:
-        ConnectionError: there is none.
+        ConnectionError: no Ray was found.
     """
     address: str = get_ray_address_from_environment("auto", None)
     return address
 
 
 def ask_for_token() -> None:
-    """Have a Ray that starts here ask for a token, unless the user has chosen; as Ray 2.60 does."""
+    """Enable token authentication for a local Ray unless the user has set it, as Ray 2.60 does."""
     if authentication_token_setup.AUTH_MODE_ENV_VAR not in os.environ:
         authentication_token_setup._enable_token_auth()
 
 
 def use_token_at_hand() -> None:
     """
-    Have Ray send the user's token, as it does for `auto`, but for its warning that it does.
+    Make Ray use the user's token, as for `address="auto"`, but without its warning.
 
     Raises:
-        SpecError: a variable names a file in which there is none.
+        SpecError: the token file that a variable names is missing or empty.
     """
     logging.getLogger(authentication_token_setup.__name__).setLevel(logging.ERROR)
     use = authentication_token_setup.maybe_enable_token_auth_if_token_available
@@ -267,23 +268,23 @@ def use_token_at_hand() -> None:
 
 def check_gcs(address: str, limit_s: float) -> None:
     """
-    Check that a Ray answers at an address, and accepts the user's token.
+    Check that a Ray answers at an address and accepts the user's token.
 
-    `ray.init` tries for minutes, and does not say which of the two it was.
+    `ray.init` would retry for minutes and not tell the two failures apart.
 
     Raises:
-        ray.exceptions.AuthenticationError: it wants another token, or any at all.
-        ray.exceptions.RayError: nobody who speaks its language answers; after `limit_s` + 10 s.
+        ray.exceptions.AuthenticationError: the token is missing or wrong.
+        ray.exceptions.RayError: no Ray answers within `limit_s` + 10 s.
     """
     InnerGcsClient.standalone(address, None, int(1000 * limit_s))
 
 
 def addresses_here() -> set[str]:
     """
-    Give the addresses of the Rays that this user, or root, has started here, or joined from here.
+    Return the addresses of the Rays that this user or root has started or joined on this machine.
 
-    As their processes were told them. Ray's own search believes the processes of every user, who
-    may name any address.
+    They are read from command lines of processes. Ray's own search trusts processes of all users,
+    which may name any address.
     """
     addresses: set[str] = set()
     for process in services.psutil.process_iter(["cmdline", "uids"]):
@@ -294,24 +295,26 @@ def addresses_here() -> set[str]:
 
 
 def ignore_tests(folder: Path, logger: logging.Logger) -> list[Callable[[Path], bool]]:
-    """Give Ray's tests of a folder's ignore files, to count what it will pack before it does."""
-    heeds_git = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
-    tests: list[Callable[[Path], bool]] = get_excludes_from_ignore_files(folder, heeds_git, logger)
+    """Return Ray's predicates of a folder's ignore files, to count the files that it will pack."""
+    uses_gitignore = os.environ.get("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "0") != "1"
+    tests: list[Callable[[Path], bool]] = get_excludes_from_ignore_files(
+        folder, uses_gitignore, logger
+    )
     return tests
 
 
 def exclude_test(folder: Path, lines: list[str]) -> Callable[[Path], bool]:
-    """Give Ray's test of `excludes`, lines of a .gitignore, for what lies in a folder."""
+    """Return Ray's predicate of `excludes` (lines of a .gitignore) for paths in a folder."""
     test: Callable[[Path], bool] = _get_excludes(folder, lines)
     return test
 
 
 def job_config(folder: str, *, one_machine: bool) -> JobConfig:
     """
-    Have workers find modules in a folder of this machine, without a runtime environment.
+    Return a config that adds a folder of this machine to the import path of workers.
 
     Args:
-        folder: where modules are.
+        folder: folder with modules.
         one_machine: see `stays_on_machine`.
     """
     metadata = {_ONE_MACHINE: "1"} if one_machine else {}
@@ -319,27 +322,27 @@ def job_config(folder: str, *, one_machine: bool) -> JobConfig:
 
 
 def stays_on_machine() -> bool:
-    """Say whether this driver, or that of this actor, has joined for its own machine alone."""
-    worker = ray._private.worker.global_worker  # nothing public gives an actor its job's metadata
-    core = getattr(worker, "core_worker", None)  # a driver of Ray Client has none, and no such mark
+    """Return whether the driver uses only its own machine of the cluster; see `job_config`."""
+    worker = ray._private.worker.global_worker  # no public API returns the job's metadata
+    core = getattr(worker, "core_worker", None)  # None for a driver of Ray Client
     return core is not None and _ONE_MACHINE in core.get_job_config().metadata
 
 
-def with_requests(kind: type[Any], request: Callable[..., Any]) -> type[Any]:
+def with_requests(cls: type[Any], request: Callable[..., Any]) -> type[Any]:
     """
-    Derive from Ray's `JobSubmissionClient`, which has no deadlines: one place sees each request.
+    Derive from Ray's `JobSubmissionClient`, which has no deadlines, to intercept each request.
 
     Args:
-        kind: the client's class.
-        request: called with the client, what sends, and what is to be sent.
+        cls: the client's class.
+        request: called with the client, the function that sends a request, and its arguments.
     """
 
-    class Client(kind):  # type: ignore[misc]
+    class Client(cls):  # type: ignore[misc]
         def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> Any:
             return request(self, super()._do_request, method, endpoint, **kwargs)
 
         def ask(self, endpoint: str) -> Any:
-            """Give the answer to a question that the client has no method for."""
+            """Send a GET request to an endpoint without a method of the client."""
             return self._do_request("GET", endpoint)
 
     return Client

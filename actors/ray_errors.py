@@ -1,9 +1,9 @@
 """
-What each error of Ray means to a run: one table, and a test that no class of Ray's is missing in.
+Classification of Ray's exceptions: one table; a test checks that no class is missing.
 
-Ray says that an actor is gone in a dozen ways, of which `RayActorError` is one: a kill by its
-memory monitor, a placement group that was taken away and a node that ended are others. Whoever
-waits for an answer asks here, and knows no class of Ray's by name.
+Ray reports a lost actor through a dozen exceptions besides `RayActorError`, for example after a
+kill by the memory monitor, the removal of a placement group, or the end of a node. Other modules
+use this classification instead of Ray's classes.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from distplat.platform.errors import DistplatError, InfrastructureError, Problem
 
 
 class Meaning(Enum):
-    """What is to be done about an error."""
+    """Class of an error, by its consequence."""
 
-    LATE = "nothing has come in time"
-    UNANSWERED = "a call or its answer was lost on the way: it may be made again"
-    LOST = "the actor is gone, and what it kept with it"
-    RAISED = "the method raised, and what it raised travels inside"
-    CLUSTER = "the cluster cannot do what it was asked"
-    USER = "what the user asked for cannot be had"
-    OURS = "Ray was asked for something that it does not do"
+    LATE = "no answer within the timeout"
+    UNANSWERED = "the call or its answer was lost; the call may be repeated"
+    LOST = "the actor and its state are lost"
+    RAISED = "the method raised an exception, which is the cause"
+    CLUSTER = "the cluster failed"
+    USER = "the user's request cannot be satisfied"
+    OURS = "distplat has misused Ray"
 
 
 MEANINGS: dict[type[exceptions.RayError], Meaning] = {
@@ -45,7 +45,7 @@ MEANINGS: dict[type[exceptions.RayError], Meaning] = {
     exceptions.TaskPlacementGroupRemoved: Meaning.LOST,
     exceptions.TaskUnschedulableError: Meaning.LOST,
     exceptions.WorkerCrashedError: Meaning.LOST,
-    # An object that is lost was an answer, or what its owner kept: with its process, or its node.
+    # A lost object was an answer or state of its owner, lost with its process or node.
     exceptions.ObjectLostError: Meaning.LOST,
     exceptions.ObjectReconstructionFailedError: Meaning.LOST,
     exceptions.OwnerDiedError: Meaning.LOST,
@@ -81,13 +81,13 @@ _CAUSES: dict[type[exceptions.RayError], str] = {
     exceptions.ActorPlacementGroupRemoved: "its placement group was removed",
     exceptions.ActorUnschedulableError: "no node can take it",
 }
-"""What stands before Ray's own words."""
+"""Prefixes of Ray's own messages."""
 
 _GUESSES = re.compile(r" (?:Some common causes|There are some potential root causes)")
-"""What follows in Ray's own words says how processes die in general."""
+"""Start of a passage about common causes in Ray's messages, which is cut off."""
 
 _ENDED = "its process ended without a word"
-"""Ray does not see by which signal."""
+"""Ray does not know the signal."""
 
 UNREACHABLE = (
     "the cluster cannot call the process that made it: a firewall is between them, or one of them "
@@ -102,8 +102,8 @@ _PLAIN = {
     ),
     "Actor creation cancelled": f"its start was cancelled: the cluster ends, or {UNREACHABLE}",
 }
-"""What Ray says, and what it means. Nobody asks an actor without a reference: so Ray says this of
-one whose owner it cannot call, and the other of one that is being made."""
+"""Phrases of Ray, and their meaning here. No actor that is called is without references: Ray also
+uses the first phrase if it cannot reach the actor's owner, and the last one while it is created."""
 
 _REMEDIES: dict[type[exceptions.RayError], str] = {
     exceptions.ObjectStoreFullError: "give Ray a larger object store (`object_store_memory`)",
@@ -113,17 +113,19 @@ _REMEDIES: dict[type[exceptions.RayError], str] = {
 
 
 def meaning(error: exceptions.RayError) -> Meaning:
-    """Give what an error means; of a class that is not in the table, what its base class does."""
-    # What a method raised is of two classes at once: Ray's own comes first.
-    return next(MEANINGS[kind] for kind in type(error).__mro__ if kind in MEANINGS)
+    """Return the class of an error; an exception that is not in the table has that of its base."""
+    # The exception of a method derives from two classes; Ray's comes first.
+    return next(MEANINGS[cls] for cls in type(error).__mro__ if cls in MEANINGS)
 
 
 def cause_of(error: exceptions.RayError) -> str:
-    """Say in one line why something is lost."""
-    if isinstance(error, exceptions.ObjectLostError):  # Ray speaks of the object, by its number
+    """Return the cause of a loss in one line."""
+    if isinstance(error, exceptions.ObjectLostError):  # Ray's message has only the object's id
         return f"what it kept is gone with it ({type(error).__name__})"
     lines = str(error).strip().splitlines()
-    reasons = [line for line in lines[1:] if not line.startswith("\t")]  # the others name the actor
+    reasons = [
+        line for line in lines[1:] if not line.startswith("\t")
+    ]  # indented lines describe the actor
     reason = _GUESSES.split((reasons or lines or [type(error).__name__])[0])[0]
     if lines and getattr(error, "actor_init_failed", False):
         reason = f"it could not be made: {lines[-1].strip()}"
@@ -134,11 +136,11 @@ def cause_of(error: exceptions.RayError) -> str:
 
 def advice_for(role: str, cause: str) -> str:
     """
-    Say where to look, where a worker's process ended and Ray does not know how.
+    Return advice if a worker's process ended and Ray does not know the cause; else an empty text.
 
     Args:
-        role: who was lost.
-        cause: what `cause_of` gave.
+        role: role of the lost actor.
+        cause: result of `cause_of`.
     """
     if _ENDED not in cause or not role.startswith("worker-"):
         return ""
@@ -150,26 +152,28 @@ def advice_for(role: str, cause: str) -> str:
 
 
 def taken_away(error: exceptions.RayError) -> bool:
-    """Tell whether the owner of an actor's machine took it away."""
+    """Return whether the actor's machine was preempted."""
     return bool(getattr(error, "preempted", False))
 
 
 def as_ours(error: exceptions.RayError) -> DistplatError:
     """
-    Translate an error of Ray's that no retry helps into one of distplat's.
+    Convert a permanent error of Ray to one of distplat.
 
-    What a method raised comes out of it; where that is none of our errors, something is wrong in
-    the actor, and neither the user's task nor whoever asked is to blame.
+    For an exception of a method its cause is returned. A cause that is not a `DistplatError` is an
+    error inside the actor.
     """
-    kind, cause = meaning(error), cause_of(error)
+    error_class, cause = meaning(error), cause_of(error)
     remedy = _REMEDIES.get(type(error), "")
-    if kind is Meaning.RAISED:
+    if error_class is Meaning.RAISED:
         return _raised(error)
-    if kind is Meaning.USER:
+    if error_class is Meaning.USER:
         return SpecError(Problem(("--runtime-env",), str(error).strip(), remedy))
-    if kind is Meaning.OURS:
+    if error_class is Meaning.OURS:
         return DistplatError(f"error inside distplat: {type(error).__name__}: {cause}")
-    head = "a process of the cluster was lost" if kind is Meaning.LOST else "the cluster fails"
+    head = (
+        "a process of the cluster was lost" if error_class is Meaning.LOST else "the cluster fails"
+    )
     return InfrastructureError(f"{head}: {cause}" + (f"; {remedy}" if remedy else ""))
 
 
@@ -179,13 +183,13 @@ def _raised(error: exceptions.RayError) -> DistplatError:
         return cause
     if isinstance(cause, exceptions.RayError):
         return as_ours(cause)
-    named = re.search(r"repr=([^,)]+)", str(error))  # no attribute: the class is the cause's, too
-    who = named[1] if named else "an actor"
-    return InfrastructureError(f"error inside {who}: {type(cause).__name__}: {cause}")
+    name_match = re.search(r"repr=([^,)]+)", str(error))  # the actor's name is in the message only
+    actor = name_match[1] if name_match else "an actor"
+    return InfrastructureError(f"error inside {actor}: {type(cause).__name__}: {cause}")
 
 
 def as_transport_error(error: exceptions.RayError) -> Exception:
-    """Give what `Transport.get` raises."""
+    """Convert an error to an exception of `Transport.get`."""
     match meaning(error):
         case Meaning.LATE:
             return AnswerPending()
@@ -199,11 +203,10 @@ def as_transport_error(error: exceptions.RayError) -> Exception:
 
 def of_platform(error: BaseException) -> DistplatError | None:
     """
-    Give our error for what came through the user's code, or past it, and is not his; else None.
+    Convert an exception that passed the user's code but is not the user's; else return None.
 
-    Of what a method raised only our own errors are meant: others are of actors that the user's
-    code has made itself. So are deadlines, of which ours come through a transport, and what Ray
-    does not do.
+    Exceptions of methods count only if they are ours: others come from actors that the user's code
+    has created, as do timeouts (ours come through a transport) and misuse of Ray.
     """
     if isinstance(error, TransportError):
         return InfrastructureError(f"a process of the run does not answer: {error}".rstrip(": "))

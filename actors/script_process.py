@@ -1,4 +1,4 @@
-"""One process of a script that is run as it is, and what it prints."""
+"""Actor that runs one process of an unchanged script, and buffers its output."""
 
 from __future__ import annotations
 
@@ -17,49 +17,51 @@ from typing import IO, TextIO
 
 from distplat.platform.torchrun import ProcessLocation, free_port
 
-_MOST_LINES = 10_000
-"""Lines that are kept for the driver; beyond them the script waits in its `print`."""
+_MAX_LINES = 10_000
+"""Lines buffered for the driver; if the buffer is full, `print` of the script blocks."""
 _LINE_BYTES = 1 << 16
 _REST_S = 1.0
-"""How long output is waited for once the script has ended: a child may keep the pipe open."""
+"""Timeout for reading the rest of the output, because a child may keep the pipe open."""
 _PYTHONS = ("python", "python3")
-_BY_DEFAULT = {"PYTHONUNBUFFERED": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
-"""Variables that a script gets where the node does not set them; the second as from torchrun."""
+_DEFAULTS = {"PYTHONUNBUFFERED": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+"""Defaults of environment variables that the node does not set; the second as in torchrun."""
 _WATCHER = str(Path(__file__).with_name("script_watcher.py"))
-"""What starts the command; `-I -S`: it imports nothing of the user's or of what is installed."""
+"""Starts the command; run with `-I -S`, so that it imports only the standard library."""
 
 
 @dataclass(frozen=True)
 class ProcessOutput:
-    """What a process has printed since the driver last took it."""
+    """Output of a process since the driver's last call."""
 
     lines: tuple[str, ...]
     exit_code: int | None
-    """None: it runs. A negative one is that of a signal."""
+    """None: running. Negative: number of the signal that ended it."""
 
 
 class ScriptProcess:
     """
-    Runs a command in a process of its own, which ends with this one, as does all that it starts.
+    Runs a command in a child process; it and all its descendants end with this process.
 
     Args:
-        where: says where this object is.
+        locate: returns the location of this process.
     """
 
-    def __init__(self, where: Callable[[], ProcessLocation]) -> None:
-        self._where = where
-        self._starting = threading.Lock()
+    def __init__(self, locate: Callable[[], ProcessLocation]) -> None:
+        self._locate = locate
+        self._start_lock = threading.Lock()
         self._changed = threading.Condition()
         self._lines: deque[str] = deque()
-        self._taken = 0  #: lines that the driver has
+        self._taken = 0  #: number of lines that the driver has received
         self._exit_code: int | None = None
         self._error = ""
-        self._control: socket.socket | None = None  #: to the watcher, see `script_watcher.py`
+        self._control: socket.socket | None = (
+            None  #: socket of the watcher; see `script_watcher.py`
+        )
         self._thread: threading.Thread | None = None
 
     def location(self) -> ProcessLocation:
-        """Say where the process would run."""
-        return self._where()
+        """Return the location of the process."""
+        return self._locate()
 
     def port(self) -> int:
         """See `free_port`."""
@@ -73,27 +75,26 @@ class ScriptProcess:
         limit_s: float,
     ) -> str:
         """
-        Start the command; once.
+        Start the command; repeated calls have no effect.
 
         Args:
-            command: with its arguments. `python` is the Python of this process, and a `*.py` is
-                run by it.
-            environment: beside the variables of this process.
-            folder: where to; None: the one of this process.
-            limit_s: how long its beginning may take.
+            command: command and arguments. `python`, and a file `*.py`, use this process's Python.
+            environment: variables in addition to those of this process.
+            folder: working directory; None: that of this process.
+            limit_s: timeout of the start.
 
         Returns:
-            Why it cannot be started; empty: it runs.
+            Why the command cannot be started; empty: it runs.
         """
-        with self._starting:
+        with self._start_lock:
             if self._thread is None:
-                begun = threading.Event()
-                given = with_python(command), {**os.environ, **environment}, folder, begun
-                self._thread = threading.Thread(target=self._run, args=given, daemon=True)
+                started = threading.Event()
+                args = with_python(command), {**os.environ, **environment}, folder, started
+                self._thread = threading.Thread(target=self._run, args=args, daemon=True)
                 self._thread.start()
-                if not begun.wait(limit_s):
+                if not started.wait(limit_s):
                     self._error = (
-                        f"it has not begun within {limit_s:g} s; `--start-timeout` changes "
+                        f"it did not start within {limit_s:g} s; `--start-timeout` changes "
                         "this deadline"
                     )
                     self.kill()
@@ -101,11 +102,11 @@ class ScriptProcess:
 
     def output(self, taken: int, wait_s: float) -> ProcessOutput:
         """
-        Give lines that were printed.
+        Return the buffered lines.
 
         Args:
-            taken: lines that the driver has had; they are forgotten, the others given again.
-            wait_s: how long to wait for a line or the end.
+            taken: number of lines that the driver has received; they are dropped from the buffer.
+            wait_s: seconds to wait for a line or the end.
         """
         with self._changed:
             while self._taken < taken:
@@ -116,19 +117,19 @@ class ScriptProcess:
             return ProcessOutput(tuple(self._lines), self._exit_code)
 
     def terminate(self) -> None:
-        """Ask the process, and those of its group, to end."""
+        """Send SIGTERM to the process group."""
         if self._control is not None:
-            with suppress(OSError):  # all have ended
+            with suppress(OSError):  # all processes have ended
                 self._control.sendall(bytes([signal.SIGTERM]))
 
     def kill(self) -> None:
-        """End at once everything that was started."""
+        """Kill the process and all its descendants."""
         if self._control is not None:
             with suppress(OSError):
                 self._control.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """See `kill`; where this process ends without that, the kernel closes the socket."""
+        """See `kill`; if this process is killed, the kernel closes the socket instead."""
         self.kill()
 
     def _run(
@@ -136,50 +137,50 @@ class ScriptProcess:
         command: list[str],
         environment: dict[str, str],
         folder: str | None,
-        begun: threading.Event,
+        started: threading.Event,
     ) -> None:
         """
-        Start the process and wait for it.
+        Start the process and wait for its end.
 
-        Once it has begun there is no deadline: a script, and what it leaves running, take their
-        time. The end of the actor ends both, and the watcher.
+        A running script has no deadline; it ends at the latest with this actor, as does the
+        watcher.
         """
         try:
-            watcher, told = self._begin(command, environment, folder)
-        except Exception as error:  # also what Python itself refuses, such as a NUL character
+            watcher, status = self._start_watcher(command, environment, folder)
+        except Exception as error:  # also ValueError, for example for a NUL character
             self._error = self._error or str(error) or repr(error)
             return
         finally:
-            begun.set()
+            started.set()
         reader = threading.Thread(target=self._read, args=(watcher.stdout,), daemon=True)
         reader.start()
         code = ""
         with suppress(OSError):  # the watcher was killed before it has read a signal's number
-            code = told.readline()
+            code = status.readline()
         reader.join(_REST_S)
         with self._changed:  # the kernel kills a command whose watcher was killed
             self._exit_code = int(code) if code else -signal.SIGKILL
             self._changed.notify_all()
         watcher.wait()
 
-    def _begin(
+    def _start_watcher(
         self, command: list[str], environment: dict[str, str], folder: str | None
     ) -> tuple[subprocess.Popen[str], TextIO]:
         """
-        Start the watcher, and wait until it has started the command; `start` has the deadline.
+        Start the watcher and wait until it has started the command; `start` has the deadline.
 
         Returns:
-            The watcher's process, whose output is the command's; what it tells of the command.
+            The watcher's process, whose stdout is that of the command, and its status messages.
 
         Raises:
             OSError: the command cannot be started.
         """
         self._control, watcher_end = socket.socketpair()
-        told = self._control.makefile("r", encoding="utf-8", errors="replace")
+        status = self._control.makefile("r", encoding="utf-8", errors="replace")
         with watcher_end:
             watcher = subprocess.Popen(
                 [sys.executable, "-I", "-S", _WATCHER, *command],
-                env={**_BY_DEFAULT, **environment},
+                env={**_DEFAULTS, **environment},
                 cwd=folder,
                 stdin=watcher_end.fileno(),
                 stdout=subprocess.PIPE,
@@ -189,22 +190,22 @@ class ScriptProcess:
                 errors="replace",
                 start_new_session=True,
             )
-        assert watcher.stdout is not None, "it is a pipe"
-        first = told.readline()
+        assert watcher.stdout is not None, "stdout is a pipe"
+        first = status.readline()
         if first != "\n":
             raise OSError(first.strip() or watcher.stdout.read().strip())
-        return watcher, told
+        return watcher, status
 
     def _read(self, stream: IO[str]) -> None:
         while line := stream.readline(_LINE_BYTES):
             with self._changed:
-                self._changed.wait_for(lambda: len(self._lines) < _MOST_LINES)
+                self._changed.wait_for(lambda: len(self._lines) < _MAX_LINES)
                 self._lines.append(line.rstrip("\n"))
                 self._changed.notify_all()
 
 
 def with_python(command: Sequence[str]) -> list[str]:
-    """Name the interpreter: workers of a cluster need not have this one first in their PATH."""
+    """Replace `python` by this interpreter, which need not be the first one in PATH."""
     first, *rest = command
     if first in _PYTHONS:
         return [sys.executable, *rest]

@@ -1,14 +1,14 @@
 """
-A script that is run as it is, in several processes: torchrun's part, over the nodes of a cluster.
+Run an unchanged script in several processes, like torchrun, on the nodes of a Ray cluster.
 
     driver                          ScriptProcess, one for each rank
     ------                          -----------------------------------------
     location, port      ->          node, address, GPUs; a free port of rank 0
     start(env)          ->          python train.py, with torchrun's variables
-    output(taken)       <->         lines and exit codes, asked again and again
+    output(taken)       <->         lines and exit codes, polled
 
-The first process that fails ends the attempt, as does one that is lost: all others get SIGTERM, and
-after a while SIGKILL. Then all begin anew, with a fresh port, up to `max_restarts` times.
+The first failed or lost process ends the attempt: all others get SIGTERM, and later SIGKILL. Then
+all processes are restarted with a new port, up to `max_restarts` times.
 """
 
 from __future__ import annotations
@@ -48,51 +48,51 @@ from distplat.platform.spec import Scaling
 from distplat.platform.torchrun import ProcessLocation, TorchrunLaunch, environments, ranks_of
 
 START_S = 120.0
-"""How long processes may take to start, where `--start-timeout` says nothing else."""
+"""Default of `--start-timeout`."""
 _OUTPUT_S = 1.0
 _TICK_S = 0.1
 _SILENT_S = 60.0
-"""A process without an answer for so long counts as lost; answers are held back for `_OUTPUT_S`."""
+"""Seconds without an answer after which a process counts as lost; a poll takes `_OUTPUT_S`."""
 GRACE_S = 10.0
-"""How long processes have to end after SIGTERM."""
+"""Seconds between SIGTERM and SIGKILL."""
 _ALONE_S = 60.0
-"""Seconds after which a notice says that some processes have ended and others have not."""
+"""Seconds after which a notice names processes that still run after others have ended."""
 _SETTING = "--start-timeout"
 
 
 @dataclass(frozen=True)
 class Script:
-    """What is to be run."""
+    """A script to run."""
 
     command: tuple[str, ...]
     run: str
     """Name of the run."""
     folder: str | None
-    """Where to; None: where the actors are."""
+    """Working directory; None: that of the actors."""
     max_restarts: int = 0
     start_timeout_s: float = START_S
 
 
 class Terminal(Protocol):
-    """Takes what happens."""
+    """Receives the output of a run."""
 
     def line(self, rank: int, text: str) -> None:
-        """Take a line that a rank has printed."""
+        """Print a line of a rank."""
 
     def notice(self, text: str) -> None:
-        """Take what the run itself has to say."""
+        """Print a message of the run itself."""
 
 
 class _Rank:
-    """The driver's side of one process."""
+    """State of one process in the driver."""
 
     def __init__(self, actor: Any, rank: int) -> None:
         self.actor, self.rank = actor, rank
         self.taken = 0
         self.exit_code: int | None = None
-        self.lost = ""  #: why it is gone; empty: it is there
+        self.lost = ""  #: cause of the loss; empty: not lost
         self.reply: Any = None
-        self.heard_at = 0.0  #: when it has answered last, or was asked first
+        self.answered_at = 0.0  #: time of the last answer, or of the first call
 
     @property
     def over(self) -> bool:
@@ -104,11 +104,11 @@ class Attempt:
     One start of all processes.
 
     Args:
-        script: what to run.
-        transport: the driver's.
+        script: the script.
+        transport: transport of the driver.
         actors: a `ScriptProcess` for each rank.
-        terminal: takes what they print.
-        check: called ten times a second; what it raises ends the attempt.
+        terminal: receives the output.
+        check: called ten times a second; its exceptions end the attempt.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Attempt:
         self._actors, self._check = actors, check
         self._ranks: list[_Rank] = []
         self._warned = False  #: see `_warn_of_running_ranks`
-        self._all_ran_at = time.monotonic()
+        self._last_all_running = time.monotonic()
         self._clock = AwakeClock()
 
     def run(self, restarts: int) -> None:
@@ -131,45 +131,45 @@ class Attempt:
         Run to the end.
 
         Raises:
-            ScriptFailed: a process ended with another exit code than 0.
-            InfrastructureError: one was lost, or cannot be started.
+            ScriptFailed: a process ended with a non-zero exit code.
+            InfrastructureError: a process was lost or cannot be started.
         """
         script = self._script
-        locations: list[ProcessLocation] = self._ask("starting processes", "location")
+        locations: list[ProcessLocation] = self._call_actors("starting processes", "location")
         ranks = ranks_of(locations)
         first = ranks.index(0)
-        [port] = self._ask("finding a port", "port", only=first)
+        [port] = self._call_actors("finding a port", "port", only=first)
         variables = environments(
             locations, TorchrunLaunch(script.run, port, restarts, script.max_restarts)
         )
-        for error in self._ask("starting the script", "start", variables):
+        for error in self._call_actors("starting the script", "start", variables):
             if error:
                 raise ScriptFailed(f"{script.command[0]} cannot be started: {error}")
         self._ranks = [_Rank(a, rank) for a, rank in zip(self._actors, ranks, strict=True)]
         while not all(process.over for process in self._ranks):
             self._check()
-            self._take()
+            self._poll()
             self._raise_failure()
 
     def end(self) -> None:
-        """End what still runs, and take what it has to say; raises nothing."""
+        """Terminate running processes, and read their remaining output; raises nothing."""
         for method, limit_s in (("terminate", GRACE_S), ("kill", _OUTPUT_S)):
             running = [process for process in self._ranks if not process.over]
             for process in running:
                 self._transport.call(process.actor, method)
-            until = time.monotonic() + limit_s
-            while running and time.monotonic() < until:
-                self._take()
+            deadline = time.monotonic() + limit_s
+            while running and time.monotonic() < deadline:
+                self._poll()
                 running = [process for process in running if not process.over]
 
-    def _ask(
+    def _call_actors(
         self,
         what: str,
         method: str,
         environments: Sequence[dict[str, str]] | None = None,
         only: int | None = None,
     ) -> list[Any]:
-        """Ask all actors, or one; with the command where there are environments."""
+        """Call a method of all actors or one; `environments`: also pass the command."""
         script, call = self._script, self._transport.call
         calls = {}
         for number in range(len(self._actors)) if only is None else [only]:
@@ -180,26 +180,28 @@ class Attempt:
             calls[f"process {number}"] = partial(call, self._actors[number], method, *arguments)
         return ask(self._transport, what, calls, script.start_timeout_s, _SETTING, self._check)
 
-    def _take(self) -> None:
-        """Take what was printed, and how processes have ended."""
+    def _poll(self) -> None:
+        """Read new output and exit codes of all processes."""
         open_ranks = [process for process in self._ranks if not process.over]
-        now = self._clock.now()  # once: a terminal that takes lines slowly is no rank's silence
+        now = (
+            self._clock.now()
+        )  # read once, so that a slow terminal does not make ranks look silent
         for process in open_ranks:
             if process.reply is None:
-                question = process.actor, "output", process.taken, _OUTPUT_S
-                process.reply = self._transport.call(*question)
-                process.heard_at = process.heard_at or now
+                call = process.actor, "output", process.taken, _OUTPUT_S
+                process.reply = self._transport.call(*call)
+                process.answered_at = process.answered_at or now
         replies = [process.reply for process in open_ranks]
         answered = self._transport.wait(replies, _TICK_S) if replies else []
-        if answered:  # that was one of them, and who prints much would come before others again
+        if answered:  # collect all answers, so that a chatty rank does not delay the others
             answered = self._transport.wait(replies, 0.0, everything=True)
         for process in open_ranks:
             if process.reply in answered:
-                self._take_answer(process, now)
-            elif now - process.heard_at > _SILENT_S:
+                self._handle_answer(process, now)
+            elif now - process.answered_at > _SILENT_S:
                 process.lost = f"it has not answered for {_SILENT_S:.0f} s"
 
-    def _take_answer(self, process: _Rank, now: float) -> None:
+    def _handle_answer(self, process: _Rank, now: float) -> None:
         reply, process.reply = process.reply, None
         try:
             output: ProcessOutput = self._transport.get(reply, _OUTPUT_S)
@@ -207,8 +209,8 @@ class Attempt:
             process.lost = str(error) or "its node or actor died"
             return
         except (Unanswered, TransportError):
-            return  # asked again: what was not taken is given again
-        process.heard_at = now
+            return  # the next poll returns the same lines
+        process.answered_at = now
         process.taken += len(output.lines)
         for text in output.lines:
             self._terminal.line(process.rank, text)
@@ -226,15 +228,18 @@ class Attempt:
         self._warn_of_running_ranks(ended)
 
     def _warn_of_running_ranks(self, ended: Sequence[int]) -> None:
-        """Say once that some processes are done and others not: they may wait for those."""
+        """Log once that some processes have ended and others, which may wait for them, have not."""
         if not ended:
-            self._all_ran_at = time.monotonic()
-        elif not self._warned and time.monotonic() - self._all_ran_at > _ALONE_S:
+            self._last_all_running = time.monotonic()
+        elif not self._warned and time.monotonic() - self._last_all_running > _ALONE_S:
             self._warned = True
-            first, left = ranks_text(ended), [one.rank for one in self._ranks if not one.over]
-            text = "%s ended with exit code 0, %.0f s ago; not so %s: at work, or waiting in vain"
-            if left:
-                self._terminal.notice(text % (first, _ALONE_S, ranks_text(left)))
+            first = ranks_text(ended)
+            running = [process.rank for process in self._ranks if not process.over]
+            text = (
+                "%s ended with exit code 0, %.0f s ago; still running, maybe waiting for them: %s"
+            )
+            if running:
+                self._terminal.notice(text % (first, _ALONE_S, ranks_text(running)))
 
 
 def run_script(
@@ -245,21 +250,22 @@ def run_script(
     check: Callable[[], object],
 ) -> int:
     """
-    Run a script, and again where it fails.
+    Run a script, and restart it after failures.
 
     Args:
-        script: what to run.
-        transport: the driver's.
-        spawn: makes a `ScriptProcess` for each rank, and ends them all; told which attempt it is.
-        terminal: takes what happens.
-        check: called ten times a second; what it raises ends the run.
+        script: the script.
+        transport: transport of the driver.
+        spawn: given the number of the attempt, creates a `ScriptProcess` for each rank, and ends
+            all of them afterwards.
+        terminal: receives the output.
+        check: called ten times a second; its exceptions end the run.
 
     Returns:
-        How often it was started anew.
+        Number of restarts.
 
     Raises:
-        ScriptFailed: a process ended with another exit code than 0 once more than may be.
-        InfrastructureError: one was lost, or could not be started.
+        ScriptFailed: a process ended with a non-zero exit code after the last restart.
+        InfrastructureError: a process was lost or could not be started.
     """
     restarts = 0
     while True:
@@ -275,24 +281,24 @@ def run_script(
             if restarts == script.max_restarts:
                 raise
             restarts += 1
-            terminal.notice(f"{error}; starting anew, {restarts} of {script.max_restarts}")
+            terminal.notice(f"{error}; restart {restarts} of {script.max_restarts}")
 
 
 _STORAGE = 120.0, ""
-"""How long the disk of the run directory may give no answer; nothing changes it."""
-_MOST_LINES = 100_000
-"""That may wait for it."""
+"""Timeout of the run directory's disk, and the setting that changes it: none."""
+_MAX_LINES = 100_000
+"""Lines that may wait for that disk."""
 
 
 @dataclass(frozen=True)
 class ScriptJob:
-    """What `distplat submit -- COMMAND` was asked for."""
+    """Arguments of `distplat submit -- COMMAND`."""
 
     name: str
     command: tuple[str, ...]
     working_dir: Path
     storage_path: Path
-    """Where run directories are made."""
+    """Parent of run directories."""
     scaling: Scaling = field(default_factory=Scaling)
     max_restarts: int = 0
     start_timeout_s: float = START_S
@@ -300,7 +306,7 @@ class ScriptJob:
 
 @dataclass(frozen=True)
 class ScriptResult:
-    """How it ended."""
+    """Result of a script's run."""
 
     path: Path
     """The run directory, with `rank-<n>.log` for each process."""
@@ -310,16 +316,16 @@ class ScriptResult:
 
 class _Logs(Terminal):
     """
-    Writes what ranks print to a file each, and hands it on.
+    Writes the output of each rank to a file, and passes it to the terminal.
 
     Args:
         path: the run directory.
-        terminal: sees everything, too.
+        terminal: receives the output, too.
     """
 
     def __init__(self, path: Path, terminal: Terminal) -> None:
         self._terminal = terminal
-        self._files = RoleFiles(path, terminal.notice, max_pending=_MOST_LINES)
+        self._files = RoleFiles(path, terminal.notice, max_pending=_MAX_LINES)
 
     @override
     def line(self, rank: int, text: str) -> None:
@@ -331,22 +337,22 @@ class _Logs(Terminal):
         self._terminal.notice(text)
 
     def close(self) -> None:
-        """Close the files."""
+        """Close all files."""
         self._files.close()
 
 
 def train_script(job: ScriptJob, terminal: Terminal) -> ScriptResult:
     """
-    Run a script's processes to their end.
+    Run a script's processes until they end.
 
     Raises:
-        ScriptFailed: one of them ended with an error.
-        SpecError: the cluster cannot hold them.
-        InfrastructureError: one was lost, or the cluster fails.
-        StorageError: the run directory cannot be made.
+        ScriptFailed: a process ended with a non-zero exit code.
+        SpecError: the cluster is too small.
+        InfrastructureError: a process was lost, or the cluster failed.
+        StorageError: the run directory cannot be created.
         Interrupted: SIGINT, SIGTERM or SIGHUP.
     """
-    run, began = new_run_name(job.name), time.monotonic()
+    run, start = new_run_name(job.name), time.monotonic()
     path = job.storage_path.absolute() / run
     try:
         with_deadline(lambda moved: path.mkdir(FOLDER_MODE, parents=True), path, *_STORAGE)
@@ -362,7 +368,7 @@ def train_script(job: ScriptJob, terminal: Terminal) -> ScriptResult:
         raise
     finally:
         logs.close()
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - start
     _finish(path, job, "SUCCEEDED", {"restarts": restarts, "seconds": seconds})
     return ScriptResult(path, restarts, seconds)
 
@@ -394,7 +400,7 @@ def _run(job: ScriptJob, path: Path, logs: _Logs) -> int:
 
 
 def _finish(path: Path, job: ScriptJob, status: str, facts: dict[str, object]) -> None:
-    """Write down how it ended; where the disk is full, the exit code says it."""
+    """Record the status of the run; a full disk is ignored, as the exit code has it, too."""
     fields = {"status": status, "name": job.name, "command": list(job.command)}
     content = json.dumps({**fields, **facts}, indent=2).encode()
     with suppress(OSError, StorageError):

@@ -1,17 +1,17 @@
 """
-Start a command for an actor, and end it and all that it has started when the actor is gone.
+Run a command for an actor, and kill it and all its descendants when the actor ends.
 
     actor ── starts ──▶ this file ── forks ──▶ watcher ── starts ──▶ command, in its own session
       ▲                                          ▲                      │
       └──── socket: signals ▶, ◀ exit code ──────┘ ◀── its orphans ─────┘
 
-Run by its path, with the standard library alone: `script_watcher.py COMMAND...`. stdin is the
+Executed by path, with only the standard library: `script_watcher.py COMMAND...`. stdin is the
 socket:
 
-- First the watcher writes a line: why the command cannot be started; empty: it runs. When the
-  command has ended, a line with its exit code follows; a negative one is that of a signal.
-- Each byte from the actor is the number of a signal for the command's process group. At the end of
-  the socket all processes are killed: the actor has closed it, or was killed itself.
+- The watcher first writes a line: the error if the command cannot be started, else an empty line.
+  After the command has ended, it writes the exit code; a negative one is the number of a signal.
+- Each byte from the actor is the number of a signal for the command's process group. At EOF all
+  processes are killed, because the actor has closed the socket or was killed.
 """
 
 import ctypes
@@ -26,12 +26,12 @@ from contextlib import suppress
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 _TICK_S, _TICKS = 0.05, 1200
-"""What does not end within a minute of SIGKILL is left to the kernel."""
+"""Polling interval after SIGKILL, and its count: processes have a minute to end."""
 
 
 def main(command: list[str]) -> None:
-    """Start the command, and stay until it and all that it has started have ended."""
-    if watcher := os.fork():  # Ray kills an actor's own children together with it: not the watcher
+    """Run the command, and wait until it and all its descendants have ended."""
+    if watcher := os.fork():  # Ray kills direct children of an actor, but not the grandchild
         os.closerange(0, 3)
         os.waitpid(watcher, 0)
         return
@@ -44,17 +44,17 @@ def main(command: list[str]) -> None:
             start_new_session=True,
             preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # calls the kernel only
         )
-    except Exception as error:  # also what Python itself refuses
-        _tell(str(error) or repr(error))
+    except Exception as error:  # also ValueError of invalid arguments
+        _send(str(error) or repr(error))
         return
-    _tell("")
+    _send("")
     null = os.open(os.devnull, os.O_RDWR)
-    for number in (1, 2):  # the output ends with the command
+    for number in (1, 2):  # only the command keeps the output open
         os.dup2(null, number)
-    while _reap(script) and _hear(script, signals):
+    while _reap(script) and _forward_signal(script, signals):
         pass
     _signal_group(script, signal.SIGKILL)
-    for _ in range(_TICKS):  # children of the killed ones become children of this process
+    for _ in range(_TICKS):  # orphans of killed processes become children of this process
         if not _reap(script):
             return
         for child in _children():
@@ -65,10 +65,10 @@ def main(command: list[str]) -> None:
 
 def _signals() -> int:
     """
-    Give a pipe that can be read from after each signal, none of which ends this process any more.
+    Install signal handlers; return a pipe that becomes readable after each signal.
 
-    The handlers do nothing: one that did could be interrupted by the next signal. The command has
-    none of them. What it is to ignore stays ignored: `exec` keeps that, and gives up handlers.
+    The handlers do nothing, because a handler may be interrupted by the next signal. `exec` resets
+    handlers but keeps ignored signals, so the command starts with the dispositions it should have.
     """
     reading, writing = os.pipe()
     for end in (reading, writing):
@@ -82,24 +82,24 @@ def _signals() -> int:
 
 
 def _reap(script: subprocess.Popen[bytes]) -> bool:
-    """Take the exit codes of children that have ended; say whether there are others."""
+    """Reap ended children, and send the command's exit code; return whether children remain."""
     with suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             if ended[0] == script.pid:
                 script.returncode = os.waitstatus_to_exitcode(ended[1])
-                _tell(str(script.returncode))
+                _send(str(script.returncode))
         return True
     return False
 
 
-def _hear(script: subprocess.Popen[bytes], signals: int) -> bool:
+def _forward_signal(script: subprocess.Popen[bytes], signals: int) -> bool:
     """
-    Wait until a child may have ended, or the actor sends a signal, and pass it on.
+    Wait until a child may have ended or the actor sends a signal, and forward the signal.
 
-    There is no deadline: a script runs as long as it runs.
+    There is no deadline, because scripts may run for any time.
 
     Returns:
-        Whether the actor is there.
+        Whether the actor is still connected.
     """
     ready, _, _ = select.select([0, signals], [], [])
     if signals in ready:
@@ -115,22 +115,22 @@ def _hear(script: subprocess.Popen[bytes], signals: int) -> bool:
 
 
 def _signal_group(script: subprocess.Popen[bytes], number: int) -> None:
-    """Send a signal to the command's group; once it has ended, its number may be another's."""
+    """Send a signal to the command's group, unless it has ended and its pid may be reused."""
     if script.returncode is None:
         with suppress(OSError):
             os.killpg(script.pid, number)
 
 
 def _children() -> Iterator[int]:
-    """Give the children of this process, as Linux tells them."""
+    """Yield the pids of this process's children, from /proc."""
     for name in os.listdir("/proc") if os.path.isdir("/proc") else ():
         with suppress(OSError, ValueError), open(f"/proc/{int(name)}/stat", "rb") as file:
             if int(file.read().rpartition(b")")[2].split()[1]) == os.getpid():
                 yield int(name)
 
 
-def _tell(line: str) -> None:
-    with suppress(OSError):  # the actor is gone
+def _send(line: str) -> None:
+    with suppress(OSError):  # the actor has ended
         os.write(0, f"{line}\n".encode(errors="replace"))
 
 

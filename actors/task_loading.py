@@ -1,4 +1,4 @@
-"""Find the user's task, train function or script."""
+"""Import the user's task, train function or script."""
 
 import dis
 import importlib
@@ -20,18 +20,19 @@ from distplat.platform.own_loop import script_of
 from distplat.strategies.task import Task
 
 TrainFunction: TypeAlias = Callable[..., object]
-"""A loop of the user's own; see `call_train_function`."""
+"""A training loop of the user; see `call_train_function`."""
 SHIPPED = "_ray_pkg_"
-"""Names of folders that Ray has brought to a node begin so."""
+"""Prefix of folders that Ray has shipped to a node."""
 
 
 def load_task_class(entry: str, search_path: str) -> type[Task]:
     """
-    Import `module:Class` from a folder or from what is installed.
+    Import `module:Class` from a folder or from installed packages.
+
+    Exceptions of the module's own code pass unchanged.
 
     Raises:
-        SpecError: no such module or class, or the class is no `Task`. What the module itself
-            raises while it is imported passes through.
+        SpecError: the module or class does not exist, or the class is no `Task`.
     """
     module, name = _import_module(entry, search_path)
     attribute = getattr(module, name, None)
@@ -48,11 +49,11 @@ def load_task_class(entry: str, search_path: str) -> type[Task]:
 
 def load_train_function(entry: str, search_path: str) -> TrainFunction:
     """
-    Import `module:function`, see `load_task_class`, or give what runs a script.
+    Import `module:function` like `load_task_class`, or return a function that runs a script.
 
     Raises:
-        SpecError: no such module, function or script; or it is a `Task`, whose job needs more
-            fields.
+        SpecError: the module, function or script does not exist; or it is a `Task`, whose job
+            needs more fields.
     """
     if script_of(entry):
         return _script_function(entry, search_path)
@@ -74,19 +75,19 @@ def load_train_function(entry: str, search_path: str) -> TrainFunction:
 
 
 def needed_arguments(function: TrainFunction) -> list[inspect.Parameter]:
-    """Give the parameters of a function that have no default."""
+    """Return the parameters of a function without a default."""
     parameters = inspect.signature(function).parameters.values()
     return [p for p in parameters if p.default is p.empty and p.kind not in _VARIADIC]
 
 
 def takes_names(function: TrainFunction, names: Collection[str]) -> bool:
     """
-    Say whether a function takes `task_args` one by one.
+    Return whether to pass `task_args` to a function as keyword arguments.
 
-    It does if it has no place for one dict, or if these names are those of its arguments.
+    This holds if it cannot take a single dict, or if its parameters match the names.
 
     Args:
-        function: of the user's.
+        function: the train function.
         names: names in `task_args`.
     """
     needed = needed_arguments(function)
@@ -98,7 +99,7 @@ def takes_names(function: TrainFunction, names: Collection[str]) -> bool:
 
 
 def call_train_function(function: TrainFunction, config: Mapping[str, Any]) -> None:
-    """Call a train function with `task_args`: as one dict, or by name, or not where it has none."""
+    """Call a train function with `task_args` as one dict, as keywords, or without arguments."""
     if takes_names(function, config):
         function(**config)
     elif inspect.signature(function).parameters:
@@ -116,7 +117,7 @@ def _not_found(module: ModuleType, problem: str, name: str, known: list[str]) ->
 
 
 def _import_module(entry: str, search_path: str) -> tuple[ModuleType, str]:
-    """Import the module of an entry point; give it, and the name to look for in it."""
+    """Import the module of an entry point; return it and the name of the attribute."""
     module_name, _, name = entry.partition(":")
     folder = Path(search_path or ".")
     if search_path:
@@ -127,31 +128,32 @@ def _import_module(entry: str, search_path: str) -> tuple[ModuleType, str]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise  # the user's module exists; one that it imports does not
+            raise  # the module exists, but one of its imports does not
         file_names = [path.stem for path in Path(search_path or ".").glob("*.py")]
         advice = hint_of(module_name, file_names) if file_names else "no Python file is there"
         message = f"could not import {module_name!r} from {search_path or 'the import path'}"
         raise SpecError(Problem(("task",), message, advice)) from None
-    if isinstance(module, ModuleType):  # it may have put another object in its place
+    if isinstance(module, ModuleType):  # a module may replace itself in `sys.modules`
         _check_location(module, folder)
     return module, name
 
 
 def _prepend_to_path(folder: str) -> None:
-    """Have modules of a folder come first, before those of these names that PYTHONPATH has."""
+    """Put a folder first on the import path, before PYTHONPATH."""
     sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
 
 
 def _check_imports(name: str, path: Path, folder: Path) -> None:
     """
-    Refuse a file that imports a module of its folder of which another is here: an earlier job's.
+    Raise if a file imports a module of its folder while another module of that name is loaded.
 
-    Of the standard library's names Python has many itself when it starts; there its rules hold.
+    Such a module may come from an earlier job. Modules with names of the standard library are not
+    checked.
 
     Args:
-        name: of the module that the file is.
-        path: of the file.
-        folder: files of its own that are imported one by another are looked at.
+        name: name of the file's module.
+        path: path of the file.
+        folder: folder of the modules; imports are followed through its files.
 
     Raises:
         SpecError: see `_check_location`.
@@ -171,10 +173,10 @@ def _check_imports(name: str, path: Path, folder: Path) -> None:
 
 def _shadowing_modules(folder: Path) -> dict[str, ModuleType]:
     """
-    Give the modules that are here in place of a folder's own, by name.
+    Return loaded modules that shadow modules of a folder, by name.
 
-    Ours is everybody's, and `__main__` is what runs. Mostly there are none, and no file need be
-    read: of a large library that takes half a minute.
+    `distplat` and `__main__` are excluded. The result is usually empty, so that no file has to be
+    parsed, which would take half a minute for a large library.
     """
     folder_names: set[str] = set()
     with suppress(OSError):
@@ -182,7 +184,7 @@ def _shadowing_modules(folder: Path) -> dict[str, ModuleType]:
     folder_names -= {*sys.stdlib_module_names, "distplat", "__main__"}
     return {
         name: module
-        for name, module in sys.modules.copy().items()  # at once: other threads import, too
+        for name, module in sys.modules.copy().items()  # a copy, because other threads may import
         if name.partition(".")[0] in folder_names
         and isinstance(module, ModuleType)
         and _shadowed_file(module, folder) is not None
@@ -191,19 +193,19 @@ def _shadowing_modules(folder: Path) -> dict[str, ModuleType]:
 
 def _names_imported(name: str, path: Path) -> set[str]:
     """
-    Give all modules that a module's file may import by their full names, and their packages.
+    Return the full names of all modules, and their packages, that a module's file may import.
 
-    Its code says so. Trees of `ast` would, too; until 3.11.7 CPython builds them in one thread at a
-    time only, and others build some whenever they show a traceback.
+    They are read from bytecode and not from `ast`: until 3.11.7, CPython can build syntax trees in
+    one thread at a time only, and other threads build some when they format a traceback.
     """
     try:
         code = SourceFileLoader(name, str(path)).get_code(name)
     except (OSError, SyntaxError, ValueError):
-        return set()  # who imports it hears of that
+        return set()  # the import itself raises the error
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     names_found = set()
     for level, base, names in _imports_in(code) if code is not None else ():
-        with suppress(ImportError):  # more dots than packages
+        with suppress(ImportError):  # more dots than parent packages
             base = resolve_name("." * level + base, package)
             names_found |= {base, *(f"{base}.{dotted}" for dotted in names)}
     parts = [dotted.split(".") for dotted in names_found]
@@ -211,7 +213,7 @@ def _names_imported(name: str, path: Path) -> set[str]:
 
 
 def _imports_in(code: CodeType) -> Iterator[tuple[int, str, tuple[str, ...]]]:
-    """Give the imports of a piece of code: dots, name, and what comes `from` there."""
+    """Yield the imports of a code object: level, module, and names imported from the module."""
     arguments: deque[Any] = deque(maxlen=2)
     for instruction in dis.get_instructions(code):
         if instruction.opname == "IMPORT_NAME":
@@ -225,7 +227,7 @@ def _imports_in(code: CodeType) -> Iterator[tuple[int, str, tuple[str, ...]]]:
 
 
 def _file_of(module: str, folder: Path) -> Path | None:
-    """Give the file of a folder that a module comes from; None: it has none."""
+    """Return the file of a module in a folder, or None."""
     path = folder.joinpath(*module.split("."))
     files = [file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()]
     return files[0] if files else None
@@ -233,21 +235,21 @@ def _file_of(module: str, folder: Path) -> Path | None:
 
 def _check_location(module: ModuleType, folder: Path) -> None:
     """
-    Refuse a module that is not the one of the folder: what is imported already comes first.
+    Check that a loaded module is the one of a folder.
 
     Raises:
-        SpecError: it is another one, such as the standard library's or another run's.
+        SpecError: it is another one, for example of the standard library or of another run.
     """
     if (file := _shadowed_file(module, folder)) is not None:
         origin = getattr(module, "__file__", None)
-        where = "is built into Python" if origin is None else f"was imported before, from {origin}"
-        text = f"{file} would not be used: a module {module.__name__!r} {where}"
+        why = "is built into Python" if origin is None else f"was imported before, from {origin}"
+        text = f"{file} would not be used: a module {module.__name__!r} {why}"
         hint = "rename the file, or run it in a process of its own"
         raise SpecError(Problem(("task",), text, hint))
 
 
 def _shadowed_file(module: ModuleType, folder: Path) -> Path | None:
-    """Give the file of a folder that a module was not loaded from; None: it has none, or was."""
+    """Return the file of a folder that a loaded module shadows, or None."""
     file = _file_of(module.__name__, folder)
     origin = getattr(module, "__file__", None)
     if file is None or (origin and _is_loaded_from(Path(origin), file)):
@@ -256,38 +258,38 @@ def _shadowed_file(module: ModuleType, folder: Path) -> Path | None:
 
 
 def _is_loaded_from(loaded: Path, path: Path) -> bool:
-    """Say whether a file is that of a path, or compiled from it and beside it, as by Cython."""
+    """Return whether a module's file is at a path, or compiled beside it, as by Cython."""
     pairs = (loaded, path), (loaded.parent, path.parent)
-    same_file = any(one.exists() and one.samefile(other) for one, other in pairs)
+    same_file = any(first.exists() and first.samefile(second) for first, second in pairs)
     return same_file or (_is_shipped(loaded) and not _is_shipped(path) and _are_equal(loaded, path))
 
 
 def _is_shipped(path: Path) -> bool:
-    """Say whether Ray has brought a file here; beside the driver its original is here as well."""
+    """Return whether Ray has shipped a file; on the driver's node the original exists, too."""
     return any(part.startswith(SHIPPED) for part in path.parts)
 
 
-def _are_equal(one: Path, other: Path) -> bool:
+def _are_equal(first: Path, second: Path) -> bool:
     try:
-        return one.read_bytes() == other.read_bytes()
+        return first.read_bytes() == second.read_bytes()
     except OSError:
         return False
 
 
 def _script_function(entry: str, search_path: str) -> Callable[[], None]:
     """
-    Give a function that runs a script as `python train.py --lr 0.1` does, in the worker's process.
+    Return a function that runs a script in this process like `python train.py --lr 0.1`.
 
-    The script is `__main__`, with its command line and its folder in front of the import path. One
-    that exits with code 0 returns.
+    The script runs as `__main__`, with its command line, and its folder first on the import path.
+    The function returns if the script exits with code 0.
 
     Args:
-        entry: of the job; `script_of` knows it for a script.
-        search_path: folder where it lies.
+        entry: `task` of the job, which is a script by `script_of`.
+        search_path: folder of the script.
 
     Raises:
-        SpecError: there is no such file.
-        SyntaxError: it is no Python.
+        SpecError: the file does not exist.
+        SyntaxError: the file is not valid Python.
     """
     name, *arguments = script_of(entry)
     path = (Path(search_path or ".") / name).resolve()
@@ -299,15 +301,15 @@ def _script_function(entry: str, search_path: str) -> Callable[[], None]:
     _check_imports("__main__", path, path.parent)
 
     def script() -> None:
-        before = sys.argv
+        saved_argv = sys.argv
         sys.argv = [str(path), *arguments]
         _prepend_to_path(str(path.parent))
         try:
             runpy.run_path(str(path), run_name="__main__")
-        except SystemExit as ended:
-            if ended.code not in (None, 0):
+        except SystemExit as error:
+            if error.code not in (None, 0):
                 raise
         finally:
-            sys.argv = before
+            sys.argv = saved_argv
 
     return script

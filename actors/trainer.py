@@ -113,7 +113,9 @@ class Trainer:
         self._survives_worker_loss = strategy.survives_worker_loss()
         self._has_checkpoints = strategy.has_checkpoints
         if task is None and self.job.task is None:
-            raise SpecError(Problem(("task",), "name a task in the job, or hand Trainer a class"))
+            raise SpecError(
+                Problem(("task",), "name a task in the job, or pass a class to Trainer")
+            )
         self._task = task
         self._task_warnings = [] if task is None else check_task(task, self.job)
         self._dir = Path(working_dir or ".").resolve()
@@ -129,7 +131,7 @@ class Trainer:
     def _find_checkpoint(self, resume: str | Path) -> Path:
         """Find the checkpoint to resume from, and check that it matches the job."""
         if not self._has_checkpoints:
-            text = f"the strategy {self.job.strategy.name!r} cannot go on from a checkpoint"
+            text = f"the strategy {self.job.strategy.name!r} cannot resume from a checkpoint"
             raise SpecError(Problem(("strategy",), text))
         if isinstance(resume, str) and is_url(resume):
             checkpoint = start_from_url(self.job, resume, self._temporary_folder(), logger.warning)
@@ -223,7 +225,7 @@ class Trainer:
                 files.record(partial(_record_failure, directory, result, error))
                 if isinstance(error, Interrupted) and result.checkpoints:
                     step = result.checkpoints[-1].step
-                    logger.warning("--resume %s goes on after step %d", directory.path, step)
+                    logger.warning("--resume %s continues after step %d", directory.path, step)
                 if upload is not None and (missing := upload.close(lambda: stopping.is_requested)):
                     logger.warning("%s", missing)
                 raise
@@ -388,7 +390,7 @@ class _TrainedFiles:
         """
         if self._error is not None:
             names, url = ", ".join(self._refused), self._result.url
-            raise StorageError(f"{self._error}; what was trained is at {url}: {names}")
+            raise StorageError(f"{self._error}; trained files are at {url}: {names}")
 
 
 def _wants_model(job: Job) -> bool:
@@ -418,7 +420,7 @@ def _close(writers: Sequence[BackgroundWriter[Summary]]) -> None:
 def _warn_where_model_is(result: Result) -> None:
     """Log where the model is if the run fails after saving it."""
     if result.checkpoint is not None:
-        logger.warning("the trained model is in %s all the same", result.checkpoint)
+        logger.warning("the trained model was saved to %s", result.checkpoint)
 
 
 def _record_failure(

@@ -355,7 +355,7 @@ class Session:
 
     def _log_start(self, order: WorkOrder, prepared: Prepared, start: int) -> None:
         if order.attempt > 0:
-            logger.info("rank %d goes on after step %d", order.rank, start)
+            logger.info("rank %d continues after step %d", order.rank, start)
             return
         world = order.job.scaling.world
         for warning in prepared.warnings if order.rank == 0 else ():

@@ -95,7 +95,7 @@ def test_a_killed_actor_takes_all_of_its_script_along_and_all_begin_anew(
     actor_of(scripts[0].pid).kill()
     rest, _ = process.communicate(timeout=90)
     assert process.returncode == 0, rest
-    assert "starting anew, 1 of 1" in rest
+    assert "restart 1 of 1" in rest
     assert rest.count("pid") == 2
     _, alive = psutil.wait_procs(scripts, timeout=30)
     assert alive == []

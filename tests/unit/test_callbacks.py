@@ -310,7 +310,7 @@ def test_what_fails_after_the_training_does_not_cost_the_model(
     assert load_file(model)["weight"].tolist() == [1.0, 1.0, 1.0]
     facts = json.loads((model.parent / "result.json").read_text())
     assert (facts["status"], facts["model"]) == ("FAILED", str(model))
-    assert f"the trained model is in {model} all the same" in caplog.text
+    assert f"the trained model was saved to {model}" in caplog.text
 
 
 def test_a_result_that_cannot_be_written_does_not_hide_the_model(
@@ -323,7 +323,7 @@ def test_a_result_that_cannot_be_written_does_not_hide_the_model(
     with caplog.at_level(logging.WARNING), pytest.raises(StorageError, match=r"result\.json"):
         Trainer({**FIELDS, "storage_path": str(tmp_path)}, Lin).fit()
     (model,) = tmp_path.rglob("model.safetensors")
-    assert f"the trained model is in {model} all the same" in caplog.text
+    assert f"the trained model was saved to {model}" in caplog.text
 
 
 def test_a_disk_that_hangs_holds_nobody_up() -> None:

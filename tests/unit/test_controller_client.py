@@ -214,7 +214,7 @@ def test_a_model_is_fetched_no_further_when_nobody_follows(
 
     monkeypatch.setattr(driver.actor.body, "result", result)
     handlers = RunHandlers(driver.heard.append, driver.heard.append, lambda name, content: None)
-    with pytest.raises(DistplatError, match="nobody follows"):
+    with pytest.raises(DistplatError, match="has returned"):
         driver.client._take(ModelReady(), handlers)
     assert asked == [0, 1, 2, 3] and driver.heard == []
 
@@ -332,7 +332,7 @@ def test_what_a_callback_raises_ends_the_run_once_the_thread_has_left(
     with pytest.raises(SpecError, match="no such figure"):
         driver.client.follow(lambda: None, handlers)
     assert [thread.done() for thread in threads] == [True]
-    with pytest.raises(DistplatError, match="nobody follows"):
+    with pytest.raises(DistplatError, match="has returned"):
         driver.client._write(lambda: driver.heard.append("late"))
     assert "late" not in driver.heard
 
@@ -612,7 +612,7 @@ def test_an_outbox_that_nobody_empties_leaves_out_what_may_be_missed() -> None:
 def test_a_driver_that_was_away_is_told_how_much_it_missed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(controller_actor, "_MOST", 2)
+    monkeypatch.setattr(controller_actor, "_MAX_EVENTS", 2)
     actor = ControllerActor("run/controller")
     for step in range(1, 6):
         actor._outbox.put(StepSummary(step, 0, 0.5, 8, {}, 5))

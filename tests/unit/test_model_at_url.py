@@ -65,7 +65,7 @@ def test_a_model_that_the_local_disk_does_not_take_is_at_the_url(
     (run,) = (tmp_path / "two/runs").iterdir()
     assert raised.value.exit_code == 5
     there = f"{URL}/{run.name}"
-    assert str(raised.value).endswith(f"what was trained is at {there}: model.safetensors")
+    assert str(raised.value).endswith(f"trained files are at {there}: model.safetensors")
     assert whole.checkpoint is not None
     assert at(there, "model.safetensors") == whole.checkpoint.read_bytes()
     for text in ((run / "result.json").read_bytes(), at(there, "result.json")):
@@ -90,7 +90,7 @@ def test_each_file_goes_where_there_is_room(
     files.keep("embeddings.safetensors", b"rows")
     files.keep("model.safetensors", b"model")
     assert at(f"{URL}/run", "embeddings.safetensors") == b"rows"
-    with pytest.raises(StorageError, match=rf"is at {URL}/run: embeddings\.safetensors$"):
+    with pytest.raises(StorageError, match=rf"are at {URL}/run: embeddings\.safetensors$"):
         files.check()
     Odd.refuses = True
     monkeypatch.setattr(

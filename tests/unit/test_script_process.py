@@ -140,7 +140,7 @@ def test_a_start_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     file.write_text(text)
     monkeypatch.setattr(script_process, "_WATCHER", str(file))
     process = ScriptProcess(lambda: ProcessLocation("node-0", "127.0.0.1"))
-    error = "it has not begun within 0.5 s; `--start-timeout` changes this deadline"
+    error = "it did not start within 0.5 s; `--start-timeout` changes this deadline"
     for _ in range(2):
         assert process.start(["true"], {}, None, 0.5) == error
     assert all(gone(pid) for pid in read(note))

@@ -125,7 +125,7 @@ def test_all_begin_anew() -> None:
     assert run.go() == 1
     [told] = run.heard.told
     assert "rank 1 ended with exit code 3" in told
-    assert "starting anew, 1 of 1" in told
+    assert "restart 1 of 1" in told
 
 
 def test_who_does_not_hear_sigterm_is_killed(
@@ -181,7 +181,9 @@ def test_who_had_ended_before_a_failure_is_told(
     ):
         run.go()
     [told] = run.heard.told
-    assert told.startswith("rank 1 ended with exit code 0, 0 s ago; not so rank 0: at work")
+    assert told.startswith(
+        "rank 1 ended with exit code 0, 0 s ago; still running, maybe waiting for them: rank 0"
+    )
 
 
 def test_a_signal_is_named() -> None:
@@ -260,7 +262,7 @@ def test_a_slow_terminal_is_no_silence_of_a_rank(monkeypatch: pytest.MonkeyPatch
     attempt = Attempt(Script(("x",), "run", None), transport, [], heard, lambda: None)
     attempt._ranks = [_Rank(rank, rank) for rank in range(70)]
     for transport.turn in range(20):
-        attempt._take()
+        attempt._poll()
     assert len(heard.of(0)) == 10 and not any(one.lost for one in attempt._ranks)
 
 

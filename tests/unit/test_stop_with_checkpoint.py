@@ -226,7 +226,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bits_of_one_that_was_not(
     assert 4 <= step < STEPS and recorded(run, "step") == [*range(1, step + 1)]
     assert [path.name for path in run.glob("checkpoints/*")] == [f"step-{step:06d}"]
     assert {*recorded(run, "evaluation")} <= {3, 6, 9}, "none is made for the end"
-    assert f"--resume {run} goes on after step {step}" in caplog.text
+    assert f"--resume {run} continues after step {step}" in caplog.text
     result = fit(cluster, given, Held, resume=run)
     assert [one.step for one in result.history] == [*range(step + 1, STEPS + 1)]
     assert result.checkpoint is not None
