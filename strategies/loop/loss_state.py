@@ -1,10 +1,10 @@
 """
-What a loss may count in beside parameters and the model's buffers, such as `self.step += 1`.
+State of a loss outside of parameters and the model's buffers, such as `self.step += 1`.
 
-It is in no checkpoint, and each worker has its own. So the first micro-batch is looked at, and what
-it changed is told by name. What it put where nothing was, such as the hidden state of a recurrent
-layer, may be kept to be looked at only: it counts if the second one reads it, and leaves another
-there. A loss that is computed again for parts of a batch begins with it, too.
+Checkpoints do not have this state, and each worker has its own. So a warning names the state that
+the first micro-batch changes. New attributes, such as the hidden state of a recurrent layer, may be
+write-only: they count if the second micro-batch reads and replaces them. A loss that is computed
+again for parts of a batch starts from the recorded state.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _COPIED_ELEMENTS = 1 << 20
 _SHOWN = 4
 
 Holder = tuple[str, dict[str, Any]]
-"""A dictionary that holds values by name, and how those names begin in messages."""
+"""A prefix of names in messages, and a dictionary of values by name."""
 
 
 class LossState:
     """
-    What there is before a micro-batch.
+    The state of task and model before a micro-batch.
 
     Args:
-        task: the user's.
-        model: its own.
+        task: the user's task.
+        model: the task's model.
     """
 
     def __init__(self, task: Task, model: nn.Module) -> None:
@@ -54,7 +54,7 @@ class LossState:
         self._copies = [(t, t.detach().clone()) for _, t in self._tensors] if small else []
 
     def changed(self) -> list[str]:
-        """Give the names of what is another number or another tensor now."""
+        """Return the names of changed numbers and tensors."""
         names = [
             f"{name}{key}"
             for name, held, marks in self._marks
@@ -64,7 +64,7 @@ class LossState:
         return names + [name for name, tensor, mark in self._moved if mark_of(tensor) != mark]
 
     def begun(self) -> NewState | None:
-        """Give what is now where there was nothing; None: nothing new."""
+        """Return the attributes that have been set since; None: no new attributes."""
         attributes = {
             f"{name}{key}": (held, key)
             for name, held, before in self._set
@@ -74,29 +74,29 @@ class LossState:
         return NewState(attributes) if attributes else None
 
     def begin_again(self, twin: dict[str, Any]) -> None:
-        """Have the attributes of a copy of the task, and its modules, hold it."""
+        """Restore the state in a copy of the task, and in the task's modules."""
         for held, values in [(twin, self._own[0][1]), *self._own[1:]]:
             held.update({name: _copied(value) for name, value in values.items()})
         for tensor, copied in self._copies:
-            tensor.data.copy_(copied)  # not by autograd's count: backward may have it saved
+            tensor.data.copy_(copied)  # keeps the version counter: backward may need the tensor
 
     @contextmanager
     def kept(self) -> Iterator[None]:
-        """Have the attributes of the task's modules be what they are now, at the end."""
-        now = [(held, {name: held[name] for name in values}) for held, values in self._own[1:]]
+        """Restore the attributes of the task's modules on exit."""
+        current = [(held, {name: held[name] for name in values}) for held, values in self._own[1:]]
         try:
             yield
         finally:
-            for held, values in now:
+            for held, values in current:
                 held.update(values)
 
 
 class NewState(TorchFunctionMode):
     """
-    Attributes that the first micro-batch has made: while entered, notes which are read.
+    Attributes that the first micro-batch has set; while entered, records which are read.
 
     Args:
-        attributes: by name in messages: who holds it, and under which key.
+        attributes: dictionary and key of each attribute, by its name in messages.
     """
 
     def __init__(self, attributes: Mapping[str, tuple[dict[str, Any], str]]) -> None:
@@ -121,14 +121,14 @@ class NewState(TorchFunctionMode):
 
     @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Make a call of torch, and note what it reads."""
+        """Call a torch function, and record the attributes that it reads."""
         for one in tensors_in((*args, *(kwargs or {}).values())):
             if id(one) in self._names:
                 self._read.add(self._names[id(one)])
         return func(*args, **(kwargs or {}))
 
     def carried(self) -> list[str]:
-        """Give the names of what was read and is another now; a number may have been."""
+        """Return the names of attributes that were read and changed; numbers count as read."""
         return [name for name in self._attributes if name in self._read and self._has_changed(name)]
 
     def _has_changed(self, name: str) -> bool:
@@ -146,7 +146,7 @@ class NewState(TorchFunctionMode):
 
 
 def _is_comparable(value: object) -> bool:
-    """Whether a value is a module, a number, or small tensors: in a pair as an LSTM's state is."""
+    """Return whether a value is a module, a number, or small tensors, such as an LSTM's state."""
     tensors = [*_untrained_tensors(value)]
     size = sum(one.numel() for one in tensors)
     if isinstance(value, nn.Module):  # such as a teacher, a copy of the model
@@ -155,7 +155,7 @@ def _is_comparable(value: object) -> bool:
 
 
 def _untrained_tensors(value: object) -> Iterator[Tensor]:
-    """Give the tensors in a value; of a module those that gradients do not train."""
+    """Return the tensors in a value; for a module, buffers and frozen parameters."""
     if not isinstance(value, nn.Module):
         yield from tensors_in(value)
         return
@@ -168,7 +168,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def state_warning(names: Sequence[str]) -> str | None:
-    """Say that micro-batches change what is in no checkpoint; None: there is nothing."""
+    """Return a warning that micro-batches change state outside of checkpoints; None: no warning."""
     if not names:
         return None
     shown = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
@@ -176,14 +176,14 @@ def state_warning(names: Sequence[str]) -> str | None:
         ("a micro-batch changes", "it") if len(names) == 1 else ("micro-batches change", "them")
     )
     return (
-        f"{what} {shown}: no checkpoint has {them}, so a run that goes on and a worker that is "
-        "replaced begin anew there, and each worker has its own, of its own micro-batches. Where "
-        "the result depends on that, make it a buffer of what model() returns"
+        f"{what} {shown}: no checkpoint has {them}, so resumed runs and replaced workers start "
+        f"without {them}, and each worker has its own values, of its own micro-batches. If the "
+        "result depends on this state, make it a buffer of what model() returns"
     )
 
 
 def _of_task(task: Task, model: nn.Module) -> Iterator[Holder]:
-    """Give the task's attributes, then those of its own modules that are no metrics."""
+    """Return the task's attributes, then those of its modules, except metrics."""
     yield "self.", vars(task)
     for name, module in named_task_modules(task, model):
         if not (hasattr(module, "update") and hasattr(module, "compute")):
@@ -197,7 +197,7 @@ def _of_model(model: nn.Module) -> Iterator[Holder]:
 
 
 def _untrained(task: Task, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Give buffers and frozen parameters of modules that the task keeps itself."""
+    """Return buffers and frozen parameters of the task's modules."""
     for start, held in [*_of_task(task, model)][1:]:
         for tensors in (held["_buffers"], held["_parameters"]):
             for name, tensor in tensors.items():
@@ -220,7 +220,7 @@ def _watched(held: dict[str, Any]) -> dict[str, Any]:
 
 
 def _values(held: dict[str, Any]) -> dict[str, Any]:
-    """Give numbers, and copies of small tensors."""
+    """Return numbers, and copies of small tensors."""
     small = {
         n: v for n, v in _watched(held).items() if _is_number(v) or v.numel() <= _COPIED_ELEMENTS
     }
@@ -232,7 +232,7 @@ def _copied(value: Any) -> Any:
 
 
 def _marks(held: dict[str, Any]) -> dict[str, Any]:
-    """Give numbers, and tensors with what tells of a write."""
+    """Return numbers, and tensors with marks that change at a write."""
     watched = _watched(held)
     return {n: (v, mark_of(v)) if isinstance(v, Tensor) else v for n, v in watched.items()}
 
@@ -242,5 +242,5 @@ def _differs(mark: Any, now: Any) -> bool:
         return _is_number(now) and now != mark and (now == now or mark == mark)
     before, written = mark
     if not _is_tensor(now) or (now.shape, now.dtype) != (before.shape, before.dtype):
-        return False  # another thing that is kept there, such as the last batch
+        return False  # replaced by unrelated data, such as the last batch
     return bool(mark_of(now) != written) if now is before else not torch.equal(now, before)
