@@ -1,9 +1,9 @@
 """
-Warnings of losses and metrics that are no means over the samples of a batch.
+Warnings about losses and metrics that are not means over the samples of a batch.
 
-What is no mean depends on how a batch is cut, so on the number of workers and micro-batches. The
-task's `loss` or `metrics` is called for each half of a batch, with the outputs that the model gave
-for the whole one. A mean of the whole batch is the mean of the two results.
+A loss that is not a mean depends on how the batch is split, so on the number of workers and
+micro-batches. The check calls the task's `loss` or `metrics` for each half of a batch, with the
+model's outputs for the whole batch. A mean over the whole batch is the mean of the two results.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ from distplat.strategies.torch_compat import frames_compiled
 logger = logging.getLogger(__name__)
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
-"""Relative tolerance, by the coarsest type of outputs and loss."""
+"""Relative tolerance, by the coarsest dtype of outputs and loss."""
 _COARSE = 3e-2
-"""Relative tolerance of 16-bit types."""
+"""Relative tolerance of 16-bit dtypes."""
 _FIRST_STEPS = 3
-"""Steps whose losses are looked at, and batches whose metrics are."""
+"""Number of steps whose losses are checked, and of batches whose metrics are."""
 _COPIED_ELEMENTS = 1 << 20
-"""Tensors that the task keeps are copied up to this size, for `loss()` may write into them."""
+"""Size limit of the task's tensors that are copied, as `loss()` may write into them."""
 _CONSUMED = (Iterator, torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-"""What a second call of `loss()` would move on."""
+"""Types whose state a second call of `loss()` would advance."""
 _CONTAINERS = (list, dict, OrderedDict, set, deque)
 _ATOMS = (str, bytes, int, float, complex, type(None))
 
 
 class LossValue(NamedTuple):
-    """What `loss()` gave for some samples."""
+    """The result of `loss()` for some samples."""
 
     sum: float
     weight: float | None
-    """None: it gave a scalar, which is taken for a mean."""
+    """None: the result is a scalar, which is taken as a mean."""
 
 
 class MeanCheck:
@@ -177,7 +177,7 @@ class MeanCheck:
 
 
 def _keeps_metrics(task: Task) -> bool:
-    """Whether a task keeps objects that count what they are shown, as torchmetrics has them."""
+    """Return whether a task has stateful metrics, such as those of torchmetrics."""
     kept = [*vars(task).values(), *task_modules(task, nn.Module())]
     # Not in any mapping: to go through one that is a file reads all of it.
     kept += [
@@ -187,7 +187,7 @@ def _keeps_metrics(task: Task) -> bool:
 
 
 def states_of(task: Task, model: nn.Module) -> list[Tensor]:
-    """Give buffers, and what is frozen in modules that the task keeps: a loss may move them."""
+    """Return buffers, and frozen parameters of the task's modules, which a loss may change."""
     own = task_modules(task, model)
     frozen = [p for module in own for p in module.parameters() if not p.requires_grad]
     return [*model.buffers(), *(buffer for module in own for buffer in module.buffers()), *frozen]
@@ -282,7 +282,7 @@ _T = TypeVar("_T")
 
 
 class _NotComparable(Exception):
-    """The batch cannot be cut, or the task called twice without a trace."""
+    """The batch cannot be split, or the task cannot be called twice without side effects."""
 
 
 def _on_halves(
@@ -294,21 +294,21 @@ def _on_halves(
     begun: LossState | None = None,
 ) -> list[_T]:
     """
-    Give what a method of the task makes of each half of a batch.
+    Return the results of a task's method for each half of a batch.
 
-    Nothing that training goes on with is changed: the halves and the task are copies, generators
-    and `states` are put back. Objects of the user's classes that the task keeps are not copied.
+    Training state does not change: the halves and the task are copies; generators and `states` are
+    restored. Objects of the user's classes in the task's attributes are not copied.
 
     Args:
-        method: of the task, called with outputs and targets.
-        read: reads what it gave; None: it is of no kind that we know.
+        method: method of the task, called with outputs and targets.
+        read: converts the result; returns None for unknown types.
         batch: outputs and targets of the whole batch.
         samples: size of the batch.
         states: see `states_of`.
-        begun: what the copy of the task begins with; None: with what the task has now.
+        begun: initial state of the task's copy; None: the current state.
 
     Raises:
-        _NotComparable: there are no halves, the method draws random numbers, or the task keeps
+        _NotComparable: the batch cannot be split, the method draws random numbers, or the task has
             large tensors or generators.
     """
     if samples < 2 or sum(state.numel() for state in states) > _COPIED_ELEMENTS:
@@ -328,7 +328,7 @@ def _on_halves(
 def _compared(
     a: LossValue, b: LossValue, whole: LossValue, samples: int, tolerance: float
 ) -> str | None:
-    """Give the warning for the losses of two halves and of the whole; None: they fit."""
+    """Return a warning if the losses of halves and whole are inconsistent; None: no warning."""
     if (a.weight is None) != (whole.weight is None) or (b.weight is None) != (whole.weight is None):
         return None
     if whole.weight is not None and a.weight is not None and b.weight is not None:
@@ -356,7 +356,7 @@ _COMPARES_SAMPLES = (
 
 
 def _remedy(a: float, b: float, whole: float, tolerance: float) -> str:
-    """Say what helps; a mean with weights lies between those of the halves, others need not."""
+    """Return a remedy; only a weighted mean always lies between the means of the halves."""
     if _close(a + b, whole, [a, b], tolerance):
         return "It is a sum: give the mean, or return (sum, number of samples)"
     room = tolerance * max(abs(a), abs(b), abs(whole))
@@ -375,7 +375,7 @@ def _shown(value: LossValue) -> str:
 
 
 def _is_mean(whole: float, a: float, b: float, samples: int, tolerance: float) -> bool:
-    """Say whether a figure of the whole batch is the mean of those of its halves."""
+    """Return whether a value of the whole batch is the mean of its halves' values."""
     first = samples // 2
     mean = (first * a + (samples - first) * b) / samples
     return _close(mean, whole, [a, b], tolerance)
@@ -391,7 +391,7 @@ def _finite(value: LossValue) -> bool:
 
 
 def _read_loss(loss: Any) -> LossValue | None:
-    """Read what `loss()` gave; None: neither a scalar nor (sum, weight)."""
+    """Convert the result of `loss()`; None: neither a scalar nor (sum, weight)."""
     if isinstance(loss, Tensor):
         return LossValue(loss.item(), None) if loss.ndim == 0 else None
     if isinstance(loss, list | tuple) and len(loss) == 2 and isinstance(loss[0], Tensor):
@@ -405,7 +405,7 @@ def _read_metrics(metrics: Any) -> dict[str, float] | None:
 
 
 def _tolerance(tree: Any) -> float:
-    """Give the relative tolerance for the coarsest type in a tree."""
+    """Return the relative tolerance for the coarsest dtype in a tree."""
     floats = [t for t in tensors_in(tree) if t.is_floating_point()]
     return max((_TOLERANCES.get(t.dtype, _COARSE) for t in floats), default=_COARSE)
 
@@ -437,7 +437,7 @@ def _take_samples(tree: Any, size: int, cut: slice) -> Any:
 
 
 def _copied(tree: Any) -> Any:
-    """Copy all of a tree, without the way back to the model."""
+    """Copy a tree, detached from the model."""
     if isinstance(tree, Tensor):
         return tree.detach().clone()
     items = items_in(tree)
@@ -445,7 +445,7 @@ def _copied(tree: Any) -> Any:
 
 
 def _is_by_tensor(items: Any, size: int) -> bool:
-    """Say whether a list as long as the batch has tensors of the batch, not one entry a sample."""
+    """Return whether a list as long as the batch has batched tensors, not one entry per sample."""
     lengths = {len(tensor) for tensor in tensors_in(items) if tensor.ndim}
     return lengths == {size}
 
@@ -457,7 +457,7 @@ def _rebuild(tree: Any, items: list[Any]) -> Any:
 
 
 def _method_of_copy(task_loss: Callable[..., Any], begun: LossState | None) -> Callable[..., Any]:
-    """Give the same method of a copy of its task as it was, for it may keep figures there."""
+    """Return the method bound to a copy of its task, as the method may write attributes."""
     task, function = getattr(task_loss, "__self__", None), getattr(task_loss, "__func__", None)
     if function is None or not hasattr(task, "__dict__"):
         return task_loss
@@ -478,7 +478,7 @@ def _method_of_copy(task_loss: Callable[..., Any], begun: LossState | None) -> C
 
 @contextmanager
 def _kept(states: Sequence[Tensor]) -> Iterator[None]:
-    """Put states back at the end."""
+    """Restore states on exit."""
     copies = [(state, state.detach().clone()) for state in states]
     try:
         yield
