@@ -93,11 +93,11 @@ def slice_of(
 
 def share_out(costs: Sequence[float], ranks: int) -> list[int]:
     """
-    Give each branch a rank: the dearest first, to whom has least so far (Graham 1969).
+    Assign branches to ranks: the most expensive first, to the least loaded rank (Graham 1969).
 
     Args:
-        costs: of each branch, >= 0.
-        ranks: how many; no more than branches, so that each gets one.
+        costs: cost of each branch, >= 0.
+        ranks: number of ranks; at most the number of branches, so that each rank has a branch.
 
     Returns:
         The rank of each branch, in the order of `costs`.
