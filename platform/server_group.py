@@ -112,7 +112,7 @@ class Promote:
 
 @dataclass(frozen=True)
 class DropBackup:
-    """Tell a primary that it no longer has a backup."""
+    """Notify a primary that it no longer has a backup."""
 
     shard: int
     server: str

@@ -172,7 +172,7 @@ class TaskScheduler:
 
     def dismiss(self, worker: int) -> None:
         """
-        Give a worker no more work: it finishes its leases, reports them, and leaves.
+        Dismiss a worker: it finishes its leases, reports them, and leaves.
 
         A worker asks for more work before it has finished its lease (`actors/servers/leases.py`).
         If it were told at once that no work follows, it would leave without reporting its last

@@ -225,6 +225,22 @@ def test_files_and_functions_are_short() -> None:
     assert not long
 
 
+VAGUE = {"Give", "Gives", "Say", "Says", "Tell", "Tells", "Have", "Begin"}
+"""Verbs for which there is a term: Return, Return whether, Notify, Ensure, Start."""
+
+
+def test_docstrings_begin_with_the_terms_of_the_field() -> None:
+    documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    vague = [
+        f"{label(path)}: {text.splitlines()[0]}"
+        for path in OURS
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, documented) and (text := ast.get_docstring(node))
+        if text.split()[0] in VAGUE
+    ]
+    assert not vague
+
+
 @pytest.mark.parametrize("folder", ["unit", "cluster", "gpu", "support"])
 def test_test_folders_are_no_packages(folder: str) -> None:
     assert not (ROOT / "tests" / folder / "__init__.py").exists()
