@@ -127,7 +127,7 @@ def one_run(name: str) -> RunName:
     """
     runs = find_runs(name)
     if len(runs) > 1:
-        text = f"several runs of job {name!r} go on"
+        text = f"several runs of job {name!r} are active"
         raise SpecError(Problem((), text, "name one: " + ", ".join(run.run for run in runs)))
     return runs[0]
 

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.cluster
 SCRIPT = Path(__file__).parents[2] / "examples" / "ddp_script" / "train.py"
 WAITING = """
 import os, sys, time
-print("pid", os.getpid(), flush=True)
+print(f"pid {os.getpid()}", flush=True)
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     time.sleep(60)
 """

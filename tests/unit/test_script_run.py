@@ -104,9 +104,9 @@ def test_more_lines_than_are_kept() -> None:
 FAILING = """
 import os, sys, time
 if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    print("pid", os.getpid(), flush=True)
+    print(f"pid {os.getpid()}", flush=True)
     sys.exit(3)
-print("pid", os.getpid(), flush=True)
+print(f"pid {os.getpid()}", flush=True)
 time.sleep(999 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 0)
 """
 
@@ -136,7 +136,7 @@ def test_who_does_not_hear_sigterm_is_killed(
 import os, signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-print("pid", os.getpid(), flush=True)
+print("pid %d" % os.getpid(), flush=True)
 deaf = Path({str(tmp_path / "deaf")!r})
 if os.environ["RANK"] == "1":
     deaf.touch()
