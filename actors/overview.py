@@ -1,7 +1,7 @@
 """
 Find, inspect, scale and stop runs from any process that is connected to the same Ray.
 
-Actors of a run are named, in a namespace with the name of the run.
+The actors of a run have names, in a Ray namespace with the name of the run.
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ def find_runs(name: str) -> list[RunName]:
     matches = [RunName(run, job) for run, job in runs.items() if name in (run, job)]
     if not matches:
         known = {*runs, *runs.values()}
-        advice = hint(name, known, "running") if known else "nothing runs there"
+        advice = hint(name, known, "running") if known else "the cluster has no runs"
         raise NoSuchRun(Problem((), f"no run or job {name!r} is running", advice))
     return matches  # sorted by name, which ends with the start time
 
 
 def named_actors() -> dict[str, list[str]]:
-    """Return the names of all named actors by namespace; ours have the run as namespace."""
+    """Return the names of all named actors by namespace; distplat's namespaces are runs."""
     names: dict[str, list[str]] = {}
     for actor in ray.util.list_named_actors(all_namespaces=True):
         names.setdefault(actor["namespace"], []).append(actor["name"])
@@ -95,13 +95,13 @@ def named_actors() -> dict[str, list[str]]:
 
 
 def _attempt(name: str) -> tuple[int, ...]:
-    """Parse `attempt-3`, or `attempt-3.1` of a worker that was started before that attempt."""
+    """Return the numbers of `attempt-3`, or of `attempt-3.1`, a worker started before it."""
     numbers = name.rsplit("-", 1)[1] if "/attempt-" in name else "0"
     return tuple(map(int, numbers.split(".")))
 
 
 ANSWER_S = 10.0
-_AGAIN_S = 0.2
+_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def scale(run: RunName, workers: int, wait_s: float) -> Overview:
         if time.monotonic() > deadline:
             what = f"{workers} workers instead of {len(scheduler.workers)}"
             raise DeadlineExceeded(what, ("workers",), wait_s, "--wait-s")
-        time.sleep(_AGAIN_S)
+        time.sleep(_POLL_S)
 
 
 def submitted_run(submission: str, job: str) -> RunName:
@@ -195,7 +195,7 @@ def submitted_run(submission: str, job: str) -> RunName:
             continue
         if submission_id == submission:
             return run
-    raise SpecError(Problem((), f"{submission!r} has no run that goes on"))
+    raise SpecError(Problem((), f"{submission!r} has no active run"))
 
 
 def stop(run: RunName, wait_s: float) -> str:
@@ -214,7 +214,7 @@ def stop(run: RunName, wait_s: float) -> str:
     """
     status: str | None = _ask(run, "controller", "stop", wait_s, True, takes_s=wait_s)
     if status is None:
-        raise ActorLost("controller", None, f"run {run.run} has none")
+        raise ActorLost("controller", None, f"run {run.run} has no controller")
     return status
 
 
@@ -223,12 +223,12 @@ def _check_pending(request: ScaleRequest, status: ScaleStatus) -> None:
     Check that a request is still in effect.
 
     Raises:
-        SpecError: it was refused or replaced by a later one.
+        SpecError: the request was refused, or replaced by a later one.
     """
     latest = status.request
     # A later request for the same number may be this one, executed twice by a repeated call.
     if latest is not None and latest.number > request.number and latest.workers != request.workers:
-        text = f"{latest.workers} workers were asked for meanwhile"
+        text = f"a later request for {latest.workers} workers has replaced this one"
         raise SpecError(Problem(("--workers",), text))
     if status.refused:
         raise SpecError(Problem(("--workers",), status.refused))

@@ -97,7 +97,7 @@ def delete_all(prefix: bytes) -> None:
 
 
 def log_as(name: str) -> None:
-    """Set the name that Ray prints before this actor's output; a spare takes a worker's name."""
+    """Set the name that Ray prints before this actor's output, when a spare becomes a worker."""
     for stream in (sys.__stdout__, sys.__stderr__):
         if stream is not None:
             print(f"{ray_constants.LOG_PREFIX_ACTOR_NAME}{name}", file=stream, flush=True)
@@ -132,7 +132,9 @@ def printed_by_actors(take: Callable[[Mapping[str, Any]], bool]) -> Iterator[Non
 def print_batch(batch: Mapping[str, Any], *, colored: bool) -> None:
     """Print lines of an actor as Ray does, but without its deduplication across actors."""
     plain = not colored and _COLORS not in os.environ
-    with variables({_COLORS: "0"} if plain else {}):  # what the user's own print is none of ours
+    with variables(
+        {_COLORS: "0"} if plain else {}
+    ):  # of the prefix; the user's lines keep their colors
         stream = sys.stderr if batch["is_err"] else sys.stdout
         lines = [encodable(line, stream) for line in batch["lines"]]
         print_worker_logs({**batch, "lines": lines}, stream)
@@ -324,7 +326,7 @@ def job_config(folder: str, *, one_machine: bool) -> JobConfig:
 def stays_on_machine() -> bool:
     """Return whether the driver uses only its own machine of the cluster; see `job_config`."""
     worker = ray._private.worker.global_worker  # no public API returns the job's metadata
-    core = getattr(worker, "core_worker", None)  # None for a driver of Ray Client
+    core = getattr(worker, "core_worker", None)  # None: a driver of Ray Client
     return core is not None and _ONE_MACHINE in core.get_job_config().metadata
 
 
@@ -342,7 +344,7 @@ def with_requests(cls: type[Any], request: Callable[..., Any]) -> type[Any]:
             return request(self, super()._do_request, method, endpoint, **kwargs)
 
         def ask(self, endpoint: str) -> Any:
-            """Send a GET request to an endpoint without a method of the client."""
+            """Send a GET request to an endpoint for which the client has no method."""
             return self._do_request("GET", endpoint)
 
     return Client

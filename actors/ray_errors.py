@@ -76,39 +76,39 @@ MEANINGS: dict[type[exceptions.RayError], Meaning] = {
 }
 
 _CAUSES: dict[type[exceptions.RayError], str] = {
-    exceptions.OutOfMemoryError: "killed by Ray's memory monitor, for its node ran out of memory",
+    exceptions.OutOfMemoryError: "killed by Ray's memory monitor: its node ran out of memory",
     exceptions.NodeDiedError: "its node ended",
     exceptions.ActorPlacementGroupRemoved: "its placement group was removed",
-    exceptions.ActorUnschedulableError: "no node can take it",
+    exceptions.ActorUnschedulableError: "no node can schedule it",
 }
 """Prefixes of Ray's own messages."""
 
 _GUESSES = re.compile(r" (?:Some common causes|There are some potential root causes)")
 """Start of a passage about common causes in Ray's messages, which is cut off."""
 
-_ENDED = "its process ended without a word"
-"""Ray does not know the signal."""
+_ENDED = "its process ended unexpectedly"
+"""Ray does not know by which signal."""
 
 UNREACHABLE = (
-    "the cluster cannot call the process that made it: a firewall is between them, or one of them "
-    "wants a token and the other has none (`RAY_AUTH_MODE`: a cluster that was started with "
-    "`disabled` is used with `disabled`)"
+    "the cluster cannot call the process that created it: a firewall is between them, or one of "
+    "them requires a token and the other has none (`RAY_AUTH_MODE`: a cluster that was started "
+    "with `disabled` is used with `disabled`)"
 )
 _PLAIN = {
     "because all references to the actor were removed": UNREACHABLE,
     "unexpectedly exits with a connection error": (
-        f"{_ENDED}: it was killed, or crashed in native code; if the kernel killed it for memory, "
-        "`dmesg` on its node says so"
+        f"{_ENDED}: it was killed, or crashed in native code; `dmesg` on its node shows whether "
+        "the kernel killed it for memory"
     ),
     "Actor creation cancelled": f"its start was cancelled: the cluster ends, or {UNREACHABLE}",
 }
-"""Phrases of Ray, and their meaning here. No actor that is called is without references: Ray also
-uses the first phrase if it cannot reach the actor's owner, and the last one while it is created."""
+"""Phrases of Ray, and their meaning. distplat holds a reference to each actor that it calls, so
+the first phrase means that Ray cannot reach the actor's owner, as may the last during creation."""
 
 _REMEDIES: dict[type[exceptions.RayError], str] = {
     exceptions.ObjectStoreFullError: "give Ray a larger object store (`object_store_memory`)",
     exceptions.OutOfDiskError: "free some of the disk that Ray spills to",
-    exceptions.RuntimeEnvSetupError: "mend what --runtime-env, or its JSON, asks for",
+    exceptions.RuntimeEnvSetupError: "fix the settings of --runtime-env or its JSON",
 }
 
 
@@ -121,17 +121,16 @@ def meaning(error: exceptions.RayError) -> Meaning:
 def cause_of(error: exceptions.RayError) -> str:
     """Return the cause of a loss in one line."""
     if isinstance(error, exceptions.ObjectLostError):  # Ray's message has only the object's id
-        return f"what it kept is gone with it ({type(error).__name__})"
+        return f"its objects in Ray's object store are lost with it ({type(error).__name__})"
     lines = str(error).strip().splitlines()
-    reasons = [
-        line for line in lines[1:] if not line.startswith("\t")
-    ]  # indented lines describe the actor
+    # indented lines describe the actor
+    reasons = [line for line in lines[1:] if not line.startswith("\t")]
     reason = _GUESSES.split((reasons or lines or [type(error).__name__])[0])[0]
     if lines and getattr(error, "actor_init_failed", False):
-        reason = f"it could not be made: {lines[-1].strip()}"
-    reason = next((plain for words, plain in _PLAIN.items() if words in reason), reason)
-    before = _CAUSES.get(type(error))
-    return f"{before}: {reason}" if before else reason
+        reason = f"it could not be created: {lines[-1].strip()}"
+    reason = next((plain for phrase, plain in _PLAIN.items() if phrase in reason), reason)
+    prefix = _CAUSES.get(type(error))
+    return f"{prefix}: {reason}" if prefix else reason
 
 
 def advice_for(role: str, cause: str) -> str:
@@ -145,9 +144,9 @@ def advice_for(role: str, cause: str) -> str:
     if _ENDED not in cause or not role.startswith("worker-"):
         return ""
     return (
-        f"if logs/{role}.log tells of SIGABRT or a `Fatal Python error`, native code has crashed: "
-        "gloo does where ranks of a group of your own bring tensors of different "
-        "sizes (`distplat.all_gather` takes them)"
+        f"if logs/{role}.log shows SIGABRT or a `Fatal Python error`, native code has crashed: "
+        "gloo does if ranks of a process group of yours pass tensors of different sizes "
+        "(`distplat.all_gather` accepts them)"
     )
 
 
@@ -171,10 +170,9 @@ def as_ours(error: exceptions.RayError) -> DistplatError:
         return SpecError(Problem(("--runtime-env",), str(error).strip(), remedy))
     if error_class is Meaning.OURS:
         return DistplatError(f"error inside distplat: {type(error).__name__}: {cause}")
-    head = (
-        "a process of the cluster was lost" if error_class is Meaning.LOST else "the cluster fails"
-    )
-    return InfrastructureError(f"{head}: {cause}" + (f"; {remedy}" if remedy else ""))
+    is_lost = error_class is Meaning.LOST
+    problem = "a process of the cluster was lost" if is_lost else "the cluster fails"
+    return InfrastructureError(f"{problem}: {cause}" + (f"; {remedy}" if remedy else ""))
 
 
 def _raised(error: exceptions.RayError) -> DistplatError:
@@ -205,8 +203,9 @@ def of_platform(error: BaseException) -> DistplatError | None:
     """
     Convert an exception that passed the user's code but is not the user's; else return None.
 
-    Exceptions of methods count only if they are ours: others come from actors that the user's code
-    has created, as do timeouts (ours come through a transport) and misuse of Ray.
+    Exceptions of an actor's method are converted only if they are distplat's. Others come from
+    actors that the user's code has created, as do Ray's timeouts (distplat's calls raise
+    `TransportError`) and misuse of Ray.
     """
     if isinstance(error, TransportError):
         return InfrastructureError(f"a process of the run does not answer: {error}".rstrip(": "))

@@ -16,7 +16,7 @@ from distplat.platform.torchrun import ProcessLocation
 
 
 class RayTransport(Transport):
-    """See `Transport`; handles and references are Ray's."""
+    """`Transport` whose actor handles and object references are Ray's."""
 
     @property
     @override
@@ -49,7 +49,7 @@ class RayTransport(Transport):
 
     @override
     def prefetch(self, reply: Any, find: Callable[[Any], Any]) -> None:
-        """Callbacks run on a thread of Ray, which must not block."""
+        """The callback runs on a thread of Ray, which must not block."""
 
         def on_done(future: Any) -> None:
             reference = find(future.result()) if future.exception() is None else None
@@ -71,7 +71,7 @@ def location_here() -> ProcessLocation:
 
 
 def host_here() -> str:
-    """Return name and address of this node, for messages."""
+    """Return the host name and address of this node, for messages."""
     return f"{socket.gethostname()}, {ray.util.get_node_ip_address()}"
 
 

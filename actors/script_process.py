@@ -20,8 +20,8 @@ from distplat.platform.torchrun import ProcessLocation, free_port
 _MAX_LINES = 10_000
 """Lines buffered for the driver; if the buffer is full, `print` of the script blocks."""
 _LINE_BYTES = 1 << 16
-_REST_S = 1.0
-"""Timeout for reading the rest of the output, because a child may keep the pipe open."""
+_DRAIN_S = 1.0
+"""Timeout for output after the script has ended, because a child may keep the pipe open."""
 _PYTHONS = ("python", "python3")
 _DEFAULTS = {"PYTHONUNBUFFERED": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
 """Defaults of environment variables that the node does not set; the second as in torchrun."""
@@ -31,7 +31,7 @@ _WATCHER = str(Path(__file__).with_name("script_watcher.py"))
 
 @dataclass(frozen=True)
 class ProcessOutput:
-    """Output of a process since the driver's last call."""
+    """Lines that the driver has not received yet, and the exit code."""
 
     lines: tuple[str, ...]
     exit_code: int | None
@@ -51,12 +51,10 @@ class ScriptProcess:
         self._start_lock = threading.Lock()
         self._changed = threading.Condition()
         self._lines: deque[str] = deque()
-        self._taken = 0  #: number of lines that the driver has received
+        self._received = 0  #: number of lines that the driver has received
         self._exit_code: int | None = None
         self._error = ""
-        self._control: socket.socket | None = (
-            None  #: socket of the watcher; see `script_watcher.py`
-        )
+        self._control: socket.socket | None = None  #: to the watcher, see `script_watcher.py`
         self._thread: threading.Thread | None = None
 
     def location(self) -> ProcessLocation:
@@ -100,30 +98,30 @@ class ScriptProcess:
                     self.kill()
         return self._error
 
-    def output(self, taken: int, wait_s: float) -> ProcessOutput:
+    def output(self, received: int, wait_s: float) -> ProcessOutput:
         """
         Return the buffered lines.
 
         Args:
-            taken: number of lines that the driver has received; they are dropped from the buffer.
-            wait_s: seconds to wait for a line or the end.
+            received: number of lines that the driver has received, which the buffer drops.
+            wait_s: seconds to wait for a line or the exit code.
         """
         with self._changed:
-            while self._taken < taken:
+            while self._received < received:
                 self._lines.popleft()
-                self._taken += 1
+                self._received += 1
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._lines or self._exit_code is not None, wait_s)
             return ProcessOutput(tuple(self._lines), self._exit_code)
 
     def terminate(self) -> None:
-        """Send SIGTERM to the process group."""
+        """Send SIGTERM to the command's process group."""
         if self._control is not None:
             with suppress(OSError):  # all processes have ended
                 self._control.sendall(bytes([signal.SIGTERM]))
 
     def kill(self) -> None:
-        """Kill the process and all its descendants."""
+        """Kill the command and all its descendants."""
         if self._control is not None:
             with suppress(OSError):
                 self._control.shutdown(socket.SHUT_WR)
@@ -142,8 +140,7 @@ class ScriptProcess:
         """
         Start the process and wait for its end.
 
-        A running script has no deadline; it ends at the latest with this actor, as does the
-        watcher.
+        A running script has no deadline. If the actor ends, the watcher kills the script.
         """
         try:
             watcher, status = self._start_watcher(command, environment, folder)
@@ -155,10 +152,10 @@ class ScriptProcess:
         reader = threading.Thread(target=self._read, args=(watcher.stdout,), daemon=True)
         reader.start()
         code = ""
-        with suppress(OSError):  # the watcher was killed before it has read a signal's number
+        with suppress(OSError):  # the watcher was killed before it read a signal's number
             code = status.readline()
-        reader.join(_REST_S)
-        with self._changed:  # the kernel kills a command whose watcher was killed
+        reader.join(_DRAIN_S)
+        with self._changed:  # no code: the watcher was killed, and the kernel killed the command
             self._exit_code = int(code) if code else -signal.SIGKILL
             self._changed.notify_all()
         watcher.wait()
@@ -170,7 +167,7 @@ class ScriptProcess:
         Start the watcher and wait until it has started the command; `start` has the deadline.
 
         Returns:
-            The watcher's process, whose stdout is that of the command, and its status messages.
+            The watcher's process, whose stdout is the command's output, and its status messages.
 
         Raises:
             OSError: the command cannot be started.
@@ -191,9 +188,9 @@ class ScriptProcess:
                 start_new_session=True,
             )
         assert watcher.stdout is not None, "stdout is a pipe"
-        first = status.readline()
-        if first != "\n":
-            raise OSError(first.strip() or watcher.stdout.read().strip())
+        error = status.readline()
+        if error != "\n":
+            raise OSError(error.strip() or watcher.stdout.read().strip())
         return watcher, status
 
     def _read(self, stream: IO[str]) -> None:
@@ -205,8 +202,10 @@ class ScriptProcess:
 
 
 def with_python(command: Sequence[str]) -> list[str]:
-    """Replace `python` by this interpreter, which need not be the first one in PATH."""
-    first, *rest = command
-    if first in _PYTHONS:
-        return [sys.executable, *rest]
-    return [sys.executable, first, *rest] if Path(first).suffix == ".py" else [first, *rest]
+    """Run `python` and `*.py` with this interpreter: a node's PATH may start with another one."""
+    program, *arguments = command
+    if program in _PYTHONS:
+        return [sys.executable, *arguments]
+    if Path(program).suffix == ".py":
+        return [sys.executable, *command]
+    return list(command)

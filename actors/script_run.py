@@ -5,10 +5,10 @@ Run an unchanged script in several processes, like torchrun, on the nodes of a R
     ------                          -----------------------------------------
     location, port      ->          node, address, GPUs; a free port of rank 0
     start(env)          ->          python train.py, with torchrun's variables
-    output(taken)       <->         lines and exit codes, polled
+    output(received)    <->         lines and exit code, polled
 
-The first failed or lost process ends the attempt: all others get SIGTERM, and later SIGKILL. Then
-all processes are restarted with a new port, up to `max_restarts` times.
+The first failed or lost process ends the attempt: all others get SIGTERM, and SIGKILL
+`GRACE_S` later. Then all processes are restarted with a new port, up to `max_restarts` times.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ START_S = 120.0
 """Default of `--start-timeout`."""
 _OUTPUT_S = 1.0
 _TICK_S = 0.1
-_SILENT_S = 60.0
+_ANSWER_TIMEOUT_S = 60.0
 """Seconds without an answer after which a process counts as lost; a poll takes `_OUTPUT_S`."""
 GRACE_S = 10.0
 """Seconds between SIGTERM and SIGKILL."""
-_ALONE_S = 60.0
-"""Seconds after which a notice names processes that still run after others have ended."""
+_NOTICE_S = 60.0
+"""Seconds from the end of the first process to a notice that names the running ones."""
 _SETTING = "--start-timeout"
 
 
 @dataclass(frozen=True)
 class Script:
-    """A script to run."""
+    """A command, and how to run it on all ranks."""
 
     command: tuple[str, ...]
     run: str
@@ -74,13 +74,13 @@ class Script:
 
 
 class Terminal(Protocol):
-    """Receives the output of a run."""
+    """Receiver of the script's output and the launcher's notices."""
 
     def line(self, rank: int, text: str) -> None:
-        """Print a line of a rank."""
+        """Print a line of a rank's output."""
 
     def notice(self, text: str) -> None:
-        """Print a message of the run itself."""
+        """Print a message of the launcher."""
 
 
 class _Rank:
@@ -88,20 +88,20 @@ class _Rank:
 
     def __init__(self, actor: Any, rank: int) -> None:
         self.actor, self.rank = actor, rank
-        self.taken = 0
+        self.received = 0  #: number of lines
         self.exit_code: int | None = None
         self.lost = ""  #: cause of the loss; empty: not lost
         self.reply: Any = None
         self.answered_at = 0.0  #: time of the last answer, or of the first call
 
     @property
-    def over(self) -> bool:
+    def has_ended(self) -> bool:
         return bool(self.lost) or self.exit_code is not None
 
 
 class Attempt:
     """
-    One start of all processes.
+    One attempt: starts all processes, and collects their output until they end.
 
     Args:
         script: the script.
@@ -128,11 +128,11 @@ class Attempt:
 
     def run(self, restarts: int) -> None:
         """
-        Run to the end.
+        Start all processes, and wait until they have ended.
 
         Raises:
-            ScriptFailed: a process ended with a non-zero exit code.
-            InfrastructureError: a process was lost or cannot be started.
+            ScriptFailed: a process ended with a non-zero exit code, or cannot be started.
+            InfrastructureError: a process was lost, or its actor does not answer.
         """
         script = self._script
         locations: list[ProcessLocation] = self._call_actors("starting processes", "location")
@@ -146,7 +146,7 @@ class Attempt:
             if error:
                 raise ScriptFailed(f"{script.command[0]} cannot be started: {error}")
         self._ranks = [_Rank(a, rank) for a, rank in zip(self._actors, ranks, strict=True)]
-        while not all(process.over for process in self._ranks):
+        while not all(process.has_ended for process in self._ranks):
             self._check()
             self._poll()
             self._raise_failure()
@@ -154,13 +154,13 @@ class Attempt:
     def end(self) -> None:
         """Terminate running processes, and read their remaining output; raises nothing."""
         for method, limit_s in (("terminate", GRACE_S), ("kill", _OUTPUT_S)):
-            running = [process for process in self._ranks if not process.over]
+            running = [process for process in self._ranks if not process.has_ended]
             for process in running:
                 self._transport.call(process.actor, method)
             deadline = time.monotonic() + limit_s
             while running and time.monotonic() < deadline:
                 self._poll()
-                running = [process for process in running if not process.over]
+                running = [process for process in running if not process.has_ended]
 
     def _call_actors(
         self,
@@ -169,37 +169,35 @@ class Attempt:
         environments: Sequence[dict[str, str]] | None = None,
         only: int | None = None,
     ) -> list[Any]:
-        """Call a method of all actors or one; `environments`: also pass the command."""
+        """Call a method of all actors, or only one; with `environments` also pass the command."""
         script, call = self._script, self._transport.call
         calls = {}
-        for number in range(len(self._actors)) if only is None else [only]:
+        for index in range(len(self._actors)) if only is None else [only]:
             arguments: tuple[Any, ...] = ()
             if environments is not None:
-                variables, limit_s = environments[number], script.start_timeout_s
+                variables, limit_s = environments[index], script.start_timeout_s
                 arguments = script.command, variables, script.folder, limit_s
-            calls[f"process {number}"] = partial(call, self._actors[number], method, *arguments)
+            calls[f"process {index}"] = partial(call, self._actors[index], method, *arguments)
         return ask(self._transport, what, calls, script.start_timeout_s, _SETTING, self._check)
 
     def _poll(self) -> None:
-        """Read new output and exit codes of all processes."""
-        open_ranks = [process for process in self._ranks if not process.over]
-        now = (
-            self._clock.now()
-        )  # read once, so that a slow terminal does not make ranks look silent
-        for process in open_ranks:
+        """Receive new output and exit codes of all processes."""
+        running = [process for process in self._ranks if not process.has_ended]
+        now = self._clock.now()  # read once, so that time in a slow terminal is no rank's delay
+        for process in running:
             if process.reply is None:
-                call = process.actor, "output", process.taken, _OUTPUT_S
+                call = process.actor, "output", process.received, _OUTPUT_S
                 process.reply = self._transport.call(*call)
                 process.answered_at = process.answered_at or now
-        replies = [process.reply for process in open_ranks]
+        replies = [process.reply for process in running]
         answered = self._transport.wait(replies, _TICK_S) if replies else []
-        if answered:  # collect all answers, so that a chatty rank does not delay the others
+        if answered:  # collect all answers, so that a rank with much output does not delay others
             answered = self._transport.wait(replies, 0.0, everything=True)
-        for process in open_ranks:
+        for process in running:
             if process.reply in answered:
                 self._handle_answer(process, now)
-            elif now - process.answered_at > _SILENT_S:
-                process.lost = f"it has not answered for {_SILENT_S:.0f} s"
+            elif now - process.answered_at > _ANSWER_TIMEOUT_S:
+                process.lost = f"it has not answered for {_ANSWER_TIMEOUT_S:.0f} s"
 
     def _handle_answer(self, process: _Rank, now: float) -> None:
         reply, process.reply = process.reply, None
@@ -211,7 +209,7 @@ class Attempt:
         except (Unanswered, TransportError):
             return  # the next poll returns the same lines
         process.answered_at = now
-        process.taken += len(output.lines)
+        process.received += len(output.lines)
         for text in output.lines:
             self._terminal.line(process.rank, text)
         if not output.lines:
@@ -228,18 +226,17 @@ class Attempt:
         self._warn_of_running_ranks(ended)
 
     def _warn_of_running_ranks(self, ended: Sequence[int]) -> None:
-        """Log once that some processes have ended and others, which may wait for them, have not."""
+        """Print a notice, once, if some processes ended long ago: others may wait for them."""
         if not ended:
             self._last_all_running = time.monotonic()
-        elif not self._warned and time.monotonic() - self._last_all_running > _ALONE_S:
+        elif not self._warned and time.monotonic() - self._last_all_running > _NOTICE_S:
             self._warned = True
-            first = ranks_text(ended)
-            running = [process.rank for process in self._ranks if not process.over]
-            text = (
-                "%s ended with exit code 0, %.0f s ago; still running, maybe waiting for them: %s"
-            )
+            running = [process.rank for process in self._ranks if not process.has_ended]
             if running:
-                self._terminal.notice(text % (first, _ALONE_S, ranks_text(running)))
+                self._terminal.notice(
+                    f"{ranks_text(ended)} ended with exit code 0, {_NOTICE_S:.0f} s ago; still "
+                    f"running, maybe waiting for them: {ranks_text(running)}"
+                )
 
 
 def run_script(
@@ -255,8 +252,8 @@ def run_script(
     Args:
         script: the script.
         transport: transport of the driver.
-        spawn: given the number of the attempt, creates a `ScriptProcess` for each rank, and ends
-            all of them afterwards.
+        spawn: called with the attempt's number; creates a `ScriptProcess` for each rank, and ends
+            all of them on exit.
         terminal: receives the output.
         check: called ten times a second; its exceptions end the run.
 
@@ -265,7 +262,7 @@ def run_script(
 
     Raises:
         ScriptFailed: a process ended with a non-zero exit code after the last restart.
-        InfrastructureError: a process was lost or could not be started.
+        InfrastructureError: a process was lost after the last restart.
     """
     restarts = 0
     while True:
@@ -286,8 +283,8 @@ def run_script(
 
 _STORAGE = 120.0, ""
 """Timeout of the run directory's disk, and the setting that changes it: none."""
-_MAX_LINES = 100_000
-"""Lines that may wait for that disk."""
+_MAX_PENDING_LINES = 100_000
+"""Maximum number of lines that wait for the disk."""
 
 
 @dataclass(frozen=True)
@@ -306,7 +303,7 @@ class ScriptJob:
 
 @dataclass(frozen=True)
 class ScriptResult:
-    """Result of a script's run."""
+    """Result of a successful run of a script."""
 
     path: Path
     """The run directory, with `rank-<n>.log` for each process."""
@@ -325,7 +322,7 @@ class _Logs(Terminal):
 
     def __init__(self, path: Path, terminal: Terminal) -> None:
         self._terminal = terminal
-        self._files = RoleFiles(path, terminal.notice, max_pending=_MAX_LINES)
+        self._files = RoleFiles(path, terminal.notice, max_pending=_MAX_PENDING_LINES)
 
     @override
     def line(self, rank: int, text: str) -> None:
@@ -337,7 +334,7 @@ class _Logs(Terminal):
         self._terminal.notice(text)
 
     def close(self) -> None:
-        """Close all files."""
+        """Write pending lines, and close all files."""
         self._files.close()
 
 
@@ -357,7 +354,7 @@ def train_script(job: ScriptJob, terminal: Terminal) -> ScriptResult:
     try:
         with_deadline(lambda moved: path.mkdir(FOLDER_MODE, parents=True), path, *_STORAGE)
     except OSError as error:
-        raise StorageError(f"cannot make the run directory {path}: {error}") from error
+        raise StorageError(f"cannot create the run directory {path}: {error}") from error
     logs = _Logs(path, terminal)
     try:
         restarts = _run(job, path, logs)
@@ -400,7 +397,7 @@ def _run(job: ScriptJob, path: Path, logs: _Logs) -> int:
 
 
 def _finish(path: Path, job: ScriptJob, status: str, facts: dict[str, object]) -> None:
-    """Record the status of the run; a full disk is ignored, as the exit code has it, too."""
+    """Write `result.json`; errors are ignored, because the exit code shows the status as well."""
     fields = {"status": status, "name": job.name, "command": list(job.command)}
     content = json.dumps({**fields, **facts}, indent=2).encode()
     with suppress(OSError, StorageError):

@@ -31,26 +31,26 @@ _TICK_S, _TICKS = 0.05, 1200
 
 def main(command: list[str]) -> None:
     """Run the command, and wait until it and all its descendants have ended."""
-    if watcher := os.fork():  # Ray kills direct children of an actor, but not the grandchild
+    if watcher := os.fork():  # Ray kills children of a killed actor, but not grandchildren
         os.closerange(0, 3)
         os.waitpid(watcher, 0)
         return
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     signals = _signals()
     try:
-        script = subprocess.Popen(  # the user's own command
+        script = subprocess.Popen(  # the user's command
             command,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # calls the kernel only
+            preexec_fn=lambda: _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL),  # a system call only
         )
-    except Exception as error:  # also ValueError of invalid arguments
+    except Exception as error:  # also ValueError, for example for a NUL character
         _send(str(error) or repr(error))
         return
     _send("")
     null = os.open(os.devnull, os.O_RDWR)
-    for number in (1, 2):  # only the command keeps the output open
-        os.dup2(null, number)
+    for descriptor in (1, 2):  # only the command keeps the output open
+        os.dup2(null, descriptor)
     while _reap(script) and _forward_signal(script, signals):
         pass
     _signal_group(script, signal.SIGKILL)
@@ -67,26 +67,31 @@ def _signals() -> int:
     """
     Install signal handlers; return a pipe that becomes readable after each signal.
 
-    The handlers do nothing, because a handler may be interrupted by the next signal. `exec` resets
-    handlers but keeps ignored signals, so the command starts with the dispositions it should have.
+    The handlers do nothing, because a handler may be interrupted by the next signal. The command
+    does not inherit them: `exec` resets handlers, but keeps ignored signals.
     """
-    reading, writing = os.pipe()
-    for end in (reading, writing):
-        os.set_blocking(end, False)
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    read_end, write_end = os.pipe()
+    for descriptor in (read_end, write_end):
+        os.set_blocking(descriptor, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # sent to all processes of a job
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+        signal.SIGHUP,
+    ):  # batch systems signal all processes
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, frame: None)
-    return reading
+    return read_end
 
 
 def _reap(script: subprocess.Popen[bytes]) -> bool:
     """Reap ended children, and send the command's exit code; return whether children remain."""
     with suppress(ChildProcessError):
-        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            if ended[0] == script.pid:
-                script.returncode = os.waitstatus_to_exitcode(ended[1])
+        while (result := os.waitpid(-1, os.WNOHANG))[0]:
+            pid, status = result
+            if pid == script.pid:
+                script.returncode = os.waitstatus_to_exitcode(status)
                 _send(str(script.returncode))
         return True
     return False
@@ -96,7 +101,7 @@ def _forward_signal(script: subprocess.Popen[bytes], signals: int) -> bool:
     """
     Wait until a child may have ended or the actor sends a signal, and forward the signal.
 
-    There is no deadline, because scripts may run for any time.
+    There is no deadline, because the duration of a script is unlimited.
 
     Returns:
         Whether the actor is still connected.
@@ -105,12 +110,12 @@ def _forward_signal(script: subprocess.Popen[bytes], signals: int) -> bool:
     if signals in ready:
         os.read(signals, 1 << 16)
     if 0 in ready:
-        sent = b""
+        message = b""
         with suppress(OSError):  # the actor has ended without reading the exit code
-            sent = os.read(0, 1)
-        if not sent:
+            message = os.read(0, 1)
+        if not message:
             return False
-        _signal_group(script, sent[0])
+        _signal_group(script, message[0])
     return True
 
 

@@ -32,7 +32,7 @@ def load_task_class(entry: str, search_path: str) -> type[Task]:
     Exceptions of the module's own code pass unchanged.
 
     Raises:
-        SpecError: the module or class does not exist, or the class is no `Task`.
+        SpecError: the module or class does not exist, or the class is not a `Task`.
     """
     module, name = _import_module(entry, search_path)
     attribute = getattr(module, name, None)
@@ -40,11 +40,17 @@ def load_task_class(entry: str, search_path: str) -> type[Task]:
         return attribute
     if callable(attribute) and not isinstance(attribute, type):
         text = f"{entry} is a function, and the job has the fields of a task"
-        hint = "remove optimizer, global_batch_size, epochs and steps: a train function has its own"
+        hint = (
+            "remove optimizer, global_batch_size, epochs and steps: a train function sets its own"
+        )
         raise SpecError(Problem(("task",), text, hint))
-    tasks = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, Task)]
+    tasks = [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Task) and name != "Task"
+    ]
     problem = "has no class" if attribute is None else "has no subclass of distplat.Task called"
-    raise _not_found(module, problem, name, [task for task in tasks if task != "Task"])
+    raise _not_found(module, problem, name, tasks)
 
 
 def load_train_function(entry: str, search_path: str) -> TrainFunction:
@@ -52,8 +58,8 @@ def load_train_function(entry: str, search_path: str) -> TrainFunction:
     Import `module:function` like `load_task_class`, or return a function that runs a script.
 
     Raises:
-        SpecError: the module, function or script does not exist; or it is a `Task`, whose job
-            needs more fields.
+        SpecError: the module, function or script does not exist; or the entry is a `Task`, which
+            needs more fields in the job.
     """
     if script_of(entry):
         return _script_function(entry, search_path)
@@ -69,7 +75,7 @@ def load_train_function(entry: str, search_path: str) -> TrainFunction:
         )
     if callable(attribute) and not isinstance(attribute, type):
         return cast(TrainFunction, attribute)
-    functions = [n for n, v in vars(module).items() if isinstance(v, FunctionType)]
+    functions = [name for name, value in vars(module).items() if isinstance(value, FunctionType)]
     problem = "has no function" if attribute is None else "has no function called"
     raise _not_found(module, problem, name, functions)
 
@@ -130,7 +136,9 @@ def _import_module(entry: str, search_path: str) -> tuple[ModuleType, str]:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise  # the module exists, but one of its imports does not
         file_names = [path.stem for path in Path(search_path or ".").glob("*.py")]
-        advice = hint_of(module_name, file_names) if file_names else "no Python file is there"
+        advice = (
+            hint_of(module_name, file_names) if file_names else "the folder has no Python files"
+        )
         message = f"could not import {module_name!r} from {search_path or 'the import path'}"
         raise SpecError(Problem(("task",), message, advice)) from None
     if isinstance(module, ModuleType):  # a module may replace itself in `sys.modules`
@@ -147,8 +155,8 @@ def _check_imports(name: str, path: Path, folder: Path) -> None:
     """
     Raise if a file imports a module of its folder while another module of that name is loaded.
 
-    Such a module may come from an earlier job. Modules with names of the standard library are not
-    checked.
+    The loaded module may be an earlier job's. Names of the standard library are not checked,
+    because Python imports many of its modules at startup.
 
     Args:
         name: name of the file's module.
@@ -221,9 +229,9 @@ def _imports_in(code: CodeType) -> Iterator[tuple[int, str, tuple[str, ...]]]:
             yield level, instruction.argval, names or ()
         if instruction.opname != "EXTENDED_ARG":
             arguments.append(instruction.argval)
-    for inner in code.co_consts:
-        if isinstance(inner, CodeType):
-            yield from _imports_in(inner)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _imports_in(constant)
 
 
 def _file_of(module: str, folder: Path) -> Path | None:
@@ -238,13 +246,13 @@ def _check_location(module: ModuleType, folder: Path) -> None:
     Check that a loaded module is the one of a folder.
 
     Raises:
-        SpecError: it is another one, for example of the standard library or of another run.
+        SpecError: the module is another one, such as the standard library's or an earlier job's.
     """
     if (file := _shadowed_file(module, folder)) is not None:
         origin = getattr(module, "__file__", None)
-        why = "is built into Python" if origin is None else f"was imported before, from {origin}"
-        text = f"{file} would not be used: a module {module.__name__!r} {why}"
-        hint = "rename the file, or run it in a process of its own"
+        source = "is built into Python" if origin is None else f"was imported before, from {origin}"
+        text = f"{file} would not be used: a module {module.__name__!r} {source}"
+        hint = "rename the file, or run the job in a new process"
         raise SpecError(Problem(("task",), text, hint))
 
 

@@ -80,7 +80,7 @@ KILLED = "killed by Ray's memory monitor"
         (OUT_OF_MEMORY, ActorDied, KILLED),
         (exceptions.ActorDiedError(), ActorDied, "The actor died unexpectedly"),
         (exceptions.ActorPlacementGroupRemoved(), ActorDied, "placement group was removed"),
-        (exceptions.ActorUnschedulableError("node gone"), ActorDied, "no node can take it"),
+        (exceptions.ActorUnschedulableError("node gone"), ActorDied, "no node can schedule it"),
         (exceptions.NodeDiedError("10.0.0.2"), ActorDied, "its node ended: 10.0.0.2"),
         (exceptions.OwnerDiedError("ab", None, ""), ActorDied, ""),
         (exceptions.ObjectLostError("ab", None, ""), ActorDied, ""),
@@ -146,7 +146,7 @@ def test_a_cause_is_one_line_and_never_empty() -> None:
         error_msg="The actor died in its creation task\n  File x\nImportError: no numpy",
         actor_init_failed=True,
     )
-    assert cause_of(error) == "it could not be made: ImportError: no numpy"
+    assert cause_of(error) == "it could not be created: ImportError: no numpy"
     assert as_ours(error).exit_code == 4
 
 
@@ -160,7 +160,7 @@ def test_an_owner_that_the_cluster_cannot_call_is_told_so() -> None:
     )
     being_made = exceptions.RaySystemError("Actor creation cancelled.")
     for one in (error, being_made):
-        assert "cannot call the process that made it" in cause_of(one)
+        assert "cannot call the process that created it" in cause_of(one)
         assert "RAY_AUTH_MODE" in str(as_ours(one))
 
 
@@ -189,4 +189,4 @@ def test_where_to_look_when_ray_does_not_know_how_a_worker_ended(
     assert ("`dmesg`" in cause_of(error)) == ("exits" in said)
     if advised:
         told = str(ActorLost(role, 3, cause_of(error), found))
-        assert "logs/worker-1.log tells of SIGABRT" in told and "different sizes" in told
+        assert "logs/worker-1.log shows SIGABRT" in told and "different sizes" in told

@@ -55,7 +55,7 @@ def test_a_submitted_run_is_found_by_its_submission(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(overview, "find_runs", lambda name: [RunName(run, name) for run in ids])
     monkeypatch.setattr(overview, "_ask", ask)
     assert overview.submitted_run("second", "line").run == "line-4"
-    with pytest.raises(SpecError, match="'third' has no run that goes on"):
+    with pytest.raises(SpecError, match="'third' has no active run"):
         overview.submitted_run("third", "line")
 
 

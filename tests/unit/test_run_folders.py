@@ -211,7 +211,7 @@ def test_a_jobs_name_means_its_last_run_where_none_goes_on(
     assert [run([command, job]) for command in ("stop", "status")] == [3, 3], "it may have one"
     unknown[0] = DeadlineExceeded("an answer", ("controller",), 10.0, "")
     assert run(["stop", job]) == 4, "one goes on"
-    unknown[0] = SpecError("several runs of job 'digits' go on")
+    unknown[0] = SpecError("several runs of job 'digits' are active")
     assert [run([command, job]) for command in ("stop", "status")] == [2, 2]
     unknown[0] = NoSuchRun("no run or job 'digits' is running")
     named(tmp_path, "newest-3", 1, None)

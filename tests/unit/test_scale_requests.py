@@ -50,7 +50,7 @@ def test_who_asks_is_no_rival_of_itself(meanwhile: int, monkeypatch: pytest.Monk
         return requests.status() if method == "scale_status" else object()
 
     monkeypatch.setattr(overview, "_ask", ask)
-    told = f"{meanwhile} workers were asked for meanwhile" if meanwhile else refused
+    told = f"a later request for {meanwhile} workers" if meanwhile else refused
     with pytest.raises(SpecError, match=told):
         overview.scale(RunName("run-1", "run"), 3, 5.0)
 

@@ -166,7 +166,7 @@ def test_who_had_ended_before_a_failure_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where a rank leaves its loop, and another one waits for it."""
-    monkeypatch.setattr(script_run, "_ALONE_S", 0.1)
+    monkeypatch.setattr(script_run, "_NOTICE_S", 0.1)
     file = tmp_path / "told"
 
     class Told(RecordingTerminal):

@@ -198,5 +198,5 @@ def test_a_ray_of_ours_asks_for_a_token_unless_the_user_has_chosen(
 def test_where_nothing_runs_no_name_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(overview, "named_actors", lambda: {})
-    with pytest.raises(SpecError, match="'mlp' is running\n  hint: nothing runs there"):
+    with pytest.raises(SpecError, match="'mlp' is running\n  hint: the cluster has no runs"):
         overview.find_runs("mlp")
