@@ -36,7 +36,7 @@ from distplat.strategies.function.sharded_sampler import (
     find_rank_sampler,
 )
 from distplat.strategies.loop.collate import sendable, to_device
-from distplat.strategies.loop.loaders import known_alike
+from distplat.strategies.loop.loaders import assign_class_ids
 from distplat.strategies.loop.streams import length_of
 
 COPIED_ARGUMENTS = (
@@ -391,7 +391,7 @@ class Collate:
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._collate = loader.collate_fn
         if loader.num_workers:
-            known_alike(type(loader.dataset), self._collate)
+            assign_class_ids(type(loader.dataset), self._collate)
 
     def __call__(self, samples: Any) -> Any:
         """Build the batch of some samples."""

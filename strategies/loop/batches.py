@@ -255,7 +255,7 @@ class Loader:
         self._plan.runs = plan
         batches = iter(self._loader)
         if self._context is not None:
-            self._context.open_and_forget(self._timeout_s)
+            self._context.unlink_semaphores(self._timeout_s)
         return batches
 
 

@@ -157,7 +157,7 @@ class Gathering:
         make_group: makes the group of all ranks, or gives it; every rank calls it, or none.
         world: ranks.
         parts: by rank, the micro-batches of a step.
-        expected: whether the code looks as if it calls it; see `looks_gathering`.
+        expected: whether the code looks as if it calls it; see `uses_all_gather`.
         refused: what is wrong with calling it at all; None: nothing.
     """
 
@@ -306,7 +306,7 @@ class _Gather(torch.autograd.Function):
         return ctx.gathering.sum_over_ranks(gradient, ctx.call)[ctx.own], None, None
 
 
-def gathers_not_with(job: Job, roles: Roles, *, gathers: bool) -> str:
+def all_gather_conflict(job: Job, roles: Roles, *, gathers: bool) -> str:
     """
     Name what keeps workers from having each a part of one step's batch, and why; empty: they have.
 
@@ -323,7 +323,7 @@ def gathers_not_with(job: Job, roles: Roles, *, gathers: bool) -> str:
     return f"{name}: workers are not in one step"
 
 
-def looks_gathering(task: Task, model: nn.Module) -> bool:
+def uses_all_gather(task: Task, model: nn.Module) -> bool:
     """
     Say whether the code of a task, of its module or of its model names `all_gather`.
 

@@ -37,7 +37,7 @@ _MOST_SHARED = 100
 _Made = TypeVar("_Made", bound=synchronize.SemLock)
 
 
-def ready_loaders(job: Job) -> Callable[[], None]:
+def start_loader_server(job: Job) -> Callable[[], None]:
     """
     Start the server that loader processes are forked from, where there are to be some.
 
@@ -90,7 +90,7 @@ class LoaderContext(ForkServerContext):
         self.set_forkserver_preload(["torch.utils.data", __name__])
 
     def Process(self, *args: Any, **kwargs: Any) -> "_LoaderProcess":  # type: ignore[override]
-        """Make a process; `open_and_forget` waits for it."""
+        """Make a process; `unlink_semaphores` waits for it."""
         reader, writer = self.Pipe(duplex=False)
         self._starting.append(reader)
         return _LoaderProcess(writer, *args, **kwargs)
@@ -107,7 +107,7 @@ class LoaderContext(ForkServerContext):
         """Make a bounded semaphore."""
         return self._noted(super().BoundedSemaphore(value))
 
-    def open_and_forget(self, timeout_s: float) -> None:
+    def unlink_semaphores(self, timeout_s: float) -> None:
         """
         Wait until all processes have opened the semaphores, and take their names away.
 
@@ -229,7 +229,7 @@ _OF_NUMPY = frozenset(
 )
 
 
-def known_alike(*things: Any) -> None:
+def assign_class_ids(*things: Any) -> None:
     """
     Have the classes that things use, and no module has, be the same ones on their way back.
 

@@ -45,8 +45,8 @@ from distplat.strategies.loop.checks import (
     checked_model,
 )
 from distplat.strategies.loop.compute import TaskModel
-from distplat.strategies.loop.gathering import Gathering, gathers_not_with, looks_gathering
-from distplat.strategies.loop.loaders import ready_loaders, warning_of
+from distplat.strategies.loop.gathering import Gathering, all_gather_conflict, uses_all_gather
+from distplat.strategies.loop.loaders import start_loader_server, warning_of
 from distplat.strategies.loop.loop import LeasedLoop, Loop, Progress, task_plan
 from distplat.strategies.loop.losses import LOSS_SCALE, LossScale, TermWeights
 from distplat.strategies.loop.metric_states import TaskMetrics
@@ -143,7 +143,7 @@ def prepare(
         device: device of the model.
         strategy: the job's strategy; None: a strategy that does not shard the model.
     """
-    loaders_ready = ready_loaders(job)
+    loaders_ready = start_loader_server(job)
     seed_all(job.seed)
     spec = make_strategy(job) if strategy is None else strategy.strategy
     roles = spec.roles(job)
@@ -331,8 +331,8 @@ def _group_of_all(p: Prepared, context: Context) -> Callable[[], Collective | No
 def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> Gathering:
     """Return this rank's state of `all_gather`, with the reason if the job refuses it."""
     refused = None
-    if apart := gathers_not_with(p.job, p.roles, gathers=strategy.strategy.gathers):
-        text = f"all_gather() does not go together with {apart}"
+    if conflict := all_gather_conflict(p.job, p.roles, gathers=strategy.strategy.gathers):
+        text = f"all_gather() does not go together with {conflict}"
         refused = Problem(("strategy",), text, "use `strategy: ring` or `ps-sync`")
     elif strategy.strategy.micro_batches(p.job) > 1:
         text = "all_gather() in a loss needs a worker's part of the batch at once"
@@ -341,7 +341,7 @@ def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> 
         refused = Problem(where, text, "set it to 1")
     make_group = _group_of_all(p, context)
     assert p.state is not None, "_load() makes it"
-    expected = refused is None and p.sampler.world > 1 and looks_gathering(p.task, p.flat.model)
+    expected = refused is None and p.sampler.world > 1 and uses_all_gather(p.task, p.flat.model)
     return Gathering(make_group, p.sampler.world, p.state.shares.micro_batches, expected, refused)
 
 
@@ -358,8 +358,8 @@ def _term_weights(
         return None
     if p.roles.consistency.dynamic_tasks:
         return TermWeights(p.task)
-    if apart := gathers_not_with(p.job, p.roles, gathers=strategy.strategy.gathers):
-        text = f"weights() does not go together with {apart}"
+    if conflict := all_gather_conflict(p.job, p.roles, gathers=strategy.strategy.gathers):
+        text = f"weights() does not go together with {conflict}"
         hint = "use `strategy: ring`, `ps-sync` or `ps-async`"
         raise SpecError(Problem(("strategy",), text, hint))
     return TermWeights(p.task, _group_of_all(p, context), p.sampler.world)

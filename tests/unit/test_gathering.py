@@ -205,7 +205,7 @@ class Single(Pairs):
 @pytest.fixture
 def unexpected(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the code named it in some way that is not found."""
-    monkeypatch.setattr(session, "looks_gathering", lambda task, model: False)
+    monkeypatch.setattr(session, "uses_all_gather", lambda task, model: False)
 
 
 @pytest.mark.usefixtures("unexpected")

@@ -28,7 +28,7 @@ from distplat.strategies.loop.batches import (
     make_sampler,
     micro_batches,
 )
-from distplat.strategies.loop.loaders import LoaderContext, ready_loaders
+from distplat.strategies.loop.loaders import LoaderContext, start_loader_server
 
 pytestmark = pytest.mark.usefixtures("loader_server")
 
@@ -38,10 +38,10 @@ import sys
 from multiprocessing import get_context
 
 from distplat.strategies.catalog import make_job
-from distplat.strategies.loop.loaders import ready_loaders
+from distplat.strategies.loop.loaders import start_loader_server
 
 if __name__ == "__main__":
-    ready_loaders(make_job({
+    start_loader_server(make_job({
         "name": "loaders", "strategy": "ring", "scaling": {"num_workers": 1}, "steps": 1,
         "optimizer": {"name": "SGD", "lr": 1}, "global_batch_size": 1, "data": {"num_workers": 1},
     }))()
@@ -76,11 +76,11 @@ def test_semaphores_of_loaders_have_no_names_while_they_are_used(prefix: str) ->
     lock = context.Lock()
     name = lock._semlock.name.removeprefix("/")  # type: ignore[attr-defined]
     assert left_in_memory(prefix) == [f"sem.{name}"]
-    context.open_and_forget(1.0)
+    context.unlink_semaphores(1.0)
     assert not left_in_memory(prefix)
     with lock:
         assert not lock.acquire(block=False)
-    ready_loaders(job(loaders=2))()
+    start_loader_server(job(loaders=2))()
     sampler = make_sampler(job(), Noise())
     batches = micro_batches(job(loaders=2), Noise(), sampler, 0, range(6), 1)
     next(batches)
