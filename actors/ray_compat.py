@@ -104,13 +104,13 @@ def log_as(name: str) -> None:
 
 
 @contextmanager
-def printed_by_actors(take: Callable[[Mapping[str, Any]], bool]) -> Iterator[None]:
+def printed_by_actors(consume: Callable[[Mapping[str, Any]], bool]) -> Iterator[None]:
     """
-    Pass the output of actors to `take` in this block, from a thread of Ray.
+    Pass the output of actors to `consume` in this block, on a thread of Ray.
 
     Args:
-        take: called with each batch of lines; returns whether it has handled the batch. Ray prints
-            the others.
+        consume: called with each batch of lines; returns whether it has handled the batch. Ray
+            prints the other batches.
     """
     dispatcher = global_worker_stdstream_dispatcher
     original = list(dispatcher.handlers)
@@ -118,7 +118,7 @@ def printed_by_actors(take: Callable[[Mapping[str, Any]], bool]) -> Iterator[Non
     def handle(batch: Mapping[str, Any]) -> None:
         # An exception, such as a closed stdout, would end Ray's thread and lose all later lines.
         with suppress(OSError, ValueError):
-            if not take(batch):
+            if not consume(batch):
                 for _, handler in original:
                     handler(batch)
 
@@ -290,9 +290,12 @@ def addresses_here() -> set[str]:
     """
     addresses: set[str] = set()
     for process in services.psutil.process_iter(["cmdline", "uids"]):
-        line, uids = process.info["cmdline"], process.info["uids"]
-        if uids is not None and uids.real in (0, os.getuid()) and services._is_raylet_process(line):
-            addresses |= {arg.partition("=")[2] for arg in line if arg.startswith("--gcs-address=")}
+        command, uids = process.info["cmdline"], process.info["uids"]
+        if uids is None or uids.real not in (0, os.getuid()):
+            continue
+        if services._is_raylet_process(command):
+            options = [arg for arg in command if arg.startswith("--gcs-address=")]
+            addresses |= {option.partition("=")[2] for option in options}
     return addresses - {"", "None"}
 
 

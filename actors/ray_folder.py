@@ -20,7 +20,7 @@ from distplat.platform.errors import StorageError
 from distplat.platform.owned_folder import OwnedFolder, remove_orphans
 
 _PREFIX = "ray-"
-_MOST_FILES, _MOST_BYTES = 64, 16 * 2**10
+_MAX_FILES, _MAX_BYTES = 64, 16 * 2**10
 """Number of logs to keep, and bytes from the end of each: one megabyte in total."""
 _FIRST = ("raylet.", "gcs_server.")
 """Logs that come first, because they explain failures of the cluster."""
@@ -46,7 +46,7 @@ class RayFolder:
         self.path = self._folder.path / "r"  #: created by Ray
 
     def remove(self) -> None:
-        """Delete the directory with its content."""
+        """Delete the directory and its content."""
         self._folder.remove()
 
     def close(self) -> None:
@@ -69,15 +69,15 @@ class RayFolder:
             if path.is_file() and not path.name.startswith(_EXCLUDED)
         ]
         logs.sort(key=lambda path: (not path.name.startswith(_FIRST), -path.stat().st_mtime))
-        text = "".join(_ends(logs[:_MOST_FILES]))
+        text = "".join(_tails(logs[:_MAX_FILES]))
         return (text.replace(hidden, "***") if hidden else text).encode()
 
 
-def _ends(logs: list[Path]) -> Iterator[str]:
+def _tails(logs: list[Path]) -> Iterator[str]:
     for path in logs:
         with suppress(StorageError), open_regular(path) as file:
             if file is None or not (size := os.fstat(file.fileno()).st_size):
                 continue
-            file.seek(max(0, size - _MOST_BYTES))
-            text = file.read(_MOST_BYTES).decode(errors="replace").rstrip()
+            file.seek(max(0, size - _MAX_BYTES))
+            text = file.read(_MAX_BYTES).decode(errors="replace").rstrip()
             yield f"==> {path.name} <==\n{text}\n\n"

@@ -41,7 +41,7 @@ def token_of(home: Path, environment: Mapping[str, str]) -> str:
         with naming_path(path):
             token = _first_bytes(path).decode("latin-1").strip() if path.is_file() else ""
     if not (token.isascii() and token.isprintable()):
-        hint = f"mend it, or set {MODE}=disabled for a cluster that asks for none"
+        hint = f"fix it, or set {MODE}=disabled for a cluster without authentication"
         raise SpecError(Problem((), f"{source} {_NO_TOKEN}", hint))
     return token
 
@@ -56,7 +56,7 @@ def check_token(home: Path, environment: Mapping[str, str]) -> None:
     if environment.get(MODE, "").lower() != "token" or token_of(home, environment):
         return
     if environment.get(TOKEN_PATH):
-        raise SpecError(f"{environment[TOKEN_PATH]} ({TOKEN_PATH}) is not there, or is empty")
+        raise SpecError(f"{environment[TOKEN_PATH]} ({TOKEN_PATH}) does not exist or is empty")
 
 
 def secure_token(home: Path, environment: MutableMapping[str, str]) -> str:
@@ -74,7 +74,7 @@ def secure_token(home: Path, environment: MutableMapping[str, str]) -> str:
     if environment.get(MODE, "token").lower() != "token":
         return (
             f"{MODE}={environment[MODE]}: every user of this machine can run code "
-            f"in this run; unset it to have Ray ask for a token"
+            f"in this run; unset the variable to make Ray require a token"
         )
     if environment.get(TOKEN):
         return ""
@@ -87,8 +87,8 @@ def secure_token(home: Path, environment: MutableMapping[str, str]) -> str:
     except OSError as error:
         environment[TOKEN] = secrets.token_hex(32)
         return (
-            f"{path} cannot be made ({error.strerror}): the token of this run's Ray is known to "
-            f"its own processes alone, and `distplat status` and `stop` cannot reach it"
+            f"{path} cannot be created ({error.strerror}): only the processes of this run know "
+            f"the token of its Ray, so `distplat status` and `stop` cannot connect to it"
         )
     try:
         return _restrict_permissions(path)
@@ -108,13 +108,15 @@ def _first_bytes(path: Path) -> bytes:
 def _warn_of_readers(path: Path) -> str:
     """Return a warning if others can read the user's own token file, which is not modified."""
     try:
-        others = path.stat().st_mode & 0o044
-        closed = any(not folder.stat().st_mode & 0o011 for folder in path.absolute().parents)
+        is_readable = path.stat().st_mode & 0o044
+        is_in_private_folder = any(
+            not folder.stat().st_mode & 0o011 for folder in path.absolute().parents
+        )
     except OSError:
         return ""  # Ray reports the error
-    if not others or closed:
+    if not is_readable or is_in_private_folder:
         return ""
-    return f"{path} ({TOKEN_PATH}) can be read by other users, who may run code in this run then"
+    return f"{path} ({TOKEN_PATH}) can be read by other users, who can then run code in this run"
 
 
 def _create_token(path: Path) -> None:
@@ -139,7 +141,8 @@ def _restrict_permissions(path: Path) -> str:
             return f"{path} belongs to another user, and others may read it"
         os.fchmod(descriptor, 0o600)
         return (
-            f"{path} could be read by other users, and no longer can; whoever read it still has it"
+            f"{path} could be read by other users, and no longer can; a user who has read the "
+            f"token can still use it"
         )
     finally:
         os.close(descriptor)

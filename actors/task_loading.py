@@ -96,12 +96,13 @@ def takes_names(function: TrainFunction, names: Collection[str]) -> bool:
         function: the train function.
         names: names in `task_args`.
     """
-    needed = needed_arguments(function)
+    required = needed_arguments(function)
+    if len(required) > 1 or any(p.kind is p.KEYWORD_ONLY for p in required):
+        return True
     parameters = inspect.signature(function).parameters.values()
-    by_name = [p for p in parameters if p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD)]
-    only_names = bool(by_name) and len(by_name) == len(parameters)
-    match = bool(names) and {p.name for p in needed} <= {*names} <= {p.name for p in parameters}
-    return len(needed) > 1 or any(p.kind is p.KEYWORD_ONLY for p in needed) or only_names or match
+    if parameters and all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters):
+        return True
+    return bool(names) and ({p.name for p in required} <= {*names} <= {p.name for p in parameters})
 
 
 def call_train_function(function: TrainFunction, config: Mapping[str, Any]) -> None:

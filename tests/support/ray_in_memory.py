@@ -78,7 +78,7 @@ class _Body:
             self._made.set_result(self._make())
         except BaseException as error:
             self._made.set_exception(error)
-            self._failed(f"it could not be made: {error}")
+            self._failed(f"it could not be created: {error}")
 
     def __getattr__(self, method: str) -> Any:
         if method.startswith("_"):

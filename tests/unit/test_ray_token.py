@@ -107,7 +107,7 @@ def test_a_token_that_may_not_be_read_is_named(
     ("mode", "content", "told"),
     [
         ("token", b"\xff", "holds no token"),
-        ("TOKEN", b" \n", r"\(RAY_AUTH_TOKEN_PATH\) is not there, or is empty"),
+        ("TOKEN", b" \n", r"\(RAY_AUTH_TOKEN_PATH\) does not exist or is empty"),
         ("token", b"mine\n", ""),
         ("disabled", b"\xff", ""),
         ("", b"\xff", ""),
@@ -163,7 +163,7 @@ def test_where_no_home_can_be_written_the_token_is_in_the_environment(tmp_path: 
     (tmp_path / ".ray").write_text("a file in the way")
     environment: dict[str, str] = {}
     said = secure_token(tmp_path, environment)
-    assert "auth_token cannot be made" in said and "`distplat status` and `stop`" in said
+    assert "auth_token cannot be created" in said and "`distplat status` and `stop`" in said
     token = environment["RAY_AUTH_TOKEN"]
     assert len(token) == 64 and token not in said
     assert secure_token(tmp_path, environment) == "", "the next run of this process keeps it"
