@@ -325,7 +325,7 @@ def test_the_scale_follows_what_came_of_the_steps(monkeypatch: pytest.MonkeyPatc
         (
             {"name": "hybrid", "data": 2, "data_strategy": "ps-sync", "wire": "bf16"},
             {},
-            "together with a `wire`",
+            "combined with `wire`",
         ),
         ({"name": "ring", "compression": "powersgd"}, {}, "gradients multiplied by a loss scale"),
         ({"name": "ps-sync", "wire": "fp16"}, {}, "nor with a `wire`"),
