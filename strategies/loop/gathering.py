@@ -1,13 +1,14 @@
 """
-`distplat.all_gather` inside a loss: the rows of all ranks, with gradient.
+Differentiable `distplat.all_gather`, for losses that need the rows of all ranks.
 
-    forward    every rank: its rows ────────▶ the rows of all, in rank order
-    backward   every rank: gradient of all the rows ── sum ──▶ that of its own rows
+    forward    each rank: own rows ────────▶ rows of all ranks, in rank order
+    backward   each rank: gradient of all rows ── sum ──▶ gradient of own rows
 
-Each operation begins with an announcement of every rank. So ranks that do not do the same end with
-an error, and a rank without samples in a step takes part in the others' operations, until they
-announce the end. That costs an operation in each step, so it is done where the code of task or
-model names `all_gather`, or where a step before has called it.
+Before each operation all ranks exchange announcements. Different operations raise an error. A rank
+without samples in a step participates in the operations of the other ranks until these announce
+the end of their calls. This protocol costs an additional operation in each step, so ranks without
+samples use it only if the code of the task or model names `all_gather`, or if an earlier step has
+called `all_gather`.
 """
 
 from __future__ import annotations
@@ -30,201 +31,206 @@ from distplat.strategies.strategy_spec import Roles
 from distplat.strategies.task import Task
 from distplat.strategies.task_methods import referenced_names
 
-_NOTHING, _FORWARD, _BACKWARD, _END = range(4)
-_DIMENSIONS = 8
-"""Of a tensor, at most."""
-_TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32]
+_IDLE, _FORWARD, _BACKWARD, _END = range(4)
+_MAX_DIMENSIONS = 8
+_DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32]
 
 _NOT_EXPECTED = Problem(
     ("task",),
-    "all_gather() is called first in a step in which a worker has no samples, and does not know it",
+    "all_gather() is first called in a step in which a worker has no samples and does not expect "
+    "the call",
     "name it in a method of the task or in the model's forward(), or set data.drop_last: true",
 )
 
-_here = threading.local()
-"""`gathering`: of the step that this thread computes; `calls`: how often it has asked."""
+_thread_state = threading.local()
+"""`gathering`: the `Gathering` of this thread's step; `calls`: this thread's calls so far."""
 
-_ELSEWHERE = Problem(
+_OTHER_THREAD = Problem(
     ("task",),
-    "all_gather() is called in another thread than the one that trains, and would gather nothing",
-    "leave it out of what torch.utils.checkpoint computes again: a GPU's backward has a thread",
+    "all_gather() is called outside the training thread, where it cannot gather rows",
+    "do not call it inside torch.utils.checkpoint: on a GPU, recomputation runs in another thread",
 )
 
 
-class _UnderWay:
-    """Gatherings of this process that are entered and have several ranks."""
+class _ActiveGatherings:
+    """Number of gatherings of this process that have been entered and have several ranks."""
 
     def __init__(self) -> None:
-        self.count, self._counting = 0, threading.Lock()
+        self.count, self._lock = 0, threading.Lock()
 
-    def add(self, more: int) -> None:
-        with self._counting:
-            self.count += more
+    def add(self, change: int) -> None:
+        with self._lock:
+            self.count += change
 
 
-_under_way = _UnderWay()
+_active = _ActiveGatherings()
 
 
 def all_gather(tensor: Tensor) -> Tensor:
     """
-    Give the rows of all workers' batches, in rank order; for a loss that needs all samples.
+    Return the rows of all workers' batches, in rank order; for a loss that needs all samples.
 
-    Gradients flow back to the workers whose rows they are of. Every worker that has samples in a
-    step must call it alike. Outside of a training step, in evaluations too, it gives the tensor
-    itself. In a train function it gathers each time, and every worker calls it.
+    Gradients flow back to the workers that own the rows. All workers with samples in a step must
+    make the same calls. Outside of training steps, for example in evaluations, the tensor itself
+    is returned. In a train function each call gathers, and all workers must make it.
 
     Args:
-        tensor: shape [rows, ...]; workers may have different numbers of rows. Of bool, int32,
-            int64 or a type of floating point numbers of 16 to 64 bits.
+        tensor: shape [rows, ...]; workers may have different numbers of rows. The dtype is bool,
+            int32, int64, or floating point of 16 to 64 bits.
 
     Returns:
         Shape [rows of all workers, ...]; with one worker a copy.
 
     Raises:
-        SpecError: the batch of a step is cut by `gradient_accumulation`, the strategy's workers
-            are not in the same step, or another thread trains.
+        SpecError: `gradient_accumulation` splits the batch of a step, the strategy's workers are
+            not in the same step, or the calling thread is not the training thread.
     """
-    _here.calls = calls() + 1
-    if _under_way.count and not hasattr(_here, "gathering"):
-        raise SpecError(_ELSEWHERE)
-    now: Gathering | None = getattr(_here, "gathering", None)
-    return tensor if now is None else now.gather(tensor)
+    _thread_state.calls = calls() + 1
+    if _active.count and not hasattr(_thread_state, "gathering"):
+        raise SpecError(_OTHER_THREAD)
+    gathering: Gathering | None = getattr(_thread_state, "gathering", None)
+    return tensor if gathering is None else gathering.gather(tensor)
 
 
 def calls() -> int:
-    """Count the calls of `all_gather` in this thread."""
-    return getattr(_here, "calls", 0)
+    """Return the number of calls of `all_gather` in this thread."""
+    return getattr(_thread_state, "calls", 0)
 
 
 def idle_ranks_wait() -> bool:
-    """Say whether ranks without samples in the step of this thread wait for the others' calls."""
-    now: Gathering | None = getattr(_here, "gathering", None)
-    return now is not None and now.idle_ranks_wait
+    """Return whether this thread's step has ranks without samples that wait for calls."""
+    gathering: Gathering | None = getattr(_thread_state, "gathering", None)
+    return gathering is not None and gathering.idle_ranks_wait
 
 
 class _Announcement(NamedTuple):
-    """What a rank announces before an operation."""
+    """The next operation of a rank, sent to all ranks before the operation."""
 
-    kind: int
+    operation: int
     call: int = 0
-    """Which call of the step."""
-    type: int = 0
-    """Index in `_TYPES`."""
+    """Number of the call in the step."""
+    dtype: int = 0
+    """Index in `_DTYPES`."""
     rows: int = 0
-    row: tuple[int, ...] = ()
-    """Shape of one."""
+    row_shape: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, kind: int, call: int, tensor: Tensor) -> _Announcement:
-        """Describe a tensor of rows."""
-        return cls(kind, call, _TYPES.index(tensor.dtype), len(tensor), tuple(tensor.shape[1:]))
+    def of(cls, operation: int, call: int, tensor: Tensor) -> _Announcement:
+        """Build the announcement of an operation on a tensor."""
+        dtype = _DTYPES.index(tensor.dtype)
+        return cls(operation, call, dtype, len(tensor), tuple(tensor.shape[1:]))
 
     @classmethod
-    def read(cls, numbers: list[int]) -> _Announcement:
-        """Read what `numbers` gave."""
-        kind, call, dtype, rows, dimensions, *row = numbers
-        return cls(kind, call, dtype, rows, tuple(row[:dimensions]))
+    def from_numbers(cls, numbers: list[int]) -> _Announcement:
+        """Decode the result of `to_numbers`."""
+        operation, call, dtype, rows, dimensions, *row_shape = numbers
+        return cls(operation, call, dtype, rows, tuple(row_shape[:dimensions]))
 
     def __str__(self) -> str:
         """`makes call 1 with rows of float32 [3]`."""
-        if self.kind == _END:
+        if self.operation == _END:
             return "makes no more calls"
-        what = "makes" if self.kind == _FORWARD else "is in the backward of"
-        kind = str(_TYPES[self.type]).removeprefix("torch.")
-        return f"{what} call {self.call} with rows of {kind} {[*self.row]}"
+        verb = "makes" if self.operation == _FORWARD else "is in the backward of"
+        dtype = str(_DTYPES[self.dtype]).removeprefix("torch.")
+        return f"{verb} call {self.call} with rows of {dtype} {[*self.row_shape]}"
 
-    def numbers(self) -> list[int]:
-        """Give it as numbers, of any shape as many."""
-        row = [len(self.row), *self.row, *[0] * (_DIMENSIONS - len(self.row))]
-        return [self.kind, self.call, self.type, self.rows, *row]
+    def to_numbers(self) -> list[int]:
+        """Encode the announcement as integers; their number is the same for all shapes."""
+        padding = [0] * (_MAX_DIMENSIONS - len(self.row_shape))
+        row_shape = [len(self.row_shape), *self.row_shape, *padding]
+        return [self.operation, self.call, self.dtype, self.rows, *row_shape]
 
     @property
-    def common(self) -> tuple[object, ...]:
-        """What all ranks must announce alike; of a backward they have the rows of all."""
-        rows = self.rows if self.kind == _BACKWARD else 0
-        return self.kind, self.call, self.type, rows, self.row
+    def signature(self) -> tuple[object, ...]:
+        """The fields that must be equal on all ranks; in backward each rank has all rows."""
+        rows = self.rows if self.operation == _BACKWARD else 0
+        return self.operation, self.call, self.dtype, rows, self.row_shape
 
     def zeros(self, rows: int, device: torch.device) -> Tensor:
-        """Give so many rows."""
-        return torch.zeros(rows, *self.row, dtype=_TYPES[self.type], device=device)
+        """Create a tensor of zeros with the announced dtype and row shape."""
+        return torch.zeros(rows, *self.row_shape, dtype=_DTYPES[self.dtype], device=device)
 
 
 class Gathering:
     """
-    One rank's part in `all_gather`, in one attempt: a context in which the forwards of a step run.
+    One rank's state of `all_gather` in an attempt; a context manager for the forwards of a step.
 
     Args:
-        make_group: makes the group of all ranks, or gives it; every rank calls it, or none.
-        world: ranks.
-        parts: by rank, the micro-batches of a step.
-        expected: whether the code looks as if it calls it; see `uses_all_gather`.
-        refused: what is wrong with calling it at all; None: nothing.
+        make_group: creates or returns the group of all ranks; called by all ranks or by none.
+        world: number of ranks.
+        micro_batches: returns each rank's number of micro-batches in a step.
+        expected: whether the code of the task or model names `all_gather`; see `uses_all_gather`.
+        refused: the problem with any call of `all_gather` in this job; None: calls are allowed.
     """
 
     def __init__(
         self,
         make_group: Callable[[], Collective | None] = lambda: None,
         world: int = 1,
-        parts: Callable[[int], Sequence[int]] = lambda step: [1],
+        micro_batches: Callable[[int], Sequence[int]] = lambda step: [1],
         expected: bool = False,
         refused: Problem | None = None,
     ) -> None:
-        self._make_group, self._world, self._parts = make_group, world, parts
+        self._make_group, self._world, self._micro_batches = make_group, world, micro_batches
         self._expected, self._refused = expected, refused
-        _here.gathering = getattr(_here, "gathering", None)  # this thread is the one that trains
+        # marks this thread as a training thread, which `all_gather` checks
+        _thread_state.gathering = getattr(_thread_state, "gathering", None)
         self._group: Collective | None = None
-        self._step = 0  #: the one under way
-        self._calls = 0  #: in it
+        self._step = 0  #: the current step
+        self._calls = 0  #: calls in the current step
 
     def begin(self, step: int) -> Gathering:
-        """Called with the step whose forwards come next."""
+        """Start a step, before its forwards."""
         self._step, self._calls = step, 0
         return self
 
     def __enter__(self) -> None:
-        _here.gathering = self
-        _under_way.add(int(self._world > 1))
+        _thread_state.gathering = self
+        _active.add(int(self._world > 1))
 
     def __exit__(self, *error: object) -> None:
-        _here.gathering = None
-        _under_way.add(-int(self._world > 1))
+        _thread_state.gathering = None
+        _active.add(-int(self._world > 1))
 
     def finish(self, device: torch.device) -> None:
         """
-        Say that this rank has made its calls; one without samples takes part in what others do.
+        Announce the end of this rank's calls.
+
+        A rank without samples participates in the operations of the other ranks, until they end.
 
         Args:
-            device: of the model.
+            device: device of the model.
 
         Raises:
             CollectiveError: a rank is missing.
-            RuntimeError: another rank calls once more.
+            RuntimeError: another rank makes a further call.
         """
-        if self._world == 1 or not self._all_take_part:
+        if self._world == 1 or not self._idle_ranks_participate:
             return
-        if self._parts(self._step)[self._subgroup().rank]:
+        if self._micro_batches(self._step)[self._subgroup().rank]:
             self._announce(_Announcement(_END), device)
             return
-        while (other := self._announce(_Announcement(_NOTHING), device)[0]).kind != _END:
-            rows = sum(self._rows) if other.kind == _FORWARD else other.rows
-            self._subgroup().all_reduce(other.zeros(rows, device))
+        while (peer := self._announce(_Announcement(_IDLE), device)[0]).operation != _END:
+            rows = sum(self._row_counts) if peer.operation == _FORWARD else peer.rows
+            self._subgroup().all_reduce(peer.zeros(rows, device))
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Give all ranks' tensors in rank order, with gradient; what `distplat.all_gather` does."""
+        """Return all ranks' rows in rank order, differentiably; see `distplat.all_gather`."""
         if self._refused is not None:
             raise SpecError(self._refused)
-        if not 1 <= tensor.ndim <= _DIMENSIONS:
-            text = f"all_gather() takes 1 to {_DIMENSIONS} dimensions, rows first"
-            raise ValueError(f"{text}; got a tensor of {tensor.ndim}")
-        if tensor.dtype not in (*_TYPES, torch.bool):
-            names = ", ".join(str(one).removeprefix("torch.") for one in (*_TYPES, torch.bool))
-            text = f"all_gather() takes no tensor of type {tensor.dtype}: convert it, with .long()"
-            raise ValueError(f"{text} for example, to one of {names}")
+        if not 1 <= tensor.ndim <= _MAX_DIMENSIONS:
+            text = f"all_gather() requires 1 to {_MAX_DIMENSIONS} dimensions, rows first"
+            raise ValueError(f"{text}; got a tensor with {tensor.ndim} dimensions")
+        dtypes = (*_DTYPES, torch.bool)
+        if tensor.dtype not in dtypes:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            text = f"all_gather() does not support the dtype {tensor.dtype}: convert the tensor"
+            raise ValueError(f"{text}, for example with .long(), to one of {names}")
         if self._world == 1:
-            return tensor.clone()  # as others give it: what is written there is not in the tensor
+            return tensor.clone()  # as with several ranks, writes to the result leave the input
         if tensor.dtype is torch.bool:
             return self.gather(tensor.int()).bool()
-        if not self._all_take_part and min(self._parts(self._step)) == 0:
+        if not self._idle_ranks_participate and min(self._micro_batches(self._step)) == 0:
             raise SpecError(_NOT_EXPECTED)
         self._calls += 1
         apply: Any = _Gather.apply
@@ -233,86 +239,92 @@ class Gathering:
 
     @property
     def idle_ranks_wait(self) -> bool:
-        """Whether ranks without samples in this step wait in `finish` for what the others do."""
-        return self._all_take_part and min(self._parts(self._step)) == 0
+        """Whether this step has ranks without samples, which wait in `finish` for calls."""
+        return self._idle_ranks_participate and min(self._micro_batches(self._step)) == 0
 
-    def rows_of_all(self, mine: Tensor, call: int) -> tuple[Tensor, slice]:
-        """Give the rows of all ranks, and which of them are this one's."""
-        announcement = _Announcement.of(_FORWARD, call, mine)
-        self._announce(announcement, mine.device)
-        ends = [*accumulate(self._rows)]
+    def gather_rows(self, tensor: Tensor, call: int) -> tuple[Tensor, slice]:
+        """Return the rows of all ranks, and the slice with this rank's rows."""
+        announcement = _Announcement.of(_FORWARD, call, tensor)
+        self._announce(announcement, tensor.device)
+        ends = [*accumulate(self._row_counts)]
         rank = self._subgroup().rank
-        own = slice(ends[rank] - self._rows[rank], ends[rank])
-        whole = announcement.zeros(ends[-1], mine.device)
-        whole[own] = mine.detach()
-        self._subgroup().all_reduce(whole)
-        return whole, own
+        own_rows = slice(ends[rank] - self._row_counts[rank], ends[rank])
+        gathered = announcement.zeros(ends[-1], tensor.device)
+        gathered[own_rows] = tensor.detach()
+        self._subgroup().all_reduce(gathered)
+        return gathered, own_rows
 
     def sum_over_ranks(self, gradient: Tensor, call: int) -> Tensor:
-        """Give the sum of the ranks' gradients of all rows."""
+        """Return the gradient of all rows, summed over the ranks."""
         self._announce(_Announcement.of(_BACKWARD, call, gradient), gradient.device)
         total = gradient.clone(memory_format=torch.contiguous_format)
         self._subgroup().all_reduce(total)
         return total
 
     @property
-    def _all_take_part(self) -> bool:
-        """Whether ranks without samples know that there may be calls; the same on all."""
+    def _idle_ranks_participate(self) -> bool:
+        """Whether ranks without samples participate in operations; equal on all ranks."""
         return self._expected or self._group is not None
 
     def _subgroup(self) -> Collective:
         if self._group is None:
             group = self._make_group()
-            assert group is not None, "strategies whose ranks gather have a group, or can make one"
-            # Gradients may be on their way through the group itself.
+            assert group is not None, (
+                "a strategy that supports all_gather has a group or can create one"
+            )
+            # a subgroup, since gradients may be in flight in the group
             self._group = group.subgroup("all-gather", range(group.world))
         return self._group
 
-    def _announce(self, mine: _Announcement, device: torch.device) -> list[_Announcement]:
+    def _announce(self, announcement: _Announcement, device: torch.device) -> list[_Announcement]:
         """
-        Exchange announcements of the next operation; give those of ranks that know of one.
+        Exchange announcements of the next operation; return those of ranks with samples.
 
         Raises:
             RuntimeError: ranks announce different operations.
         """
         group = self._subgroup()
-        every = [_Announcement.read(row) for row in gather_numbers(mine.numbers(), group, device)]
-        self._rows = [one.rows for one in every]
-        known = {rank: one for rank, one in enumerate(every) if one.kind != _NOTHING}
-        first = {one.common: rank for rank, one in reversed(known.items())}
-        if len(first) > 1:
-            texts = ", ".join(f"rank {rank} {every[rank]}" for rank in sorted(first.values()))
+        numbers = gather_numbers(announcement.to_numbers(), group, device)
+        announced = [_Announcement.from_numbers(row) for row in numbers]
+        self._row_counts = [a.rows for a in announced]
+        active = {rank: a for rank, a in enumerate(announced) if a.operation != _IDLE}
+        first_ranks = {a.signature: rank for rank, a in reversed(active.items())}
+        if len(first_ranks) > 1:
+            ranks = sorted(first_ranks.values())
+            texts = ", ".join(f"rank {rank} {announced[rank]}" for rank in ranks)
             raise RuntimeError(
-                f"workers do not call all_gather() alike: {texts}. Whether and in which order it "
-                "is called, and the shape of a row, must not depend on the samples"
+                f"workers make different calls of all_gather(): {texts}. Whether and in which "
+                "order it is called, and the shape of a row, must not depend on the samples"
             )
-        return [*known.values()]
+        return [*active.values()]
 
 
 class _Gather(torch.autograd.Function):
-    """The rows of all ranks; the gradient of a rank's own is the sum of what all ranks found."""
+    """Rows of all ranks; the gradient of a rank's own rows is summed over all ranks."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, gathering: Gathering, call: int) -> Tensor:
-        """Give the rows of all ranks."""
+        """Return the rows of all ranks."""
         ctx.gathering, ctx.call = gathering, call
-        whole, ctx.own = gathering.rows_of_all(tensor, call)
-        return whole
+        gathered, ctx.own_rows = gathering.gather_rows(tensor, call)
+        return gathered
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        """Give the gradient of this rank's rows."""
-        return ctx.gathering.sum_over_ranks(gradient, ctx.call)[ctx.own], None, None
+        """Return the gradient of this rank's rows."""
+        return ctx.gathering.sum_over_ranks(gradient, ctx.call)[ctx.own_rows], None, None
 
 
 def all_gather_conflict(job: Job, roles: Roles, *, gathers: bool) -> str:
     """
-    Name what keeps workers from having each a part of one step's batch, and why; empty: they have.
+    Return the setting that prevents `all_gather`, with the reason; empty: `all_gather` is allowed.
+
+    Each worker must hold the whole model and compute a part of the same step's batch.
 
     Args:
-        job: the run.
-        roles: what its strategy needs.
+        job: the job.
+        roles: the roles of the job's strategy.
         gathers: see `Strategy.gathers`.
     """
     if roles.group_size > 1:
@@ -320,23 +332,22 @@ def all_gather_conflict(job: Job, roles: Roles, *, gathers: bool) -> str:
     if gathers and not roles.consistency.backup_workers:
         return ""
     name = "`backup_workers`" if gathers else f"the strategy {job.strategy.name!r}"
-    return f"{name}: workers are not in one step"
+    return f"{name}: workers are not in the same step"
 
 
 def uses_all_gather(task: Task, model: nn.Module) -> bool:
     """
-    Say whether the code of a task, of its module or of its model names `all_gather`.
+    Return whether the code of a task, its module or its model names `all_gather`.
 
     Args:
-        task: the user's.
-        model: what it has built.
+        task: the user's task.
+        model: the task's model.
     """
-    kinds = {type(task), *map(type, model.modules())}
-    own = vars(sys.modules.get(type(task).__module__, object)).values()
-    kinds |= {
-        one for one in own if isinstance(one, type) and one.__module__ == type(task).__module__
-    }
-    bases = {base for kind in kinds for base in kind.__mro__ if base is not nn.Module}
+    module = type(task).__module__
+    classes = {type(task), *map(type, model.modules())}
+    module_values = vars(sys.modules.get(module, object)).values()
+    classes |= {v for v in module_values if isinstance(v, type) and v.__module__ == module}
+    bases = {base for cls in classes for base in cls.__mro__ if base is not nn.Module}
     members = [member for base in bases for member in vars(base).values()]
-    functions = [one for one in [*own, *members] if isinstance(one, FunctionType)]
-    return any(all_gather.__name__ in referenced_names(one) for one in functions)
+    functions = [v for v in [*module_values, *members] if isinstance(v, FunctionType)]
+    return any(all_gather.__name__ in referenced_names(function) for function in functions)

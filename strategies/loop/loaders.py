@@ -1,4 +1,4 @@
-"""Loader processes: how they start, what they are given, and which random numbers they draw."""
+"""Loader processes: start, transfer of data, and detection of unseeded random generators."""
 
 import functools
 import io
@@ -29,23 +29,23 @@ from distplat.platform.errors import DeadlineExceeded
 from distplat.platform.spec import Job
 from distplat.strategies.loop.containers import items_in
 
-_SMALL = 1 << 16
-"""Bytes of a tensor that is copied to a loader; sharing a larger one takes a descriptor."""
-_MOST_SHARED = 100
-"""Tensors of one data set that are shared; the fork server takes 250 descriptors at a time."""
+_MAX_COPIED_BYTES = 1 << 16
+"""Size up to which tensors are copied to a loader; each shared tensor needs a file descriptor."""
+_MAX_SHARED_TENSORS = 100
+"""Shared tensors of a data set; the fork server accepts 250 file descriptors per process."""
 
-_Made = TypeVar("_Made", bound=synchronize.SemLock)
+_SemLockT = TypeVar("_SemLockT", bound=synchronize.SemLock)
 
 
 def start_loader_server(job: Job) -> Callable[[], None]:
     """
-    Start the server that loader processes are forked from, where there are to be some.
+    Start the server from which loader processes are forked, if the job has loader processes.
 
-    It imports torch once. Else each loader does, in every attempt and every evaluation: 1.6 s
-    instead of 0.05 s.
+    The server imports torch once. Without the server each loader would import torch in each
+    attempt and evaluation, and start in 1.6 s instead of 0.05 s.
 
     Returns:
-        Waits until it can be forked from.
+        A function that waits until the server can fork processes.
     """
     if not job.data.num_workers:
         return lambda: None
@@ -54,24 +54,24 @@ def start_loader_server(job: Job) -> Callable[[], None]:
         forkserver.ensure_running()
 
     def wait() -> None:
-        first = context.Process(target=_nothing)
-        first.start()
+        process = context.Process(target=_do_nothing)
+        process.start()
         limit_s = job.failure.start_timeout_s
-        first.join(limit_s)
-        if first.is_alive():
-            what, setting = "the server of loader processes", "failure.start_timeout_s"
-            raise DeadlineExceeded(what, ("its first process",), limit_s, setting)
+        process.join(limit_s)
+        if process.is_alive():
+            what, setting = "start of the loader server", "failure.start_timeout_s"
+            raise DeadlineExceeded(what, ("its first loader process",), limit_s, setting)
 
     return wait
 
 
-def _nothing() -> None:
-    """The body of the first process that the fork server forks."""
+def _do_nothing() -> None:
+    """Target of the first process that the server forks."""
 
 
 @contextmanager
 def _fixed_hash_seed() -> Iterator[None]:
-    """Have processes that start now hash strings alike; workers on Ray were started so."""
+    """Fix the hash seed of processes started in this context, as for workers on Ray."""
     before = os.environ.get("PYTHONHASHSEED")
     os.environ["PYTHONHASHSEED"] = before or "0"
     try:
@@ -82,7 +82,7 @@ def _fixed_hash_seed() -> Iterator[None]:
 
 
 class LoaderContext(ForkServerContext):
-    """Starts the processes of one loader and owns what they share."""
+    """Multiprocessing context of one loader: starts its processes and owns their semaphores."""
 
     def __init__(self) -> None:
         self._semaphores: set[str] = set()
@@ -90,30 +90,30 @@ class LoaderContext(ForkServerContext):
         self.set_forkserver_preload(["torch.utils.data", __name__])
 
     def Process(self, *args: Any, **kwargs: Any) -> "_LoaderProcess":  # type: ignore[override]
-        """Make a process; `unlink_semaphores` waits for it."""
+        """Create a process; `unlink_semaphores` waits for its start."""
         reader, writer = self.Pipe(duplex=False)
         self._starting.append(reader)
         return _LoaderProcess(writer, *args, **kwargs)
 
     def Lock(self) -> synchronize.Lock:
-        """Make a lock."""
-        return self._noted(super().Lock())
+        """Create a lock."""
+        return self._track(super().Lock())
 
     def Semaphore(self, value: int = 1) -> synchronize.Semaphore:
-        """Make a semaphore."""
-        return self._noted(super().Semaphore(value))
+        """Create a semaphore."""
+        return self._track(super().Semaphore(value))
 
     def BoundedSemaphore(self, value: int = 1) -> synchronize.BoundedSemaphore:
-        """Make a bounded semaphore."""
-        return self._noted(super().BoundedSemaphore(value))
+        """Create a bounded semaphore."""
+        return self._track(super().BoundedSemaphore(value))
 
     def unlink_semaphores(self, timeout_s: float) -> None:
         """
-        Wait until all processes have opened the semaphores, and take their names away.
+        Wait until all processes have opened the semaphores, then unlink the semaphores' names.
 
         Args:
-            timeout_s: how long at most; afterwards the names stay until the semaphores go. A
-                process that died meanwhile is the loader's to tell.
+            timeout_s: after this time the names remain until the semaphores are deleted. The
+                loader reports processes that died.
         """
         if not self._semaphores:
             return
@@ -123,60 +123,60 @@ class LoaderContext(ForkServerContext):
                 return
             reader.close()
         self._starting.clear()
-        # What would take a name away in the end does so now, and then has nothing left to do.
+        # the finalizers that unlink names; a finalizer that has run does not run again
         for finalizer in list(util._finalizer_registry.values()):  # type: ignore[attr-defined]
             ours = finalizer._callback is synchronize.SemLock._cleanup  # type: ignore[attr-defined]
             if ours and finalizer._args[0] in self._semaphores:
                 finalizer()
         self._semaphores.clear()
 
-    def _noted(self, made: _Made) -> _Made:
-        self._semaphores.add(made._semlock.name)  # type: ignore[attr-defined]
-        return made
+    def _track(self, semaphore: _SemLockT) -> _SemLockT:
+        self._semaphores.add(semaphore._semlock.name)  # type: ignore[attr-defined]
+        return semaphore
 
 
 class _LoaderProcess(ForkServerProcess):
     """
-    A process that runs no script again and says when it has begun.
+    A loader process that does not rerun the main script and signals its start.
 
     Args:
-        begun: closed when all that the process was given has arrived.
+        ready: the process closes this end of a pipe when it has received its arguments.
     """
 
-    def __init__(self, begun: Connection, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, ready: Connection, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._begun: Connection | None = begun
+        self._ready: Connection | None = ready
 
     def start(self) -> None:
-        """Start it; see `multiprocessing.Process`."""
-        assert self._begun is not None, "a process is started once"
-        with _script_stays_out():
+        """Start the process; see `multiprocessing.Process`."""
+        assert self._ready is not None, "a process is started once"
+        with _without_main_script():
             super().start()
-        self._begun.close()  # now the process alone holds the end
-        self._begun = None
+        self._ready.close()  # from here on only the process holds this end
+        self._ready = None
 
     def run(self) -> None:
-        """Do what it was made for."""
-        if self._begun is not None:
-            self._begun.close()
-            self._begun = None
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        """Run the target; see `multiprocessing.Process`."""
+        if self._ready is not None:
+            self._ready.close()
+            self._ready = None
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
         super().run()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = parent_process()
-    assert parent is not None, "this is a child"
+    assert parent is not None, "a loader is a child process"
     parent.join()
     os._exit(1)
 
 
 @contextmanager
-def _script_stays_out() -> Iterator[None]:
+def _without_main_script() -> Iterator[None]:
     """
-    Start processes that do not run `__main__` again.
+    Keep processes started in this context from running the main script again.
 
-    A package's `__main__` never is, and its spec says so.
+    multiprocessing does not rerun the `__main__` of a package, which has this spec.
     """
     main = sys.modules["__main__"]
     before = getattr(main, "__spec__", None)
@@ -189,10 +189,10 @@ def _script_stays_out() -> Iterator[None]:
 
 class ByValue:
     """
-    Something on its way to another process, which gets the thing itself.
+    Wrapper that is pickled with cloudpickle and unpickles to the wrapped value.
 
-    What the other process can import goes by name. Classes and functions that it cannot, those of
-    a script and local ones, go as they are.
+    Importable classes and functions are pickled by name. Those of a script and local ones are
+    pickled by value.
     """
 
     def __init__(self, value: Any) -> None:
@@ -205,7 +205,7 @@ class ByValue:
 
 
 class _ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """Shares large tensors as torch does between processes."""
+    """Pickler that moves large tensors to shared memory, as torch.multiprocessing does."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
@@ -214,155 +214,156 @@ class _ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
         self._shared = 0
 
     def reducer_override(self, value: Any) -> Any:
-        """Copy small tensors; see `pickle.Pickler`."""
+        """Pickle small tensors by value; see `pickle.Pickler`."""
         if type(value) is Tensor and value.device.type == "cpu" and not value.requires_grad:
-            few = self._shared < _MOST_SHARED
-            if (few and value.nbytes > _SMALL) or value.layout != torch.strided:
+            can_share = self._shared < _MAX_SHARED_TENSORS
+            if (can_share and value.nbytes > _MAX_COPIED_BYTES) or value.layout != torch.strided:
                 self._shared += 1
-            elif value.dtype in _OF_NUMPY:
+            elif value.dtype in _NUMPY_DTYPES:
                 return torch.from_numpy, (value.numpy(),)
         return super().reducer_override(value)
 
 
-_OF_NUMPY = frozenset(
+_NUMPY_DTYPES = frozenset(
     (torch.float64, torch.float32, torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
 )
 
 
-def assign_class_ids(*things: Any) -> None:
+def assign_class_ids(*values: Any) -> None:
     """
-    Have the classes that things use, and no module has, be the same ones on their way back.
+    Assign cloudpickle's ids to the classes of some values, before processes are forked.
 
-    For processes that are forked from this one: a class that goes by value bears a number, which
-    both sides have to have from before.
+    cloudpickle identifies a class that is pickled by value with an id. A forked process inherits
+    the id, so that its instances are unpickled here as instances of the original class.
     """
-    with suppress(Exception):  # what does not go by value need not: it is there after a fork
-        pickle.dumps(ByValue(things))
+    with suppress(Exception):  # values that cannot be pickled are inherited by forked processes
+        pickle.dumps(ByValue(values))
 
 
-def importable(kind: type) -> bool:
-    """Say whether another process finds a class by its name."""
-    return kind.__module__ != "__main__" and "<locals>" not in kind.__qualname__
+def importable(cls: type) -> bool:
+    """Return whether another process can import a class by name."""
+    return cls.__module__ != "__main__" and "<locals>" not in cls.__qualname__
 
 
 def all_importable(batch: Any) -> bool:
-    """Say whether all classes of a collated batch are."""
+    """Return whether all classes of a collated batch can be imported by name."""
     return importable(type(batch)) and all(map(all_importable, items_in(batch) or ()))
 
 
-_KINDS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
-_DEPTH = 8
-"""Steps from the data set: a wrapper, its data, a list of transforms, a transform, ..."""
-_WIDTH = 64
-"""Entries of a container that are looked at: the samples themselves are many."""
-_OBJECTS = 10_000
-_READS = ("__getitem__", "__getitems__", "__call__", "forward")
+_GENERATOR_TYPES = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+_MAX_DEPTH = 8
+"""References from the data set: a wrapper, its data, a list of transforms, a transform, ..."""
+_MAX_ENTRIES = 64
+"""Entries searched per container, which may hold the samples."""
+_MAX_OBJECTS = 10_000
+_READ_METHODS = ("__getitem__", "__getitems__", "__call__", "forward")
 """Methods that may run while a sample is read."""
-_PLAIN = (str, bytes, int, float, complex, type(None), torch.Tensor, np.ndarray, types.ModuleType)
+_LEAVES = (str, bytes, int, float, complex, type(None), torch.Tensor, np.ndarray, types.ModuleType)
+"""Types whose members are not searched."""
 
 
 def held_generators(data: Dataset[Any]) -> list[str]:
     """
-    Name the attributes of generators that a data set holds, as seen from it.
+    Return the paths of random generators that a data set holds, as expressions on `self`.
 
-    Looked through are attributes, slots, containers, closures, and the module's variables that
-    reading a sample uses; not local variables.
+    The search covers attributes, slots, containers, closures, and module variables used to read a
+    sample. It does not cover local variables.
 
     Args:
         data: the data set.
 
     Returns:
-        Names such as `self.data.transform.transforms[0].rng`.
+        Paths such as `self.data.transform.transforms[0].rng`.
     """
-    seen: set[int] = {id(one) for one in _global()}
+    seen: set[int] = {id(generator) for generator in _global_generators()}
     paths = []
-    left: list[tuple[str, Any, int]] = [("self", data, 0)]
-    while left and len(seen) < _OBJECTS:
-        name, value, depth = left.pop(0)
-        if id(value) in seen or isinstance(value, _PLAIN):
+    queue: list[tuple[str, Any, int]] = [("self", data, 0)]
+    while queue and len(seen) < _MAX_OBJECTS:
+        path, value, depth = queue.pop(0)
+        if id(value) in seen or isinstance(value, _LEAVES):
             continue
         seen.add(id(value))
-        if isinstance(value, _KINDS):
-            paths.append(name)
-        elif depth < _DEPTH:
-            left += [(f"{name}{path}", one, depth + 1) for path, one in _inside(value)]
+        if isinstance(value, _GENERATOR_TYPES):
+            paths.append(path)
+        elif depth < _MAX_DEPTH:
+            queue += [(f"{path}{name}", member, depth + 1) for name, member in _members(value)]
     return paths
 
 
-def warning_of(data: Dataset[Any], what: str) -> str | None:
+def warning_of(data: Dataset[Any], method: str) -> str | None:
     """
-    Say which generators a data set holds and what to do; None: it holds none.
+    Return a warning about the random generators of a data set; None: the data set holds none.
 
     Args:
         data: the data set.
-        what: the method of the task that gave it.
+        method: the task's method that returned the data set.
     """
-    names = held_generators(data)
-    if not names:
+    paths = held_generators(data)
+    if not paths:
         return None
-    holds = f"{what}(): {type(data).__name__} holds a random generator of its own, "
     return (
-        holds + ", ".join(names) + ". If it is drawn from while samples are read, what they "
-        "get depends on the number of workers and loaders: draw from torch, numpy or random there, "
-        "or from distplat.sample_rng() (docs/random_numbers.md)"
+        f"{method}(): {type(data).__name__} holds its own random generator, {', '.join(paths)}. "
+        "If samples draw from it when they are read, their values depend on the number of workers "
+        "and loaders: draw from torch, numpy or random instead, or from distplat.sample_rng() "
+        "(docs/random_numbers.md)"
     )
 
 
-def _global() -> tuple[Any, ...]:
-    """Give the generators that are seeded for each sample."""
+def _global_generators() -> tuple[Any, ...]:
+    """Return the generators that are seeded for each sample."""
     return random._inst, np.random.mtrand._rand, torch.default_generator
 
 
-def _inside(value: Any) -> Iterator[tuple[str, Any]]:
-    """Give what an object holds, and how it is reached."""
+def _members(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the members of an object with their access expressions, such as `.rng` or `[0]`."""
     if isinstance(value, type):
         return
-    yield from _of_container(value)
+    yield from _entries(value)
     if isinstance(value, types.MethodType):
         yield ".__self__", value.__self__
         value = value.__func__
     if isinstance(value, types.FunctionType):
-        yield from _of_function(value)
+        yield from _function_members(value)
     if isinstance(value, functools.partial):
         yield from ((".func", value.func), (".args", value.args), (".keywords", value.keywords))
-    for name, one in list(getattr(value, "__dict__", {}).items()):
-        yield f".{name}", one
-    yield from _of_class(value)
+    for name, member in list(getattr(value, "__dict__", {}).items()):
+        yield f".{name}", member
+    yield from _class_members(value)
 
 
-def _of_container(value: Any) -> Iterator[tuple[str, Any]]:
-    """Give the first entries; other mappings may make theirs when they are asked for them."""
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the first entries of a dict, list or tuple; other mappings may load entries lazily."""
     if isinstance(value, dict):
-        for key in list(value)[:_WIDTH]:
+        for key in list(value)[:_MAX_ENTRIES]:
             yield f"[{key!r}]", value[key]
     elif isinstance(value, list | tuple):
-        for number, one in enumerate(value[:_WIDTH]):
-            yield f"[{number}]", one
+        for index, entry in enumerate(value[:_MAX_ENTRIES]):
+            yield f"[{index}]", entry
 
 
-def _of_class(value: Any) -> Iterator[tuple[str, Any]]:
-    """Give slots, generators that a class has for all, and what its reading methods use."""
-    for kind in type(value).__mro__:
-        if kind.__module__.partition(".")[0] in ("builtins", "torch", "numpy"):
+def _class_members(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield slots, generators in class attributes, and the members of the reading methods."""
+    for cls in type(value).__mro__:
+        if cls.__module__.partition(".")[0] in ("builtins", "torch", "numpy"):
             continue
-        for name, one in vars(kind).items():
-            if isinstance(one, types.MemberDescriptorType):
+        for name, member in vars(cls).items():
+            if isinstance(member, types.MemberDescriptorType):
                 if hasattr(value, name):
                     yield f".{name}", getattr(value, name)
-            elif isinstance(one, _KINDS):
-                yield f".{name}", one
-            elif name in _READS and isinstance(one, types.FunctionType):
-                yield from _of_function(one)
+            elif isinstance(member, _GENERATOR_TYPES):
+                yield f".{name}", member
+            elif name in _READ_METHODS and isinstance(member, types.FunctionType):
+                yield from _function_members(member)
 
 
-def _of_function(value: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """Give what a function closes over, and generators among the module's variables it names."""
+def _function_members(value: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield a function's closure variables, and generators among the module variables it names."""
     for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
         try:
             yield f".<{name}>", cell.cell_contents
-        except ValueError:  # not filled yet
+        except ValueError:  # the cell is empty
             continue
     for name in value.__code__.co_names:
-        one = value.__globals__.get(name)
-        if isinstance(one, _KINDS):
-            yield f".<{value.__module__}.{name}>", one
+        variable = value.__globals__.get(name)
+        if isinstance(variable, _GENERATOR_TYPES):
+            yield f".<{value.__module__}.{name}>", variable
