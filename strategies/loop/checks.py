@@ -1,13 +1,13 @@
 """
-What user code returned, looked at before it is used: clear words instead of a failure further on.
+Checks of the objects that user code returns, so that mistakes fail early with a clear message.
 
-    model()              a module whose parameters have shapes, whose state can be kept and sent
-    train_data(), ...    a data set with a length and numbered samples, or a stream
-    loss()               one number that leads back to the parameters
-    metrics()            names, and a number for each
+    model()              a module with initialized parameters, whose state can be saved and sent
+    train_data(), ...    a map-style data set with a length, or a stream
+    loss()               a scalar that requires grad
+    metrics()            a mapping of names to numbers
 
-What is wrong with user code is a `ValueError` here, which a worker tells as the user's error (exit
-code 1). What no strategy or file could hold is a `SpecError` (exit code 2): nothing was trained.
+A mistake in user code is a `ValueError`, which a worker reports as a failure of the user code (exit
+code 1). Data and state that the job does not support are a `SpecError` (exit code 2).
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ from distplat.strategies.task_methods import source_location
 logger = logging.getLogger(__name__)
 
 _REAL = "keep it as real numbers: torch.view_as_real(...), and torch.view_as_complex in forward()"
-_SHOWN = 6
-"""Names in one message."""
+_MAX_NAMES = 6
+"""Number of names in one message."""
 
 
 def check_device(device: str) -> None:
     """
-    See whether the device that a model is to be trained on is there.
+    Check that the device for training is available.
 
     Raises:
-        SpecError: it is a GPU, and torch sees none here.
+        SpecError: the device is a GPU, and torch sees no GPU in this process.
     """
     if device == "cuda" and not torch.cuda.is_available():
         text = f"torch {torch.__version__} sees no GPU where this worker runs"
-        hint = "set it to false, or run where a GPU and a torch built for it are"
+        hint = "set it to false, or run on nodes with a GPU and a CUDA build of torch"
         raise SpecError(Problem(("scaling", "use_gpu"), text, hint))
 
 
 def checked_model(task: Task, model: object) -> nn.Module:
     """
-    Give what `model()` returned, if it can be trained; without wrappers that change names.
+    Return the result of `model()` without wrappers that change parameter names.
 
     Raises:
-        ValueError: it is no module, or has parameters without a shape.
+        ValueError: the result is not a module, is a ScriptModule, or has uninitialized parameters.
     """
     where = method_location(task, "model")
     if isinstance(model, type) and issubclass(model, nn.Module):
@@ -70,26 +70,25 @@ def checked_model(task: Task, model: object) -> nn.Module:
         )
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"{where}model() must return a torch.nn.Module, got {_named(model)}{no_return(model)}"
+            f"{where}model() must return a torch.nn.Module, got {_type_of(model)}{no_return(model)}"
         )
     if lazy := without_shape(model):
         raise ValueError(
             f"{where}{lazy}: run one through the model in model(), for example "
-            "model(torch.zeros(1, 8)), before you return it"
+            "model(torch.zeros(1, 8)), before returning it"
         )
-    scripted = [name for name, one in model.named_modules() if isinstance(one, ScriptModule)]
+    scripted = [name for name, m in model.named_modules() if isinstance(m, ScriptModule)]
     if scripted:
-        what = repr(scripted[0]) if scripted[0] else "the model"
+        name = repr(scripted[0]) if scripted[0] else "the model"
         raise ValueError(
-            f"{where}{what} is a ScriptModule of torch.jit, which keeps its parameters where no "
-            "update reaches them all: give the module that it was made of, and for its speed set "
-            "`compile: true`"
+            f"{where}{name} is a ScriptModule of torch.jit, and updates do not reach all of its "
+            "parameters: return the original nn.Module, and set `compile: true` to compile it"
         )
     return unwrap(model)
 
 
 def without_shape(model: nn.Module) -> str:
-    """Name what of a model has no shape yet; empty: all has one."""
+    """Return the names of uninitialized parameters and buffers, as a clause; empty: none."""
     named = (*model.named_parameters(), *model.named_buffers())
     lazy = [name for name, tensor in named if is_lazy(tensor)]
     if not lazy:
@@ -101,36 +100,37 @@ def without_shape(model: nn.Module) -> str:
 
 def check_state(model: nn.Module, *, sent: bool, named: str = "model()") -> None:
     """
-    Find what could be trained and then neither be kept nor sent.
+    Check that all state of a model can be saved and sent, before it is trained.
 
     Args:
-        model: the user's.
-        sent: whether ranks exchange its tensors in collective operations.
-        named: what it is called in messages.
+        model: the user's model.
+        sent: whether ranks exchange the model's tensors in collective operations.
+        named: name of the model in messages.
 
     Raises:
-        SpecError: names each tensor and its type.
+        SpecError: names each unsupported entry of the state and its type.
     """
     problems = []
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     for name, value in model.state_dict().items():
-        what = "parameter" if name in trained else "state"
+        role = "parameter" if name in trained else "state"
         if not isinstance(value, Tensor):
             text = f"{named} has {name!r} in its state_dict(), a {type(value).__name__}"
-            hint = "get_extra_state() must return a tensor, or hold such state in the task"
-            problems.append(Problem(("task",), f"{text}: only tensors are kept", hint))
+            hint = "return a tensor from get_extra_state(), or keep this state in the task"
+            problems.append(Problem(("task",), f"{text}: only tensors can be saved", hint))
             continue
-        kind = dtype_name(value)
+        dtype = dtype_name(value)
         hint = _REAL if value.is_complex() else "use another type"
         if value.layout is not torch.strided:
-            kind, hint = f"{kind}, {value.layout}", "keep its indices and its values in two of them"
-        if kind not in ITEM_BYTES:
-            text = f"{named} has the {what} {name!r} of type {kind}, which cannot be saved"
+            dtype = f"{dtype}, {value.layout}"
+            hint = "store its indices and its values as two tensors"
+        if dtype not in ITEM_BYTES:
+            text = f"{named} has the {role} {name!r} of type {dtype}, which cannot be saved"
             problems.append(Problem(("task",), text, hint))
         elif sent and value.dtype not in SENDABLE:
-            text = f"{named} has the {what} {name!r} of type {kind}, which workers cannot exchange"
-            if name not in trained:  # servers take real parameters only, and no buffers
-                hint += "; or take `strategy: ps-sync`"
+            text = f"{named} has the {role} {name!r} of type {dtype}, which workers cannot exchange"
+            if name not in trained:  # servers support no complex parameters, and get no buffers
+                hint += "; or set `strategy: ps-sync`"
             problems.append(Problem(("task",), text, hint))
     if problems:
         raise SpecError(*problems)
@@ -138,17 +138,17 @@ def check_state(model: nn.Module, *, sent: bool, named: str = "model()") -> None
 
 def checked_data(job: Job, task: Task, data: object, method: str) -> Dataset[Any]:
     """
-    Give what `train_data()` or `eval_data()` returned, if samples can be taken from it by number.
+    Return the result of `train_data()` or `eval_data()` as a map-style data set.
 
-    Of a stream they can be, once it is wrapped.
+    A stream is wrapped.
 
     Raises:
-        ValueError: they cannot be; says what to return instead.
-        SpecError: it is a stream that the job cannot read.
+        ValueError: the result is neither a map-style data set nor a stream.
+        SpecError: the job cannot read the stream.
     """
     if is_stream(data):
         return _checked_stream(job, task, data, method)
-    fault = _fault_of(data)
+    fault = _data_fault(data)
     if not fault and method == "eval_data" and len(data) == 0:  # type: ignore[arg-type]
         fault = "has no samples: return None for no evaluation"
     if fault:
@@ -158,15 +158,15 @@ def checked_data(job: Job, task: Task, data: object, method: str) -> Dataset[Any
 
 
 def _checked_stream(job: Job, task: Task, data: object, method: str) -> StreamSamples:
-    """Make a stream's samples numbered, and see that it can be read anew."""
+    """Wrap a stream as a map-style data set, and check that it can be read repeatedly."""
     evaluates = method == "eval_data"
     if is_ray_data(data) and job.data.num_workers:
-        text = "a loader process is no process of Ray's, and the task's data is a Ray Dataset"
+        text = "the task's data is a Ray Dataset, and loader processes are not connected to Ray"
         raise SpecError(Problem(("data", "num_workers"), text, "set it to 0"))
     if not evaluates and overrides(type(task), "sampler"):
         raise ValueError(
-            f"{method_location(task, 'sampler')}sampler() says an order of numbered samples, and "
-            "train_data() gives a stream, which has its own: remove one of the two"
+            f"{method_location(task, 'sampler')}sampler() returns an order of indices, and "
+            "train_data() returns a stream, which has its own order: remove one of the two"
         )
     where = f"{method_location(task, method)}{method}()"
     samples = StreamSamples(data, StreamSeeds(job.seed, evaluates), where)
@@ -174,47 +174,48 @@ def _checked_stream(job: Job, task: Task, data: object, method: str) -> StreamSa
     samples.survey(counts=counts, limit_s=job.failure.start_timeout_s / 2)
     if len(samples) == ENDLESS and job.checkpoint.every_epochs is not None:
         text = "the training data is a stream without a length, which has no epochs"
-        raise SpecError(Problem(("checkpoint", "every_epochs"), text, "give `every_steps`"))
+        raise SpecError(Problem(("checkpoint", "every_epochs"), text, "set `every_steps`"))
     return samples
 
 
 def check_frequencies(model: nn.Module, parts: int) -> None:
     """
-    See that no embedding goes by how often a batch has a row, where batches are cut.
+    Check that no embedding uses `scale_grad_by_freq` if batches are split.
 
     Args:
-        model: the user's.
-        parts: into how many micro-batches, over all workers, a batch is cut.
+        model: the user's model.
+        parts: number of micro-batches of a batch, over all workers.
 
     Raises:
-        SpecError: names each that does.
+        SpecError: names each such embedding.
     """
     named = model.named_modules() if parts > 1 else ()
-    names = [name for name, one in named if getattr(one, "scale_grad_by_freq", False) is True]
+    names = [name for name, m in named if getattr(m, "scale_grad_by_freq", False) is True]
     text = (
-        "model() has {!r} with `scale_grad_by_freq`: its gradient is divided by how often a row is "
-        f"in a micro-batch, and this job makes {parts} of a batch"
+        "model() has {!r} with `scale_grad_by_freq`: its gradient is divided by the frequency of "
+        f"a row in a micro-batch, and this job splits a batch into {parts} micro-batches"
     )
-    hint = "leave it out, or use one worker without gradient_accumulation"
+    hint = "remove the option, or use one worker without gradient_accumulation"
     if names:
         raise SpecError(*(Problem(("task",), text.format(name), hint) for name in names))
 
 
 def check_evaluations(job: Job, sampler: Sampler, eval_data: object) -> None:
     """
-    See whether the evaluations that a job decides by, or asks for by name, are made.
+    Check that the evaluations that a job depends on take place.
 
     Raises:
-        SpecError: the task has no data for them, or a checkpoint has none of its step.
+        SpecError: the task has no evaluation data, the metrics are needed before the end of the
+            run, or steps with a checkpoint have no evaluation.
     """
     if eval_data is not None and sampler.endless and job.evaluation.every_steps is None:
         logger.warning(
-            "the training data is a stream without a length, so there are no epochs after which "
-            "it could be evaluated: it is after the last step, or give `evaluation.every_steps`"
+            "the training data is a stream without a length, so the only evaluation is after "
+            "the last step, unless `evaluation.every_steps` is set"
         )
         text = "needs evaluations while the run goes on, and there is one at its end only"
         if metric_fields(job):
-            advice = "give `evaluation.every_steps`"
+            advice = "set `evaluation.every_steps`"
             raise SpecError(*(Problem(field, text, advice) for field, _ in metric_fields(job)))
     fields = [field for field, _ in metric_fields(job)]
     if job.data.persistent_workers:
@@ -232,8 +233,8 @@ def check_evaluations(job: Job, sampler: Sampler, eval_data: object) -> None:
         raise SpecError(*problems)
 
 
-def _fault_of(data: object) -> str:
-    """Say what is wrong with a data set; empty: nothing."""
+def _data_fault(data: object) -> str:
+    """Return why an object is not a map-style data set; empty: it is one."""
     wanted = (
         "must return a map-style data set, with len(data) and data[i] -> (inputs, targets), or an "
         "IterableDataset"
@@ -244,97 +245,97 @@ def _fault_of(data: object) -> str:
         return f"{wanted}; got the class {data.__name__}: call it, {data.__name__}(...)"
     if isinstance(data, DataLoader):
         return (
-            f"{wanted}; got a DataLoader: return its data set, the job's global_batch_size and "
-            "data.* say how batches are made of it"
+            f"{wanted}; got a DataLoader: return its data set; the job's global_batch_size and "
+            "data.* determine the batches"
         )
     if hasattr(data, "__next__"):
         return (
-            f"{wanted}; got {_named(data)}, which can be read only once: give an object whose "
-            "__iter__ begins anew each time, as a generator function does"
+            f"{wanted}; got {_type_of(data)}, which can be read only once: return an object whose "
+            "__iter__ starts from the first sample each time, for example a generator function"
         )
-    if isinstance(data, tuple) and data and all(isinstance(one, Tensor) for one in data):
+    if isinstance(data, tuple) and data and all(isinstance(item, Tensor) for item in data):
         return f"{wanted}; got a tuple of tensors: TensorDataset(...) makes a data set of them"
-    if advice := _several(data):
-        return f"{wanted}; got {_named(data)} {advice}"
+    if advice := _data_hint(data):
+        return f"{wanted}; got {_type_of(data)} {advice}"
     if not hasattr(data, "__getitem__"):
-        return f"{wanted}; {_named(data)} has no __getitem__"
+        return f"{wanted}; {_type_of(data)} has no __getitem__"
     try:
         len(data)  # type: ignore[arg-type]
     except TypeError:
-        return f"{wanted}; {_named(data)} has no length"
+        return f"{wanted}; {_type_of(data)} has no length"
     return ""
 
 
-def _several(data: Any) -> str:
-    """Say what to return in place of tables, and of several data sets; empty: it is one."""
+def _data_hint(data: Any) -> str:
+    """Return a hint for a table or a collection of data sets; empty: the object is neither."""
     if hasattr(data, "iloc"):
-        return "of pandas, of which data[i] is a column: return data.to_dict('records')"
+        return "of pandas, whose data[i] is a column: return data.to_dict('records')"
     if isinstance(data, Mapping) and data and 0 not in data:
         names = quoted([str(name) for name in data])
         return f"of {names}, without data[0]: return one of them, or a data set that reads them all"
     if isinstance(data, list | tuple) and data and isinstance(data[0], Dataset):
-        return "of data sets: ConcatDataset(...) makes one of them"
+        return "of data sets: ConcatDataset(...) combines them"
     return ""
 
 
-def checked_step(task: Task, given: object) -> object:
+def checked_step(task: Task, result: object) -> object:
     """
-    Give the loss in what step() returned: all of it, or an entry of a mapping.
+    Return the loss in the result of step(): the result itself, or the entry 'loss' of a mapping.
 
     Raises:
-        ValueError: a mapping has no entry for it.
+        ValueError: the mapping has no entry 'loss'.
     """
-    if not isinstance(given, Mapping):
-        return given
-    if "loss" not in given:
-        names = quoted([str(name) for name in given]) or "nothing"
+    if not isinstance(result, Mapping):
+        return result
+    if "loss" not in result:
+        names = quoted([str(name) for name in result]) or "nothing"
         raise ValueError(
-            f"{method_location(task, 'step')}step() must have the loss in what it returns, as "
-            f"'loss'; got a {type(given).__name__} of {names}"
+            f"{method_location(task, 'step')}step() must return the loss, alone or in a mapping as "
+            f"'loss'; got a {type(result).__name__} of {names}"
         )
-    loss: object = given["loss"]
+    loss: object = result["loss"]
     return loss
 
 
-_CUT_OFF = ".detach(), no_grad(), .item() and the like cut it off, or all that it uses is frozen"
+_DETACHED = ".detach(), no_grad(), .item() or the like detach it, or it uses frozen parameters only"
 
 
 def checked_loss(task: Task, loss: object, outputs: Any, method: str) -> Tensor:
     """
-    Give what loss() or step() made of a micro-batch, if it can be differentiated, or is not to be.
+    Return the loss of a micro-batch after checks.
 
     Args:
-        task: the user's.
-        loss: what it returned, or the sum of a pair that it returned.
-        outputs: what the model gave, for the message.
-        method: which of the two.
+        task: the user's task.
+        loss: result of loss() or step(), or the sum of a pair (sum, weight).
+        outputs: the model's outputs, for the message.
+        method: "loss" or "step".
 
     Raises:
-        ValueError: it is no scalar tensor, or nothing leads from it back to the parameters.
+        ValueError: the loss is not a scalar tensor, or does not require grad where grad is enabled.
     """
     where = method_location(task, method)
     if not isinstance(loss, Tensor):
-        raise ValueError(f"{where}{_no_tensor(loss, method)}")
+        raise ValueError(f"{where}{_not_a_tensor(loss, method)}")
     if loss.ndim != 0:
         raise ValueError(
             f"{where}{method}() must return a scalar, the mean over the batch, or (sum, weight); "
             f"got shape {[*loss.shape]}: take its mean()"
         )
     if not loss.is_floating_point():
-        kind = dtype_name(loss)
-        raise ValueError(f"{where}{method}() must return a real number, got one of type {kind}")
+        dtype = dtype_name(loss)
+        raise ValueError(f"{where}{method}() must return a real number, got one of type {dtype}")
     if torch.is_grad_enabled() and not loss.requires_grad:
-        why = _cut_off(outputs) if method == "loss" else _CUT_OFF
-        raise ValueError(f"{where}{method}() returned a scalar without a gradient: {why}")
+        why = _why_detached(outputs) if method == "loss" else _DETACHED
+        raise ValueError(f"{where}{method}() returned a scalar that does not require grad: {why}")
     return loss
 
 
 def checked_weight(task: Task, weight: object, method: str) -> float:
     """
-    Give the weight of a pair (sum, weight) that loss() or step() returned.
+    Return the weight of a pair (sum, weight) as a float.
 
     Raises:
-        ValueError: it is no number, negative, infinite or NaN.
+        ValueError: the weight is not a number, or is negative, infinite or NaN.
     """
     where = method_location(task, method)
     number = checked_number(weight, f"{where}{method}() gives the weight", "weight")
@@ -345,26 +346,27 @@ def checked_weight(task: Task, weight: object, method: str) -> float:
     return number
 
 
-def _no_tensor(loss: object, method: str) -> str:
-    """Say what to return instead of what is no tensor."""
-    text = f"{method}() must return a tensor without dimensions, got {_named(loss)}"
+def _not_a_tensor(loss: object, method: str) -> str:
+    """Return the error message for a loss that is not a tensor."""
+    text = f"{method}() must return a scalar tensor, got {_type_of(loss)}"
     if isinstance(loss, int | float):
         return f"{text} {loss:g}: return the tensor itself, without .item() or float()"
     if isinstance(loss, Mapping):
         names = quoted([str(name) for name in loss])
-        return f"{text} of {names}: return the entry that is to be minimised"
+        return f"{text} of {names}: return the entry to minimize"
     if isinstance(getattr(loss, "loss", None), Tensor):
         return f"{text}: return its .loss"
     return f"{text}{no_return(loss)}"
 
 
-def _cut_off(outputs: object) -> str:
-    objects = [one for one in (outputs, *(items_in(outputs) or ())) if hasattr(one, "__dict__")]
-    held = [vars(one) for one in objects if not isinstance(one, Tensor | Mapping)]
-    if any(tensor.requires_grad for tensor in tensors_in((outputs, held))):
-        return "what the model gave has one; .detach(), no_grad(), argmax and the like cut it off"
+def _why_detached(outputs: object) -> str:
+    items = [outputs, *(items_in(outputs) or ())]
+    objects = [o for o in items if hasattr(o, "__dict__") and not isinstance(o, Tensor | Mapping)]
+    attributes = [vars(o) for o in objects]
+    if any(tensor.requires_grad for tensor in tensors_in((outputs, attributes))):
+        return "the model's output does; .detach(), no_grad(), argmax or the like detach the loss"
     return (
-        "what the model gave has none either: its forward() detaches it, runs under no_grad(), or "
+        "the model's output does not either: its forward() detaches it, runs under no_grad(), or "
         "uses frozen parameters only"
     )
 
@@ -373,85 +375,85 @@ def checked_metrics(
     task: Task, outputs: Any, targets: Any
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """
-    Give the metrics of one evaluation batch: means over it, and metrics with state.
+    Return the metrics of an evaluation batch: means over the batch, and metrics with state.
 
     Raises:
-        ValueError: one of them is neither; names it.
+        ValueError: names a metric that is neither a number nor a metric with state.
     """
-    figures: dict[str, float] = {}
-    kept: dict[str, Any] = {}
+    means: dict[str, float] = {}
+    stateful: dict[str, Any] = {}
     metrics = task.metrics(outputs, targets)
     where = method_location(task, "metrics")
     if not isinstance(metrics, Mapping):
         raise ValueError(
             f"{where}metrics() must return a mapping of names to numbers, "
-            f"got {_named(metrics)}{no_return(metrics)}"
+            f"got {_type_of(metrics)}{no_return(metrics)}"
         )
     for name, value in metrics.items():
         if not isinstance(name, str):
             raise ValueError(f"{where}a name in metrics() must be text, got {name!r}")
         if has_state(value):
-            kept[name] = value
+            stateful[name] = value
         else:
-            figures[name] = checked_number(value, f"{where}metrics() gives {name!r}", name)
-    return figures, kept
+            means[name] = checked_number(value, f"{where}metrics() gives {name!r}", name)
+    return means, stateful
 
 
 def has_state(value: object) -> bool:
-    """Say whether what metrics() gives is a metric with state, not a number."""
+    """Return whether a value of metrics() is a metric with state, not a number."""
     return has_methods(value, "update", "compute", "reset")
 
 
 def has_methods(value: object, *names: str) -> bool:
-    """Say whether an object has methods, whatever it answers who asks for an attribute."""
+    """Return whether an object has all of these methods; an error of `getattr` means no."""
     try:
         methods = [getattr(value, name, None) for name in names]
-    except Exception:  # such as the KeyError of a dict that takes attributes for keys
+    except Exception:  # for example, the KeyError of a dict with attribute access
         return False
     return not isinstance(value, type) and all(map(callable, methods))
 
 
 def checked_number(value: object, prefix: str, name: str) -> float:
     """
-    Give a figure.
+    Convert a value that user code returned to a float.
 
     Args:
-        value: what there is in its place.
-        prefix: begins the message, `metrics() gives 'accuracy'`.
-        name: of the figure.
+        value: the value.
+        prefix: start of the message, such as `metrics() gives 'accuracy'`.
+        name: name of the value.
 
     Raises:
-        ValueError: it is no number.
+        ValueError: the value is not one number.
     """
-    wanted = "wanted is one number, the mean over the batch"
+    wanted = "expected one number, the mean over the batch"
     if isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex()):
-        kind = dtype_name(value)
-        several = f"; give one entry for each, such as '{name}_0'" if value.numel() > 1 else ""
-        text = f"{prefix} as a tensor of shape {[*value.shape]}, {kind}: {wanted}{several}"
+        dtype = dtype_name(value)
+        several = f"; return one entry for each, such as '{name}_0'" if value.numel() > 1 else ""
+        text = f"{prefix} as a tensor of shape {[*value.shape]}, {dtype}: {wanted}{several}"
         raise ValueError(text)
     try:
         if isinstance(value, str):
             raise TypeError
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise ValueError(f"{prefix} as {_named(value)}: {wanted}") from None
+        raise ValueError(f"{prefix} as {_type_of(value)}: {wanted}") from None
 
 
 def method_location(task: Task, method: str) -> str:
-    """Give file and line of a method, see `source_location`."""
+    """Return file and line of a method; see `source_location`."""
     return source_location(getattr(type(task), method))
 
 
-def _named(value: object) -> str:
+def _type_of(value: object) -> str:
     return "None" if value is None else f"a {type(value).__name__}".replace("a int", "an int")
 
 
 def no_return(value: object) -> str:
-    """Give the hint for a method that returned nothing; empty: it returned something."""
+    """Return a hint to a missing `return`; empty: the value is not None."""
     return ": is there a `return`?" if value is None else ""
 
 
 def quoted(names: list[str]) -> str:
-    """Give names as a message has them, the first ones of many."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(repr(name) for name in names[:_SHOWN]) + more
+    """Return names in quotes for a message; of many names, the first ones and a count."""
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(repr(name) for name in names[:_MAX_NAMES]) + more

@@ -47,13 +47,13 @@ _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 _COARSE = 3e-2
 """Relative tolerance of 16-bit dtypes."""
 _FIRST_STEPS = 3
-"""Number of steps whose losses are checked, and of batches whose metrics are."""
-_COPIED_ELEMENTS = 1 << 20
+"""Number of steps whose losses are checked, and of batches whose metrics are checked."""
+_MAX_COPIED_ELEMENTS = 1 << 20
 """Size limit of the task's tensors that are copied, as `loss()` may write into them."""
 _CONSUMED = (Iterator, torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 """Types whose state a second call of `loss()` would advance."""
 _CONTAINERS = (list, dict, OrderedDict, set, deque)
-_ATOMS = (str, bytes, int, float, complex, type(None))
+_SCALARS = (str, bytes, int, float, complex, type(None))
 
 
 class LossValue(NamedTuple):
@@ -66,131 +66,138 @@ class LossValue(NamedTuple):
 
 class MeanCheck:
     """
-    Looks at the losses of a run's first steps, and at its first metrics; warns once of each.
+    Checks the losses of a run's first steps, and its first metrics; warns once about each.
+
+    For a task with a `step`, the loss is not computed for halves of a batch: the model would run
+    again, with side effects that cannot be undone. The operations of a later step are traced
+    instead.
 
     Args:
-        task: the user's. With a `step` of its own the halves of a batch are not looked at: the
-            model would have to run once more, and that may change more than can be put back.
-        model: its own.
+        task: the user's task.
+        model: the task's model.
     """
 
     def __init__(self, task: Task, model: nn.Module) -> None:
         self._task, self._model = task, model
-        self._looked: set[int] = set()  #: steps
-        self._state: LossState | None = None  #: before the micro-batch that is looked at
-        #: of a task with a step of its own: how a later one is looked at, once
-        self._next: type[ModelDependence | SumTrace] | None = None
-        self._trace: ModelDependence | SumTrace | None = None  #: of the one that is looked at
-        self._begun: NewState | None = None  #: what the first micro-batch has put where nothing was
-        self._watching = False  #: since the last `look`
-        self._compared = False  #: the state after the first micro-batch with that before it
-        self._evaluated = 0  #: batches whose metrics were looked at
-        self._compiled = -1 if has_compiled(task, model) else frames_compiled()
+        self._checked_steps: set[int] = set()
+        self._initial_state: LossState | None = None  #: state before the current micro-batch
+        self._trace_cls: type[ModelDependence | SumTrace] | None = None  #: trace of a later step
+        self._trace: ModelDependence | SumTrace | None = None  #: trace of the current step
+        self._new_state: NewState | None = None  #: attributes created by the first micro-batch
+        self._recording = False  #: whether a recording has started since the last `look`
+        self._state_checked = False  #: whether the first micro-batch's state changes were checked
+        self._checked_batches = 0  #: number of batches whose metrics were checked
+        #: frames that Dynamo had compiled before the first step; -1: never record
+        self._compiled_frames = -1 if has_compiled(task, model) else frames_compiled()
 
     def begin(self, step: int) -> None:
-        """Note the state before a micro-batch of a step, which `look` may be called with."""
-        if (step < _FIRST_STEPS and step not in self._looked) or not self._compared:
-            self._state = LossState(self._task, self._model)
+        """Record the state before a micro-batch of a step, for `look`."""
+        if (step < _FIRST_STEPS and step not in self._checked_steps) or not self._state_checked:
+            self._initial_state = LossState(self._task, self._model)
 
     def watching(self, step: int) -> AbstractContextManager[None]:
         """
-        Note what the second micro-batch reads, and what a `step` computes in a later one.
+        Return a context that records state read by a later micro-batch, and operations of a `step`.
 
-        Not where the first one has compiled calls: torch compiles none while somebody looks at
-        them, and fails with `fullgraph`.
+        Nothing is recorded if code was compiled in the meantime: under a `TorchFunctionMode`
+        Dynamo would recompile it, and fail with `fullgraph`.
         """
-        if frames_compiled() != self._compiled:
-            self._next = self._begun = None
-        if self._watching:  # nobody looked: that one has gathered, and so may all that follow
-            self._begun = self._trace = None
-        if step > 0 and self._next is not None:
-            self._trace, self._next = self._next(), None
-        if self._begun is None and self._trace is None:
+        if frames_compiled() != self._compiled_frames:
+            self._trace_cls = self._new_state = None
+        if self._recording:  # no `look` since: micro-batches that use all_gather are not checked
+            self._new_state = self._trace = None
+        if step > 0 and self._trace_cls is not None:
+            self._trace, self._trace_cls = self._trace_cls(), None
+        if self._new_state is None and self._trace is None:
             return nullcontext()
-        self._watching = True
-        return self._watched()
+        self._recording = True
+        return self._record()
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
-        with self._begun or nullcontext(), self._trace or nullcontext():
+    def _record(self) -> Iterator[None]:
+        with self._new_state or nullcontext(), self._trace or nullcontext():
             yield
 
-    def look(self, step: int, made: BatchResult, samples: int) -> None:
+    def look(self, step: int, result: BatchResult, samples: int) -> None:
         """
-        Look at the first micro-batch of one of the first steps.
+        Check the first micro-batch of one of the first steps.
 
         Args:
-            step: from 0.
-            made: what task and model made of it.
-            samples: of the micro-batch.
+            step: number of the step, from 0.
+            result: result of the micro-batch.
+            samples: number of samples in the micro-batch.
         """
-        self._watching, state, self._state = False, self._state, None
-        begun, self._begun = self._begun, None
-        names = [] if begun is None else begun.carried()
-        if state is not None and not self._compared:
-            self._compared, names, self._begun = True, state.changed(), state.begun()
+        self._recording, state, self._initial_state = False, self._initial_state, None
+        new_state, self._new_state = self._new_state, None
+        names = [] if new_state is None else new_state.carried()
+        if state is not None and not self._state_checked:
+            self._state_checked, names, self._new_state = True, state.changed(), state.begun()
         if (warning := state_warning(names)) is not None:
             logger.warning("%s", warning)
-        if step >= _FIRST_STEPS or step in self._looked:
+        if step >= _FIRST_STEPS or step in self._checked_steps:
             return
-        self._looked.add(step)
-        text = labels_warning(made, samples)
+        self._checked_steps.add(step)
+        text = labels_warning(result, samples)
         if text is None and has_step(self._task):
-            text = weight_warning(made, samples)
+            text = weight_warning(result, samples)
             if step == 0 and text is None:
-                self._next = ModelDependence if made.term.weighted else SumTrace
+                self._trace_cls = ModelDependence if result.term.weighted else SumTrace
             trace, self._trace = self._trace, None
             if text is None and trace is not None:
-                text = trace.warning(made, samples)
+                text = trace.warning(result, samples)
         elif text is None:
-            term, states = made.term, states_of(self._task, self._model)
+            term, states = result.term, states_of(self._task, self._model)
             loss = (term.value, term.weight) if term.weighted else term.value
-            compared = self._task.loss, made.outputs, made.targets, loss
-            text = loss_warning(*compared, samples=samples, states=states, begun=state)
+            call = self._task.loss, result.outputs, result.targets, loss
+            text = loss_warning(*call, samples=samples, states=states, initial_state=state)
         if text is not None:
-            self._looked.update(range(_FIRST_STEPS))
+            self._checked_steps.update(range(_FIRST_STEPS))
             logger.warning("%s", text)
 
-    def look_at_metrics(self, made: BatchResult, figures: EvalBatch, samples: int) -> None:
+    def look_at_metrics(self, result: BatchResult, metrics: EvalBatch, samples: int) -> None:
         """
-        Look at one of the first batches of evaluations.
+        Check the metrics of one of the first evaluation batches.
 
         Args:
-            made: what task and model made of it.
-            figures: loss and metrics of the batch.
-            samples: of the batch.
+            result: result of the batch.
+            metrics: loss and metrics of the batch.
+            samples: number of samples in the batch.
         """
-        means = {n: total / weight for n, (total, weight) in figures.figures.items() if n != "loss"}
+        means = {n: total / weight for n, (total, weight) in metrics.figures.items() if n != "loss"}
         if (
-            self._evaluated >= _FIRST_STEPS
+            self._checked_batches >= _FIRST_STEPS
             or not means
-            or figures.kept
-            or _keeps_metrics(self._task)
+            or metrics.kept
+            or _has_stateful_metrics(self._task)
         ):
             return
-        self._evaluated += 1
-        given, states = (made.outputs, made.targets), states_of(self._task, self._model)
-        text = metrics_warning(self._task, *given, means, samples=samples, states=states)
+        self._checked_batches += 1
+        batch, states = (result.outputs, result.targets), states_of(self._task, self._model)
+        text = metrics_warning(self._task, *batch, means, samples=samples, states=states)
         if text is not None:
-            self._evaluated = _FIRST_STEPS
+            self._checked_batches = _FIRST_STEPS
             logger.warning("%s", text)
 
 
-def _keeps_metrics(task: Task) -> bool:
+def _has_stateful_metrics(task: Task) -> bool:
     """Return whether a task has stateful metrics, such as those of torchmetrics."""
-    kept = [*vars(task).values(), *task_modules(task, nn.Module())]
-    # Not in any mapping: to go through one that is a file reads all of it.
-    kept += [
-        o for some in kept if isinstance(some, list | tuple | dict) for o in items_in(some) or ()
+    values = [*vars(task).values(), *task_modules(task, nn.Module())]
+    # Only builtin containers are searched: iterating over a mapping that is a file reads all of it.
+    values += [
+        o
+        for value in values
+        if isinstance(value, list | tuple | dict)
+        for o in items_in(value) or ()
     ]
-    return any(has_methods(one, "update", "compute") for one in kept)
+    return any(has_methods(value, "update", "compute") for value in values)
 
 
 def states_of(task: Task, model: nn.Module) -> list[Tensor]:
     """Return buffers, and frozen parameters of the task's modules, which a loss may change."""
-    own = task_modules(task, model)
-    frozen = [p for module in own for p in module.parameters() if not p.requires_grad]
-    return [*model.buffers(), *(buffer for module in own for buffer in module.buffers()), *frozen]
+    modules = task_modules(task, model)
+    buffers = [buffer for module in modules for buffer in module.buffers()]
+    frozen = [p for module in modules for p in module.parameters() if not p.requires_grad]
+    return [*model.buffers(), *buffers, *frozen]
 
 
 def loss_warning(
@@ -201,39 +208,39 @@ def loss_warning(
     *,
     samples: int,
     states: Sequence[Tensor] = (),
-    begun: LossState | None = None,
+    initial_state: LossState | None = None,
 ) -> str | None:
     """
-    Compare the loss of a batch with those of its halves; see `_on_halves`.
+    Compare the loss of a batch with the losses of its halves; see `_results_of_halves`.
 
     Args:
         task_loss: the task's `loss`.
-        outputs: of the whole batch, batch first: tensors, alone or in lists, tuples, dictionaries
-            and dataclasses.
-        targets: in the same way.
-        loss: what `task_loss` made of them: a scalar, or (sum, weight).
+        outputs: outputs for the whole batch, batch first: tensors, alone or in lists, tuples,
+            dictionaries and dataclasses.
+        targets: targets of the whole batch, in the same form.
+        loss: the result of `task_loss` for the whole batch: a scalar, or (sum, weight).
         samples: size of the batch.
-        states: what `task_loss` may reach beside the task's attributes, see `states_of`.
-        begun: the state before `task_loss` was called; None: the present one.
+        states: tensors that `task_loss` may change besides the task's attributes; see `states_of`.
+        initial_state: the state before the call of `task_loss`; None: the current state.
 
     Returns:
-        None: the losses of the halves give that of the whole, or nobody can tell.
+        None: the loss is a mean over samples, or the halves cannot be compared.
     """
     try:
         whole = _read_loss(loss)
         if whole is None or not _finite(whole):
             return None
-        with nullcontext() if begun is None else begun.kept():
-            given, rows = (outputs, targets), rows_of((outputs, targets), samples)
-            a, b = _on_halves(task_loss, _read_loss, given, rows or samples, states, begun)
+        with nullcontext() if initial_state is None else initial_state.kept():
+            batch, rows = (outputs, targets), rows_of((outputs, targets), samples)
+            size = rows or samples
+            a, b = _results_of_halves(task_loss, _read_loss, batch, size, states, initial_state)
         tolerance = _tolerance((outputs, loss))
         if rows is None:
-            return _compared(a, b, whole, samples, tolerance)
-        ends = a.sum, b.sum  # where they are equal any mean of them is
-        by_row = whole.weight is None and _is_mean(whole.sum, *ends, rows, tolerance)
-        equal = _close(*ends, [], tolerance)
+            return _halves_warning(a, b, whole, samples, tolerance)
+        by_row = whole.weight is None and _is_mean(whole.sum, a.sum, b.sum, rows, tolerance)
+        equal = _close(a.sum, b.sum, [], tolerance)  # then the means over rows and samples agree
         return rows_warning(rows, samples) if by_row and not equal else None
-    except Exception:  # the user's code on a batch that may be unusual; training goes on
+    except Exception:  # user code may fail on half a batch, which must not stop the training
         return None
 
 
@@ -250,18 +257,18 @@ def metrics_warning(
     Compare the metrics of a batch with those of its halves; see `loss_warning`.
 
     Args:
-        task: has `metrics`.
-        outputs: of the whole batch.
-        targets: of the whole batch.
-        whole: what `metrics` made of them, by name.
+        task: the user's task.
+        outputs: outputs for the whole batch.
+        targets: targets of the whole batch.
+        whole: the results of `metrics` for the whole batch, by name.
         samples: size of the batch.
         states: see `states_of`.
     """
     try:
-        a, b = _on_halves(task.metrics, _read_metrics, (outputs, targets), samples, states)
+        a, b = _results_of_halves(task.metrics, _read_metrics, (outputs, targets), samples, states)
         tolerance = max(_tolerance(outputs), _TOLERANCES[torch.float32])
         named = [
-            f"{name!r} ({a[name]:.6g} and {b[name]:.6g}, the whole {value:.6g})"
+            f"{name!r} (halves {a[name]:.6g} and {b[name]:.6g}, whole {value:.6g})"
             for name, value in whole.items()
             if all(map(math.isfinite, (value, a[name], b[name])))
             and not _is_mean(value, a[name], b[name], samples, tolerance)
@@ -271,9 +278,9 @@ def metrics_warning(
     if not named:
         return None
     return (
-        f"metrics() gives what is no mean over the samples of a batch: of its halves "
-        f"{', '.join(named)}. What an evaluation tells depends on the number of workers and on the "
-        "size of batches. Give a mean, or a metric with state: an object with update(), merge() "
+        "metrics() returns values that are not means over the samples of a batch: "
+        f"{', '.join(named)}. The result of an evaluation depends on the number of workers and on "
+        "the batch size. Return a mean, or a metric with state: an object with update(), merge() "
         "and compute()"
     )
 
@@ -285,13 +292,13 @@ class _NotComparable(Exception):
     """The batch cannot be split, or the task cannot be called twice without side effects."""
 
 
-def _on_halves(
+def _results_of_halves(
     method: Callable[[Any, Any], Any],
     read: Callable[[Any], _T | None],
     batch: tuple[Any, Any],
     samples: int,
     states: Sequence[Tensor],
-    begun: LossState | None = None,
+    initial_state: LossState | None = None,
 ) -> list[_T]:
     """
     Return the results of a task's method for each half of a batch.
@@ -305,27 +312,27 @@ def _on_halves(
         batch: outputs and targets of the whole batch.
         samples: size of the batch.
         states: see `states_of`.
-        begun: initial state of the task's copy; None: the current state.
+        initial_state: initial state of the task's copy; None: the current state.
 
     Raises:
         _NotComparable: the batch cannot be split, the method draws random numbers, or the task has
             large tensors or generators.
     """
-    if samples < 2 or sum(state.numel() for state in states) > _COPIED_ELEMENTS:
+    if samples < 2 or sum(state.numel() for state in states) > _MAX_COPIED_ELEMENTS:
         raise _NotComparable
     values = []
-    with torch.no_grad(), preserve_rng_state(), _kept(states):
+    with torch.no_grad(), preserve_rng_state(), _preserve(states):
         before = rng_states()
         for half in (slice(0, samples // 2), slice(samples // 2, samples)):
-            outputs, targets = (_take_samples(one, samples, half) for one in batch)
-            value = read(_method_of_copy(method, begun)(outputs, targets))
+            outputs, targets = (_take_samples(tree, samples, half) for tree in batch)
+            value = read(_method_of_copy(method, initial_state)(outputs, targets))
             if value is None or rng_states() != before:
                 raise _NotComparable
             values.append(value)
     return values
 
 
-def _compared(
+def _halves_warning(
     a: LossValue, b: LossValue, whole: LossValue, samples: int, tolerance: float
 ) -> str | None:
     """Return a warning if the losses of halves and whole are inconsistent; None: no warning."""
@@ -336,21 +343,21 @@ def _compared(
         weights = a.weight + b.weight, whole.weight, [a.weight, b.weight]
         if sums and _close(*weights, tolerance):
             return None
-        what, remedy = "gives a sum and a weight that do not add up", _COMPARES_SAMPLES
+        fault, remedy = "returns a sum and a weight that do not add up", _COMPARES_SAMPLES
     else:
         if _is_mean(whole.sum, a.sum, b.sum, samples, tolerance):
             return None
-        what, remedy = "is no mean", _remedy(a.sum, b.sum, whole.sum, tolerance)
+        fault, remedy = "is not a mean", _remedy(a.sum, b.sum, whole.sum, tolerance)
     return (
-        f"loss() {what} over the samples of a batch: halves give {_shown(a)} and {_shown(b)}, "
-        f"the whole gives {_shown(whole)}; the result depends on the number of workers and "
-        f"micro-batches. {remedy}"
+        f"loss() {fault} over the samples of a batch: halves give {_format_loss(a)} and "
+        f"{_format_loss(b)}, the whole gives {_format_loss(whole)}; the result depends on the "
+        f"number of workers and micro-batches. {remedy}"
     )
 
 
 _COMPARES_SAMPLES = (
-    "Where samples of a batch are compared with each other (negatives, statistics of the batch), "
-    "no weights put parts together: gather the outputs of all ranks first, or use one worker "
+    "If it compares samples of a batch with each other (in-batch negatives, batch statistics), the "
+    "results of parts cannot be combined: gather the outputs of all ranks first, or use one worker "
     "without gradient_accumulation"
 )
 
@@ -358,17 +365,17 @@ _COMPARES_SAMPLES = (
 def _remedy(a: float, b: float, whole: float, tolerance: float) -> str:
     """Return a remedy; only a weighted mean always lies between the means of the halves."""
     if _close(a + b, whole, [a, b], tolerance):
-        return "It is a sum: give the mean, or return (sum, number of samples)"
-    room = tolerance * max(abs(a), abs(b), abs(whole))
-    if math.isfinite(a + b) and not min(a, b) - room <= whole <= max(a, b) + room:
+        return "It is a sum: return the mean, or (sum, number of samples)"
+    margin = tolerance * max(abs(a), abs(b), abs(whole))
+    if math.isfinite(a + b) and not min(a, b) - margin <= whole <= max(a, b) + margin:
         return _COMPARES_SAMPLES
     return (
-        "Where it is a mean over tokens, pixels or weights, of which samples have more or less, "
-        f"return (sum, weight) instead. {_COMPARES_SAMPLES}"
+        "If it is a weighted mean, or a mean over units whose number differs between samples "
+        f"(tokens, pixels), return (sum, weight) instead. {_COMPARES_SAMPLES}"
     )
 
 
-def _shown(value: LossValue) -> str:
+def _format_loss(value: LossValue) -> str:
     if value.weight is None:
         return f"{value.sum:.6g}"
     return f"({value.sum:.6g}, {value.weight:.6g})"
@@ -381,9 +388,10 @@ def _is_mean(whole: float, a: float, b: float, samples: int, tolerance: float) -
     return _close(mean, whole, [a, b], tolerance)
 
 
-def _close(one: float, other: float, ends: list[float], tolerance: float) -> bool:
-    largest = max(abs(one), abs(other), *map(abs, ends))
-    return abs(one - other) <= tolerance * largest + tolerance * 1e-2
+def _close(x: float, y: float, terms: list[float], tolerance: float) -> bool:
+    """Return whether x and y are equal, with a tolerance relative to the largest term."""
+    largest = max(abs(x), abs(y), *map(abs, terms))
+    return abs(x - y) <= tolerance * largest + tolerance * 1e-2
 
 
 def _finite(value: LossValue) -> bool:
@@ -410,38 +418,38 @@ def _tolerance(tree: Any) -> float:
     return max((_TOLERANCES.get(t.dtype, _COARSE) for t in floats), default=_COARSE)
 
 
-def _take_samples(tree: Any, size: int, cut: slice) -> Any:
+def _take_samples(tree: Any, size: int, part: slice) -> Any:
     """
     Copy some samples of a batch.
 
     Args:
         tree: the batch.
-        size: of the batch.
-        cut: which samples.
+        size: number of samples in the batch.
+        part: indices of the samples.
 
     Raises:
-        _NotComparable: something in it is not by sample.
+        _NotComparable: a part of the batch has no batch dimension.
     """
     if isinstance(tree, Tensor | np.ndarray):
         if tree.ndim and len(tree) != size:
             raise _NotComparable
-        return _copied(tree[cut] if tree.ndim else tree)
-    if isinstance(tree, _ATOMS):
+        return _detached_copy(tree[part] if tree.ndim else tree)
+    if isinstance(tree, _SCALARS):
         return tree
     items = items_in(tree)
     if items is None or isinstance(tree, PackedSequence):
         raise _NotComparable
     if isinstance(tree, list | tuple) and len(tree) == size and not _is_by_tensor(tree, size):
-        return type(tree)(map(_copied, tree[cut]))  # an entry for each sample
-    return _rebuild(tree, [_take_samples(item, size, cut) for item in items])
+        return type(tree)(map(_detached_copy, tree[part]))  # one entry per sample
+    return _rebuild(tree, [_take_samples(item, size, part) for item in items])
 
 
-def _copied(tree: Any) -> Any:
+def _detached_copy(tree: Any) -> Any:
     """Copy a tree, detached from the model."""
     if isinstance(tree, Tensor):
         return tree.detach().clone()
     items = items_in(tree)
-    return copy.deepcopy(tree) if items is None else _rebuild(tree, [*map(_copied, items)])
+    return copy.deepcopy(tree) if items is None else _rebuild(tree, [*map(_detached_copy, items)])
 
 
 def _is_by_tensor(items: Any, size: int) -> bool:
@@ -452,36 +460,38 @@ def _is_by_tensor(items: Any, size: int) -> bool:
 
 def _rebuild(tree: Any, items: list[Any]) -> Any:
     if isinstance(tree, Mapping) and not isinstance(tree, dict | UserDict):
-        raise _NotComparable  # a copy of another may share what it holds
+        raise _NotComparable  # a copy of a custom mapping may share its items
     return rebuilt(tree, items)
 
 
-def _method_of_copy(task_loss: Callable[..., Any], begun: LossState | None) -> Callable[..., Any]:
+def _method_of_copy(
+    method: Callable[..., Any], initial_state: LossState | None
+) -> Callable[..., Any]:
     """Return the method bound to a copy of its task, as the method may write attributes."""
-    task, function = getattr(task_loss, "__self__", None), getattr(task_loss, "__func__", None)
+    task, function = getattr(method, "__self__", None), getattr(method, "__func__", None)
     if function is None or not hasattr(task, "__dict__"):
-        return task_loss
-    copied = copy.copy(task)
+        return method
+    twin = copy.copy(task)
     for name, value in vars(task).items():
         if isinstance(value, _CONSUMED):
             raise _NotComparable
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            if value.numel() > _COPIED_ELEMENTS:
+            if value.numel() > _MAX_COPIED_ELEMENTS:
                 raise _NotComparable
-            vars(copied)[name] = value.detach().clone()
+            vars(twin)[name] = value.detach().clone()
         elif type(value) in _CONTAINERS:
-            vars(copied)[name] = copy.copy(value)
-    if begun is not None:
-        begun.begin_again(vars(copied))
-    return MethodType(function, copied)
+            vars(twin)[name] = copy.copy(value)
+    if initial_state is not None:
+        initial_state.begin_again(vars(twin))
+    return MethodType(function, twin)
 
 
 @contextmanager
-def _kept(states: Sequence[Tensor]) -> Iterator[None]:
+def _preserve(states: Sequence[Tensor]) -> Iterator[None]:
     """Restore states on exit."""
     copies = [(state, state.detach().clone()) for state in states]
     try:
         yield
     finally:
         for state, values in copies:
-            state.data.copy_(values)  # not by autograd's count: backward may have it saved
+            state.data.copy_(values)  # keeps the version counter: backward may need the tensor

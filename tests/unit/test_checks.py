@@ -49,8 +49,14 @@ class Wrapped:
         (lambda o, t: Wrapped(o.sum()), r"got a Wrapped: return its \.loss"),
         (lambda o, t: F.cross_entropy(o, t, reduction="none"), r"got shape \[4\]: take its mean"),
         (lambda o, t: (o.argmax(1) == t).sum(), r"real number, got one of type int64"),
-        (lambda o, t: F.cross_entropy(o, t).detach(), r"without a gradient: what the model gave h"),
-        (lambda o, t: F.cross_entropy(o.detach(), t), r"without a gradient: what the model gave h"),
+        (
+            lambda o, t: F.cross_entropy(o, t).detach(),
+            r"does not require grad: the model's output does;",
+        ),
+        (
+            lambda o, t: F.cross_entropy(o.detach(), t),
+            r"does not require grad: the model's output does;",
+        ),
     ],
 )
 def test_a_loss_that_cannot_be_differentiated(
@@ -73,7 +79,7 @@ def test_a_model_that_detaches(tmp_path: Path) -> None:
         def model(self) -> nn.Module:
             return Cut(3, 2)
 
-    assert "has none either: its forward() detaches it" in told(Bad, tmp_path).summary
+    assert "does not either: its forward() detaches it" in told(Bad, tmp_path).summary
 
 
 @pytest.mark.parametrize(
@@ -81,7 +87,7 @@ def test_a_model_that_detaches(tmp_path: Path) -> None:
     [
         ({"per_class": torch.ones(3)}, "gives 'per_class' as a tensor of shape [3], float32"),
         ({"per_class": torch.ones(3)}, "such as 'per_class_0'"),
-        ({"text": "0.5"}, "gives 'text' as a str: wanted is one number"),
+        ({"text": "0.5"}, "gives 'text' as a str: expected one number"),
         ({"none": None}, "gives 'none' as None"),
         ({3: 0.5}, "a name in metrics() must be text, got 3"),
         (0.5, "metrics() must return a mapping of names to numbers, got a float"),
@@ -207,7 +213,7 @@ def test_an_embedding_that_counts_a_batchs_rows_is_refused_where_batches_are_cut
         return
     with pytest.raises(SpecError, match="'0' with `scale_grad_by_freq`") as caught:
         local_run.train(job, Frequencies)
-    assert f"this job makes {parts} of a batch" in str(caught.value)
+    assert f"this job splits a batch into {parts} micro-batches" in str(caught.value)
 
 
 def test_a_card_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

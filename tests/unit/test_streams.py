@@ -316,7 +316,7 @@ class Numbers2(Numbers):
 
 def test_a_sampler_beside_a_stream_is_refused() -> None:
     task = type("Both", (Streamed,), {"sampler": lambda self, data, epoch: [0]})
-    with pytest.raises(ValueError, match=r"sampler\(\) says an order of numbered samples"):
+    with pytest.raises(ValueError, match=r"sampler\(\) returns an order of indices"):
         train(job(), task)
 
 
@@ -384,7 +384,7 @@ def test_evaluations_by_epochs_of_what_has_none_are_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = train(job("ring", 1, steps=5), Evaluated)
-    assert "give `evaluation.every_steps`" in caplog.text
+    assert "unless `evaluation.every_steps` is set" in caplog.text
     assert [one.step for one in run.reports[0] if isinstance(one, EvalReport)] == [5]
 
 

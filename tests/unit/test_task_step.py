@@ -149,15 +149,21 @@ def stepping(value: Any) -> type[Task]:
     [
         (
             lambda loss: {"los": loss, "x": 1},
-            r"step\(\) must have .* as 'loss'; got a dict of 'los', 'x'",
+            r"step\(\) must return .* as 'loss'; got a dict of 'los', 'x'",
         ),
-        (lambda loss: {}, r"step\(\) must have .* as 'loss'; got a dict of nothing"),
-        (lambda loss: {"loss": loss.item()}, r"step\(\) must return a tensor .*without \.item\(\)"),
-        (lambda loss: loss.detach(), r"step\(\) returned a scalar without a gradient: \.detach\("),
+        (lambda loss: {}, r"step\(\) must return .* as 'loss'; got a dict of nothing"),
+        (
+            lambda loss: {"loss": loss.item()},
+            r"step\(\) must return a scalar tensor.*without \.item\(\)",
+        ),
+        (
+            lambda loss: loss.detach(),
+            r"step\(\) returned a scalar that does not require grad: \.detach\(",
+        ),
         (lambda loss: loss.repeat(3), r"step\(\) must return a scalar, .* got shape \[3\]"),
         (lambda loss: (loss, -1), r"step\(\) gives the weight -1"),
         (lambda loss: (loss, loss * 2), r"step\(\) gives a weight that depends on parameters"),
-        (lambda loss: None, r"step\(\) must return a tensor .* got None: is there a `return`"),
+        (lambda loss: None, r"step\(\) must return a scalar tensor, got None: is there a `return`"),
     ],
 )
 def test_what_step_may_not_give(value: Any, told: str) -> None:
@@ -188,8 +194,8 @@ class Ragged(Dicts):
 
 def test_a_mean_over_words_is_told(caplog: pytest.LogCaptureFixture) -> None:
     trained(Ragged, "ring", 1)
-    (told,) = [one.getMessage() for one in caplog.records if "no mean" in one.getMessage()]
-    assert told.startswith("loss() is no mean over the samples of a batch: halves give ")
+    (told,) = [one.getMessage() for one in caplog.records if "not a mean" in one.getMessage()]
+    assert told.startswith("loss() is not a mean over the samples of a batch: halves give ")
     assert "return (sum, weight) instead" in told
 
 
