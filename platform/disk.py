@@ -117,7 +117,7 @@ def regular_file(path: Path) -> IO[bytes]:
         raise _unreadable(path, error) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise StorageError(f"cannot read {path}: it is no regular file")
+        raise StorageError(f"cannot read {path}: it is not a regular file")
     return open(descriptor, "rb")
 
 
@@ -154,7 +154,7 @@ def check_regular(path: Path) -> None:
         StorageError: the path exists and is not a regular file.
     """
     if path.exists() and not path.is_file():
-        raise StorageError(f"cannot read {path}: it is no regular file")
+        raise StorageError(f"cannot read {path}: it is not a regular file")
 
 
 class RecordFile:

@@ -281,7 +281,7 @@ def test_a_link_a_pipe_or_a_file_that_others_may_write_is_not_believed(noted: Pa
         noted.unlink()
         os.mkfifo(noted)
         assert running_here(told.append) is None
-    whys = zip(told, ("others may write", "it is a link", "it is no regular file"), strict=True)
+    whys = zip(told, ("others may write", "it is a link", "it is not a regular file"), strict=True)
     assert all(why in one for one, why in whys)
 
 

@@ -114,7 +114,7 @@ def test_a_pipe_or_a_device_is_not_read(
     (path / name).symlink_to("/dev/zero")
     assert run(["report", str(path)]) == 5
     said = capsys.readouterr().err
-    assert f"{name}: it is no regular file" in said and f"{name}: it is a link" in said
+    assert f"{name}: it is not a regular file" in said and f"{name}: it is a link" in said
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "job.yaml", "result.json", TRACE_FILE])
@@ -145,7 +145,7 @@ def test_logs_read_no_pipe_and_no_device(
     log.symlink_to("/dev/zero")
     assert run(["logs", str(path)]) == 5
     said = capsys.readouterr().err
-    assert "worker-0.log: it is no regular file" in said and "worker-0.log: it is a link" in said
+    assert "worker-0.log: it is not a regular file" in said and "worker-0.log: it is a link" in said
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_other_files_of_a_foreign_run_are_files(
 ) -> None:
     path = tmp_path / LIST_NAME
     os.mkfifo(path)
-    with pytest.raises((StorageError, SpecError), match="is no regular file"):
+    with pytest.raises((StorageError, SpecError), match="is not a regular file"):
         read(path)
 
 

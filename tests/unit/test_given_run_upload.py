@@ -58,7 +58,7 @@ def test_what_is_no_file_of_the_run_is_not_read(kind: str, given: Path) -> None:
         state.symlink_to(given.parent / "mine")
     elif kind == "a pipe":
         os.mkfifo(state)
-    why = {"a link": "it is a link", "a pipe": "it is no regular file", "nothing": "No such file"}
+    why = {"a link": "it is a link", "a pipe": "not a regular file", "nothing": "No such file"}
     with pytest.raises(StorageError, match=f"step-000002/{STATE}.*{why[kind]}"):
         bring(given)
     there = given.parent / "there" / FOLDER

@@ -205,7 +205,7 @@ def test_frozen_parameters_and_buffers_are_rank_0s(strategy: str) -> None:
 
 def test_where_nobody_sends_them_others_are_refused_by_name() -> None:
     """Who comes second compares, whichever rank that is."""
-    told = "'frozen' of the model has other values on worker-. than on worker-., and under this"
+    told = "'frozen' of the model has other values on worker-. than on worker-., and this strategy"
     with pytest.raises(SpecError, match=told):
         train(job("ps-async", 2), Unseeded)
 

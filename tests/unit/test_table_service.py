@@ -171,7 +171,7 @@ def test_who_waits_when_the_next_attempt_begins_comes_out() -> None:
 def test_another_model_is_refused() -> None:
     service = opened()
     other = plan_of(job(), "run", 0, (TableSpec("t", 99, 4, 0.0),), 10, rewinds=False)
-    with pytest.raises(ProtocolError, match="not those of the first rank"):
+    with pytest.raises(ProtocolError, match="differ from those of the first rank"):
         service.open(other)
 
 
