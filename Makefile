@@ -12,10 +12,10 @@ PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 DRAWN := $(addprefix tests/unit/test_,\
 	property_training.py leased_tables.py embedding_losses.py async_shard.py)
 
-# Three processes for two cores: a third of the time tests wait, for threads or for Ray.
+# Three, for two cores: tests in memory wait for each other's threads a third of their time.
 IN_MEMORY := -n 3 --dist loadfile --max-worker-restart 1
 NEW_EXAMPLES := --hypothesis-profile "new examples"
-ON_RAY := -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 -ra
+ON_RAY := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 -ra
 
 .PHONY: demo test test-all chaos soak check fmt bench clean
 
