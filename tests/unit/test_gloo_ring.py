@@ -26,18 +26,20 @@ DEADLINE_S = 30.0
 RECEIVED = struct.Struct("128xQ")  # `tcpi_bytes_received` of the kernel's `struct tcp_info`
 
 
-def is_socket(descriptor: str) -> bool:
+def opened_socket(descriptor: str) -> socket.socket | None:
+    """Return the socket behind a descriptor; None: it is no socket, or was closed meanwhile."""
     try:
-        return stat.S_ISSOCK(os.fstat(int(descriptor)).st_mode)
-    except OSError:  # it was that of the listing
-        return False
+        is_socket = stat.S_ISSOCK(os.fstat(int(descriptor)).st_mode)
+        return socket.socket(fileno=int(descriptor)) if is_socket else None
+    except OSError:  # that of the listing, or of a thread of an earlier test
+        return None
 
 
 def received() -> int:
     """Count the bytes that have come in over the TCP connections of this process."""
     total = 0
     for descriptor in os.listdir("/proc/self/fd"):
-        connection = socket.socket(fileno=int(descriptor)) if is_socket(descriptor) else None
+        connection = opened_socket(descriptor)
         if connection is None:
             continue
         if connection.type == socket.SOCK_STREAM and connection.family != socket.AF_UNIX:

@@ -231,10 +231,11 @@ def test_nothing_is_left_of_it() -> None:
 
     one_group()
     before = state()
-    for _ in range(5):
+    groups = 20
+    for _ in range(groups):
         one_group()
-    # What other tests have left may end meanwhile.
-    assert all(now <= was for now, was in zip(state(), before, strict=True))
+    # A leak grows with every group. Threads of earlier tests may open a file or two meanwhile.
+    assert all(now - was < groups for now, was in zip(state(), before, strict=True))
 
 
 def test_a_hundred_ranks_may_come_at_once() -> None:
