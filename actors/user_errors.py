@@ -125,7 +125,7 @@ _REMEDIES = (
         "found no suitable name to keep for saving",
         "the parameters of a prepared model lie in one vector: give this function "
         "`safe_serialization=False` where it takes it, as Accelerate's do, or save "
-        "`{name: one.clone() for name, one in model.state_dict().items()}`",
+        "`{name: tensor.clone() for name, tensor in model.state_dict().items()}`",
     ),
     (
         "invalid device ordinal",
@@ -171,6 +171,13 @@ def as_user_error(
     summary = _truncate_middle(summary, _MAX_SUMMARY)
     shown = f"{summary}\n" if alone else _truncate_middle(shown, _MAX_TRACEBACK)
     return UserCodeError(rank, step, summary, shown, remedy, evaluating, on_ranks)
+
+
+def error_of_process(stderr: str) -> UserCodeError:
+    """Return the error of a child process that ran user code, from its output."""
+    lines = stderr.strip().splitlines() or ["its process ended"]
+    summary = _truncate_middle(lines[-1], _MAX_SUMMARY)
+    return UserCodeError(0, None, summary, _truncate_middle(stderr, _MAX_TRACEBACK))
 
 
 def _truncate_middle(text: str, max_chars: int) -> str:

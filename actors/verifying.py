@@ -33,6 +33,7 @@ from distplat.actors.task_check import task_check
 from distplat.actors.task_loading import load_task_class
 from distplat.actors.trainer import Trainer
 from distplat.actors.training import saved_model
+from distplat.actors.user_errors import error_of_process
 from distplat.platform.apply_log import FILE_NAME, log_flaws, read_logs, staleness_counts
 from distplat.platform.checkpoints import FOLDER
 from distplat.platform.errors import (
@@ -307,8 +308,7 @@ def _references(
             "the references", ("their process",), limit, "step_timeout_s"
         ) from None
     if process.returncode:
-        lines = process.stderr.strip().splitlines() or ["its process ended"]
-        raise UserCodeError(0, None, lines[-1], process.stderr)
+        raise error_of_process(process.stderr)
     results: list[ReferenceResult] = torch.load(folder / ANSWER, weights_only=False)
     return results
 

@@ -1,13 +1,15 @@
 """The driver of a run: in the user's process, or on the cluster for a remote job."""
 
+import errno
 import os
 import sys
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TextIO
 
 from distplat.actors.view import View
-from distplat.cli.remote import RESULT_MARK
+from distplat.cli.remote import RESULT_MARK, say
 from distplat.cli.render import Facts, facts_of
 from distplat.cli.shipping import ReceivedJob, read_received_job
 from distplat.platform.progress import to_json
@@ -25,6 +27,22 @@ def flush_or_discard(stream: TextIO) -> None:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
+
+
+@contextmanager
+def printing_result() -> Iterator[None]:
+    """
+    Warn if stdout does not take the printed result; the run itself has succeeded.
+
+    A closed pipe needs no warning: its reader has seen enough.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            say(f"warning: the run succeeded, but its result was not printed: {error.strerror}")
+    flush_or_discard(sys.stdout)
 
 
 def train(
@@ -75,9 +93,8 @@ def drive() -> None:
 
         with connected(os.environ.get("RAY_ADDRESS", "auto"), {}):
             facts = _train_here(received)
-    with suppress(OSError):  # the disk with the job's log may be full
-        print(RESULT_MARK + to_json(facts, indent=None), flush=True)
-    flush_or_discard(sys.stdout)
+    with printing_result():
+        print(RESULT_MARK + to_json(facts, indent=None))
 
 
 def _train_here(received: ReceivedJob) -> Facts:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TextIO
 
@@ -22,7 +22,7 @@ from distplat.cli.common_options import (
     RuntimeEnvJson,
     is_json,
 )
-from distplat.cli.drive import flush_or_discard
+from distplat.cli.drive import printing_result
 from distplat.cli.package import Package, refuse_home
 from distplat.cli.render import print_pairs
 from distplat.platform.errors import Problem, SpecError, naming_path, printable
@@ -132,9 +132,8 @@ def submit_script(
     user_env, is_named = (runtime_env, runtime_env_json), working_dir is not None
     with _ray(address, folder, user_env, is_folder_named=is_named, quiet=quiet):
         result = train_script(job, output_lines)
-    with suppress(OSError):  # the run succeeded, even if the output cannot be printed
+    with printing_result():
         _print(job, result, as_json=as_json)
-    flush_or_discard(sys.stdout)
 
 
 def _print(job: ScriptJob, result: ScriptResult, *, as_json: bool) -> None:

@@ -6,7 +6,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import distplat
 from distplat.actors.view import View, has_colors
 from distplat.cli import remote, shipping
 from distplat.cli.address import VERSION_KEY, Target, enable_token, target_of
-from distplat.cli.drive import STORAGE, flush_or_discard, train
+from distplat.cli.drive import STORAGE, printing_result, train
 from distplat.cli.package import (
     MAX_PACKAGE,
     Ignores,
@@ -79,7 +79,7 @@ class JobSource:
         try:
             return load_job(self.job_file, overrides=overrides, environ=os.environ)
         except SpecError as error:  # name the flag in its problems, not the equivalent `--set`
-            names = {f"--set {field}": flag for flag, field, _ in flags}
+            names = {f"--set {field}": flag for flag, field, value in flags if value is not None}
             problems = (replace(p, file=names.get(p.file, p.file)) for p in error.problems)
             raise SpecError(*problems) from None
 
@@ -477,10 +477,9 @@ def _metadata(text: str | None, job: Job) -> dict[str, str]:
 
 
 def _print(facts: Facts, request: SubmitRequest, job_id: str | None = None) -> None:
-    """Print the result of a run that succeeded; a closed stdout is ignored."""
-    with suppress(OSError):
+    """Print the result of a run that succeeded."""
+    with printing_result():
         if request.as_json:
             print(to_json(facts if job_id is None else {**facts, "id": job_id}))
         else:
             print_result(facts)
-    flush_or_discard(sys.stdout)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import distplat
 from distplat import Trainer
 from distplat.actors import user_errors
-from distplat.actors.user_errors import as_user_error, killed_loader
+from distplat.actors.user_errors import as_user_error, error_of_process, killed_loader
 from distplat.platform.errors import NonFiniteError, UserCodeError
 from distplat.platform.own_loop import OF_TASKS
 from distplat.strategies import torch_compat
@@ -96,3 +96,12 @@ def test_a_gradient_that_is_not_finite(strategy: str) -> None:
     told = str(caught.value)
     assert "call `torch.nn.utils.clip_grad_norm_` before the step" in told
     assert "clip_norm`" not in told.replace("clip_grad_norm_", "") and "skip" not in told
+
+
+def test_long_output_of_a_failed_process_is_truncated() -> None:
+    error = error_of_process(
+        "Traceback\n" + "  frame\n" * 100_000 + "ValueError: " + "x" * 1_000_000
+    )
+    assert error.summary.startswith("ValueError: x") and len(error.summary) < 3_000
+    assert error.frames.startswith("Traceback") and len(error.frames) < 60_000
+    assert error_of_process("").summary == "its process ended"
