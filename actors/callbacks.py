@@ -211,7 +211,7 @@ class Callbacks:
                 # Not `remove`, which compares by equality: two callbacks may be equal.
                 self._active = [other for other in self._active if other is not callback]
                 name, error_name = type(callback).__name__, type(error).__name__
-                text = "the callback %s raised %s: %s; the run goes on without it"
+                text = "the callback %s raised %s: %s; the run continues without it"
                 logger.warning(text, name, error_name, error)
             finally:
                 self._running = None

@@ -261,7 +261,7 @@ class Checkpoints:
         try:
             with_deadline(lambda on_progress: self._prune(written), self._catalogue.folder, limit)
         except (OSError, StorageError) as error:
-            logger.warning("checkpoints that are too many could not be deleted: %s", error)
+            logger.warning("surplus checkpoints could not be deleted: %s", error)
 
     def drain(self) -> None:
         """Wait for queued writes, up to a time limit; after one timeout do not wait again."""
@@ -296,10 +296,10 @@ class Checkpoints:
         with self._changed:
             if self._changed.wait_for(self._idle, soon_s):
                 return
-            text = "going back waits for a checkpoint that is being written, %g s at most (`%s`)"
+            text = "the rollback waits for a checkpoint that is being written, at most %g s (`%s`)"
             logger.warning(text, limit_s, SETTING)
             if not self._changed.wait_for(self._idle, limit_s - soon_s):
-                text = "it is still being written after %g s (`%s`): taking one from before"
+                text = "it is still being written after %g s (`%s`): using an earlier one"
                 logger.warning(text, limit_s, SETTING)
 
     def _roll_back(self, on_progress: OnProgress) -> StoredCheckpoint | None:
@@ -323,7 +323,7 @@ class Checkpoints:
         except StorageError as error:
             if resumed is None:
                 raise
-            logger.warning("%s; taking what the run was resumed from", error)
+            logger.warning("%s; the rollback uses the checkpoint of --resume", error)
             saved = None
         if saved is None and resumed is not None:
             return read(resumed, on_progress)
@@ -415,7 +415,7 @@ class Checkpoints:
             steps = self._catalogue.steps()
         if why and not self._warned_undeleted:
             self._warned_undeleted = True
-            logger.warning("old checkpoints could not be deleted, and take room: %s", why)
+            logger.warning("old checkpoints could not be deleted and take up space: %s", why)
         with self._evaluation_lock:
             self._best.retain(steps)
 
@@ -444,10 +444,10 @@ class Checkpoints:
             steps = [self._writing, *self._skipped, *waiting]
         if not self._warned_late:  # a hung disk raises no error
             self._warned_late = True
-            text = "the disk of %s has taken nothing for %g s (`%s`); the run goes on until "
-            text += "%d checkpoints do not come"
+            text = "the disk of %s has accepted no data for %g s (`%s`); the run continues until "
+            text += "%d checkpoints have failed"
             logger.warning(text, self._catalogue.folder, limit_s, SETTING, PATIENCE)
-        why = f"its disk has taken nothing for {limit_s:g} s (`{SETTING}`)"
+        why = f"its disk has accepted no data for {limit_s:g} s (`{SETTING}`)"
         return [(step, why) for step in steps if step is not None]
 
 

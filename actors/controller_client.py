@@ -287,8 +287,8 @@ class ControllerClient:
     def _remedy(self) -> str:
         """Advice for the error of a lost controller."""
         if self._saved:
-            return "go on from the last checkpoint: submit --resume"
-        return "" if self._step is None else "there is no checkpoint to go on from"
+            return "resume from the last checkpoint: submit --resume"
+        return "" if self._step is None else "there is no checkpoint to resume from"
 
     def _warn_of_dropped(self) -> None:
         if dropped := self._events.pop_dropped():

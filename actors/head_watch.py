@@ -87,7 +87,7 @@ class HeadWatch:
                 f"nothing has listened at {self._address} for {self._limit_s:.0f} s, two thirds of "
                 f"what {_SETTING} gives it"
             )
-            remedy = "start Ray there again, and go on from the last checkpoint, if there is one"
+            remedy = "start Ray there again, and resume from the last checkpoint, if there is one"
             raise ActorLost(_HEAD, None, cause, remedy)
 
     def probe(self) -> None:

@@ -181,7 +181,7 @@ def check_scalable(actor_group: ActorGroup, workers: int) -> None:
     """
     where, most = ("--workers",), actor_group.max_workers
     if not most:
-        hint = "stop the job, and go on from its last checkpoint with another number: "
+        hint = "stop the job, and resume its last checkpoint with another number: "
         hint += "submit --resume --num-workers N"
         name = actor_group.job.strategy.name
         text = f"strategy {name!r} cannot change its number of workers while it runs"

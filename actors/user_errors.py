@@ -63,8 +63,8 @@ _BATCH_NORM = (
     "take a larger `global_batch_size`, fewer workers, or less `gradient_accumulation`"
 )
 _LOADER_ENDED = (
-    "a loader process ended: sys.exit() in the data set, or the system killed it for want of "
-    "memory; `data.num_workers: 0` loads in the worker itself"
+    "a loader process ended: sys.exit() in the data set, or the system killed it when memory "
+    "ran out; `data.num_workers: 0` loads in the worker itself"
 )
 _OF_OWN_LOOP = {
     _COLLATE: "samples of a batch are put together by torch's default_collate: they must have one "
@@ -76,7 +76,7 @@ _OF_OWN_LOOP = {
     _BATCH_NORM: "a batch norm got one sample: `DataLoader(drop_last=True)` leaves out a short "
     "last batch; or take a larger `batch_size`",
     _LOADER_ENDED: "a loader process ended: sys.exit() in the data set, or the system killed it "
-    "for want of memory; `DataLoader(num_workers=0)` loads in the worker itself",
+    "because memory ran out; `DataLoader(num_workers=0)` loads in the worker itself",
 }
 """Remedies for train functions, whose jobs lack the fields that the keys mention."""
 _GROUP = (
@@ -296,7 +296,7 @@ def killed_loader(error: BaseException, *, own_loop: bool = False) -> Infrastruc
     if not _ended_by(signal.SIGKILL, error):
         return None
     fewer = "`num_workers` of the DataLoader" if own_loop else "`data.num_workers`"
-    text = "a loader process was killed, most likely for want of memory: "
+    text = "a loader process was killed, most likely because memory ran out: "
     return InfrastructureError(f"{text}fewer {fewer} take less")
 
 
@@ -377,7 +377,7 @@ def _remedy(error: BaseException, *, own_loop: bool) -> str:
     if isinstance(error, SystemExit):
         if any(frame.name == "parse_args" for frame in traceback.extract_tb(error.__traceback__)):
             return _COMMAND_LINE
-        return "sys.exit() was called: code of a task returns, or raises what went wrong"
+        return "sys.exit() was called: task code must return, or raise an error"
     text = _message_of(error)
     if any(part in text for part in _SHARED_MEMORY) or _ended_by(signal.SIGBUS, error):
         return _more_shared_memory(own_loop=own_loop)

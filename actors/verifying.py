@@ -339,7 +339,7 @@ def _check_replayable(job: Job, roles: Roles, log: Path) -> None:
     if job.task is None:
         raise SpecError(Problem(("task",), "the run was given a class in Python, not by name"))
     if not log.exists():
-        text = "a run that failed, or that went on from a checkpoint, keeps no log"
+        text = "a run that failed, or that was resumed from a checkpoint, keeps no log"
         raise StorageError(f"there is no {log}: {text}")
 
 

@@ -119,7 +119,7 @@ class View(Callback):
 
     def on_failure(self, failure: FailureEvent) -> None:
         """Print the failure and the replaced workers."""
-        replaced = ", ".join(failure.replaced) or "nobody"
+        replaced = ", ".join(failure.replaced) or "no actor"
         self._print(
             f"failure: {first_line(failure.cause)}\n"
             f"attempt {failure.attempt}: replacing {replaced}, going on after step {failure.step}"

@@ -57,8 +57,8 @@ def figure_rows(figures: StepFigures) -> list[tuple[str, str]]:
 
 def restart_text(failure: FailureEvent) -> str:
     """Return a text with the replaced workers and the step from which the run continued."""
-    replaced = ", ".join(failure.replaced) or "nobody"
-    return f"{replaced} replaced, went on after step {failure.step}"
+    replaced = ", ".join(failure.replaced) or "no actor"
+    return f"{replaced} replaced, resumed after step {failure.step}"
 
 
 def _servers(figures: StepFigures) -> list[tuple[str, str]]:
@@ -176,7 +176,7 @@ def restart_lines(restarts: Sequence[RestartRecord]) -> list[list[str]]:
             str(restart.failure.attempt),
             str(restart.failure.step),
             restart.failure.cause,
-            ", ".join(restart.failure.replaced) or "nobody",
+            ", ".join(restart.failure.replaced) or "no actor",
             f"after {restart.recovery.seconds:.1f} s" if restart.recovery else "not yet, or never",
         ]
         for restart in restarts

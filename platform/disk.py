@@ -372,7 +372,7 @@ class BackgroundWriter(Generic[Record]):
 
     def _drop(self, why: str) -> None:
         if not self._lost:
-            self._warn(f"{self._what} are lost, and the run goes on without them: {why}")
+            self._warn(f"{self._what} are lost, and the run continues without them: {why}")
         self._lost += 1
 
     def _work(self) -> None:

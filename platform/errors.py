@@ -292,7 +292,7 @@ class DeadlineExceeded(InfrastructureError):
 
     def __str__(self) -> str:
         """What was waited for and how long, the missing roles, and the remedy."""
-        missing = ", ".join(self.missing) or "nobody (a late answer)"
+        missing = ", ".join(self.missing) or "none (a late answer)"
         text = f"{self.what}: waited {self.seconds:g} s, missing: {missing}"
         text += f"; `{self.setting}` changes this deadline" if self.setting else ""
         return f"{text}; {self.remedy}" if self.remedy else text
@@ -345,7 +345,7 @@ class StateLost(InfrastructureError):
 
     def __str__(self) -> str:
         """The lost state, and the consequence."""
-        return f"{self.what} was lost with its ranks: all go back to the last checkpoint"
+        return f"{self.what} was lost with its ranks: the run rolls back to the last checkpoint"
 
 
 class RestartsExhausted(InfrastructureError):

@@ -218,7 +218,7 @@ def evaluation_problems(job: Any) -> list[Problem]:
     """Check the fields that depend on evaluations, as far as possible without running one."""
     evaluation = job.evaluation
     if evaluation.every_steps is None and evaluation.every_epochs == 0:
-        text = "needs evaluations while the run goes on, and there is one at its end only"
+        text = "needs evaluations during the run, but the only one is at its end"
         advice = "set `evaluation.every_epochs`"
         return [Problem(field, text, advice) for field, _ in metric_fields(job)]
     return _keep_best_problems(job)

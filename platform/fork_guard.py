@@ -13,7 +13,8 @@ from types import TracebackType
 
 _MESSAGE = (
     "E process %d, which the task forked from the training process %d, has left the task's code, "
-    "and ends here: training goes on in %d alone. End such a process with os._exit() in the task\n"
+    "and ends here: training continues in process %d alone. End such a process with os._exit() in "
+    "the task\n"
 )
 
 

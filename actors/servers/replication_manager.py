@@ -36,7 +36,7 @@ from distplat.platform.spec import Failure
 
 logger = logging.getLogger(__name__)
 
-_FOR_GOOD = "no other server has what it kept: its backup was not there yet"
+_FOR_GOOD = "no other server has its data: its backup was not complete yet"
 _ANSWER_GRACE_S = 10.0
 """Added to a primary's own deadline, so that the primary's error, which says more, comes first."""
 

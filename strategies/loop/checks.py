@@ -213,7 +213,7 @@ def check_evaluations(job: Job, sampler: Sampler, eval_data: object) -> None:
             "the training data is a stream without a length, so the only evaluation is after "
             "the last step, unless `evaluation.every_steps` is set"
         )
-        text = "needs evaluations while the run goes on, and there is one at its end only"
+        text = "needs evaluations during the run, but the only one is at its end"
         if metric_fields(job):
             advice = "set `evaluation.every_steps`"
             raise SpecError(*(Problem(field, text, advice) for field, _ in metric_fields(job)))

@@ -332,7 +332,7 @@ def _gathering(p: Prepared, strategy: WorkerStrategy[Any], context: Context) -> 
     """Return this rank's state of `all_gather`, with the reason if the job refuses it."""
     refused = None
     if conflict := all_gather_conflict(p.job, p.roles, gathers=strategy.strategy.gathers):
-        text = f"all_gather() does not go together with {conflict}"
+        text = f"all_gather() cannot be combined with {conflict}"
         refused = Problem(("strategy",), text, "use `strategy: ring` or `ps-sync`")
     elif strategy.strategy.micro_batches(p.job) > 1:
         text = "all_gather() in a loss needs a worker's part of the batch at once"
@@ -359,7 +359,7 @@ def _term_weights(
     if p.roles.consistency.dynamic_tasks:
         return TermWeights(p.task)
     if conflict := all_gather_conflict(p.job, p.roles, gathers=strategy.strategy.gathers):
-        text = f"weights() does not go together with {conflict}"
+        text = f"weights() cannot be combined with {conflict}"
         hint = "use `strategy: ring`, `ps-sync` or `ps-async`"
         raise SpecError(Problem(("strategy",), text, hint))
     return TermWeights(p.task, _group_of_all(p, context), p.sampler.world)

@@ -239,7 +239,7 @@ class RankComparison:
         self._warned = True
         return (
             f"each worker's forward writes other values into {name!r}, by its own samples or "
-            "random numbers, and all go on with those of one worker, as under "
+            "random numbers, and all continue with those of one worker, as under "
             "DistributedDataParallel: the result depends on the number of workers. "
             "distplat.all_gather() gives a forward the rows of all workers; the task's "
             "buffers(name) may give 'mean', or 'rank0' if it is meant so"

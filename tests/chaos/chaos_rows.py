@@ -496,5 +496,5 @@ _LOSSY = "in memory: 25 % of requests, 25 % of answers lost, some late or twice"
 row("F25", _LOSSY, (*SERVED, "hybrid"), 0)(_no_plan)
 row("B1", "200 mutants of a job file: exit code 0 or 2", ("ring",), 0)(_no_plan)
 row(
-    "B2", "12 damaged checkpoints to go on from: exit code 2 or 5, or the same model", ("ring",), 0
+    "B2", "12 damaged checkpoints to resume from: exit code 2 or 5, or the same model", ("ring",), 0
 )(_no_plan)

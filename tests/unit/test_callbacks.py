@@ -148,7 +148,7 @@ def test_a_callback_that_raises_is_called_no_more(
         result = Trainer(spec, Lin, callbacks=(bad, good)).fit()
     assert bad.told[-1] == method
     assert good.told == ["start", *STEPS, "end well with 6 steps"]
-    assert caplog.text.count("goes on without it") == 1
+    assert caplog.text.count("continues without it") == 1
     assert json.loads((result.path / "result.json").read_text())["status"] == "SUCCEEDED"
 
 

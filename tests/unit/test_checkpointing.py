@@ -225,7 +225,9 @@ def test_a_resumed_run_goes_back_to_what_it_began_from(
     corrupt(checkpoints._catalogue.path(2))
     found = checkpoints.newest()
     assert found is not None and found.path == began_from
-    assert "all 1 checkpoints are damaged; taking what the run was resumed from" in caplog.text
+    assert (
+        "all 1 checkpoints are damaged; the rollback uses the checkpoint of --resume" in caplog.text
+    )
 
 
 def test_a_rollback_waits_for_a_slow_writer_and_nothing_is_deleted_while_it_reads(
@@ -279,7 +281,7 @@ def test_a_rollback_says_for_what_it_waits_and_goes_on_without_it(
     found = checkpoints.newest()
     gate.set()
     assert found is not None and found.step == 1
-    assert "is being written, 0.3 s at most (`failure.storage_timeout_s`)" in caplog.text
+    assert "is being written, at most 0.3 s (`failure.storage_timeout_s`)" in caplog.text
     assert "still being written after 0.3 s (`failure.storage_timeout_s`)" in caplog.text
 
 
@@ -355,7 +357,7 @@ def test_old_ones_that_stay_end_no_run(
         give(checkpoints, step)
         assert [saved.step for saved in checkpoints.take_finished()] == [step]
     assert [record.message.partition(":")[0] for record in caplog.records] == [
-        "old checkpoints could not be deleted, and take room"
+        "old checkpoints could not be deleted and take up space"
     ]
 
 

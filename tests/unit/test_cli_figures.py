@@ -99,7 +99,7 @@ def test_restarts_are_listed() -> None:
         FailureEvent(3, 5, "network", (), 0.0),
     ]
     assert [*map(restart_text, failures)] == [
-        "worker-1 replaced, went on after step 9",
-        "worker-0, worker-1 replaced, went on after step 0",
-        "nobody replaced, went on after step 5",
+        "worker-1 replaced, resumed after step 9",
+        "worker-0, worker-1 replaced, resumed after step 0",
+        "no actor replaced, resumed after step 5",
     ]

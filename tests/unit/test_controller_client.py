@@ -360,7 +360,7 @@ class Saving(Run):
 
 @pytest.mark.parametrize(
     ("kind", "remedy"),
-    [(Saving, "last checkpoint: submit --resume"), (Run, "there is no checkpoint to go on from")],
+    [(Saving, "last checkpoint: submit --resume"), (Run, "there is no checkpoint to resume from")],
 )
 def test_a_controller_that_dies_is_named_with_the_last_step(kind: type[Run], remedy: str) -> None:
     driver = Driver(kind)

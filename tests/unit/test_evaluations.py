@@ -122,7 +122,7 @@ BEST = {"metric": "score", "mode": "max"}
         ({}, {}, "checkpoint.keep_best: has no effect without `every_steps` or `every_epochs`"),
         ({"every_steps": 3}, {"every_steps": 2}, "every 3, and evaluated every 2"),
         ({"every_epochs": 1}, {"every_epochs": 2}, "every 1, and evaluated every 2"),
-        ({"every_steps": 3}, {"every_epochs": 0}, "needs evaluations while the run goes on"),
+        ({"every_steps": 3}, {"every_epochs": 0}, "needs evaluations during the run"),
     ],
 )
 def test_a_checkpoint_that_is_not_evaluated_cannot_be_the_best(
@@ -197,7 +197,7 @@ def test_the_best_checkpoint_stays(
 ) -> None:
     result = Trainer(spec(tmp_path, scores), Scored, callbacks=[AfterItsCheckpoint()]).fit()
     catalogue = Catalogue(result.path / "checkpoints")
-    assert "goes on without it" not in caplog.text
+    assert "continues without it" not in caplog.text
     assert result.best_checkpoint == catalogue.path(best)
     assert catalogue.steps() == left
     assert (
@@ -275,7 +275,7 @@ def test_the_reason_names_the_best_step() -> None:
 def test_a_job_whose_evaluations_come_at_its_end_only_cannot_stop_early() -> None:
     more = {"early_stop": {"metric": "loss", "mode": "min"}, "evaluation": {"every_epochs": 0}}
     (problem,) = Job.model_validate({**fields_of("ring", 1), **more}).problems()
-    assert "early_stop: needs evaluations while the run goes on" in str(problem)
+    assert "early_stop: needs evaluations during the run" in str(problem)
 
 
 def test_early_stop_ends_a_run_as_after_its_last_step(tmp_path: Path) -> None:

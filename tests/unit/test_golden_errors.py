@@ -75,7 +75,7 @@ CASES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "--set without a value": ("validate job.yaml --set steps", job()),
     "--set of an unknown field": ("validate job.yaml --set stepps=3", job()),
     "no such run": ("report runs/none", {}),
-    "no checkpoint to go on from": ("submit job.yaml --address local --resume runs/none", job()),
+    "no checkpoint to resume from": ("submit job.yaml --address local --resume runs/none", job()),
     "an address without a port": ("status lin --address http://127.0.0.1:x", {}),
 }
 

@@ -75,11 +75,13 @@ def test_a_disk_that_hangs_ends_the_run(
     for _ in range(2):
         assert checkpoints.take_finished() == [], "one is missing"
     (said,) = [record.message for record in caplog.records]
-    assert "checkpoints has taken nothing for 5 s (`failure.storage_timeout_s`)" in said
+    assert "checkpoints has accepted no data for 5 s (`failure.storage_timeout_s`)" in said
     add(checkpoints, 2)
     assert checkpoints.take_finished() == [], "two are"
     add(checkpoints, 3)
-    with pytest.raises(StorageError, match=r"3 checkpoints .*: step 3: its disk has taken nothing"):
+    with pytest.raises(
+        StorageError, match=r"3 checkpoints .*: step 3: its disk has accepted no data"
+    ):
         checkpoints.take_finished()
     disk.may.release(100)
     drain(checkpoints)

@@ -346,7 +346,7 @@ def test_a_stream_without_a_length_is_not_evaluated_by_epochs() -> None:
         def eval_data(self) -> Any:
             return Steep.train_data(self)
 
-    message = r"lr_schedule: needs evaluations while .*\n.*`evaluation.every_steps`"
+    message = r"lr_schedule: needs evaluations during .*\n.*`evaluation.every_steps`"
     with pytest.raises(SpecError, match=message):
         train(job(evaluation={}), Endless)
     assert len(rates(train(job(steps=4), Endless))) == 4

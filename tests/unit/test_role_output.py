@@ -166,7 +166,7 @@ def test_what_cannot_be_written_is_warned_of_once(
     (tmp_path / "logs").write_text("a file")
     said = run(tmp_path, *(batch("digits/worker-0", f"line {n}") for n in range(3)))
     assert len(said) == 2
-    assert said[0].startswith("printed lines are lost, and the run goes on without them: ")
+    assert said[0].startswith("printed lines are lost, and the run continues without them: ")
     assert "Not a directory" in said[0]
     assert said[1] == "3 records of printed lines were not written"
     assert len(capsys.readouterr().out.splitlines()) == 3, "it is printed all the same"

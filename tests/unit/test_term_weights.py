@@ -195,7 +195,7 @@ def test_it_is_verified_with_the_whole_batch(strategy: Any) -> None:
         (
             {"name": "ps-sync", "backup_workers": 1},
             2,
-            "weights() does not go together with `backup_workers`",
+            "weights() cannot be combined with `backup_workers`",
         ),
     ],
 )

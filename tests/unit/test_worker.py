@@ -274,7 +274,7 @@ def test_a_loader_process_that_the_system_killed_is_no_fault_of_the_task(
     thread.join(30)
     assert one.state.error is not None
     assert one.state.error.exit_code == 4
-    assert "a loader process was killed, most likely for want of memory" in str(one.state.error)
+    assert "a loader process was killed, most likely because memory ran out" in str(one.state.error)
 
 
 def test_tensors_of_a_checkpoint_that_do_not_come_are_no_fault_of_the_task(
