@@ -16,6 +16,8 @@ DRAWN := $(addprefix tests/unit/test_,\
 IN_MEMORY := -n 3 --dist loadfile --max-worker-restart 1
 NEW_EXAMPLES := --hypothesis-profile "new examples"
 ON_RAY := -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart 1 -ra
+# Images for containers often set it: each process of a run would then compile distplat anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-all chaos soak check fmt bench clean
 
