@@ -1,4 +1,4 @@
-"""Unit tests start no processes of Ray and keep to one core."""
+"""Fixtures of the unit tests: no Ray processes, one thread of torch, seeded generators."""
 
 import gc
 import logging
@@ -20,35 +20,35 @@ from hypothesis import HealthCheck, settings
 from distplat.strategies.loop.loaders import LoaderContext
 
 signal_defaults.reset()
-os.environ.pop("FORCE_COLOR", None)  # many a CI sets it: tests read what is printed
+os.environ.pop("FORCE_COLOR", None)  # some CI systems set it, and tests compare printed text
 torch.set_num_threads(1)
-# A busy machine makes an example slow, and drawing it.
+# On a loaded machine an example and its generation may be slow.
 _PATIENT: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("the same examples", derandomize=True, **_PATIENT)
 settings.register_profile("new examples", **_PATIENT)  # `make test-all`: --hypothesis-profile
 settings.load_profile("the same examples")
 
 _MANY = 400
-"""Descriptors; by default a process may have 1024."""
-_left = 0
-"""Of them, after the last look: what is held for long is not looked for after each test."""
+"""File descriptors; the default limit of a process is 1024."""
+_remaining = 0
+"""Descriptors still open after the last collection."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` is looked at
+@pytest.hookimpl(tryfirst=True)  # before `-m` deselects items
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Know which cases of long sweeps `make test` has."""
+    """Mark the cases of long sweeps that `make test` runs."""
     marks.mark_sweeps(items)
 
 
 def pytest_collection_finish() -> None:
-    """Have collections look at what tests make alone: what is imported never goes."""
+    """Exclude imported objects, which live until exit, from garbage collections."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """What a test draws depends on no test before it."""
+    """Seed all generators before each test."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -56,32 +56,34 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def few_descriptors() -> Iterator[None]:
-    """Have runs in memory go when there are many: each mapping holds one."""
-    global _left
+    """Collect garbage if many descriptors are open: each mapping of a run in memory has one."""
+    global _remaining
     yield
-    if len(os.listdir("/proc/self/fd")) > _left + _MANY:
+    if len(os.listdir("/proc/self/fd")) > _remaining + _MANY:
         gc.collect()
-        _left = len(os.listdir("/proc/self/fd"))
+        _remaining = len(os.listdir("/proc/self/fd"))
 
 
 @pytest.fixture
 def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Keep out what threads say that an earlier test has left."""
-    me = threading.current_thread()
-    earlier = [thread for thread in threading.enumerate() if thread is not me]
+    """Exclude records of threads of earlier tests."""
+    current = threading.current_thread()
+    earlier = [thread for thread in threading.enumerate() if thread is not current]
 
     def is_own(record: logging.LogRecord) -> bool:
-        return all(record.thread != one.ident for one in earlier if one.is_alive())
+        return all(record.thread != thread.ident for thread in earlier if thread.is_alive())
 
     caplog.handler.addFilter(is_own)
     yield caplog
-    caplog.handler.removeFilter(is_own)  # the handler is that of all tests
+    caplog.handler.removeFilter(is_own)  # all tests share the handler
 
 
 @pytest.fixture(scope="session")
 def loader_server() -> None:
-    """Fork loader processes from a server that has imported what test modules do, not each anew."""
+    """Fork loader processes from a server that has already imported the tests' modules."""
     LoaderContext().set_forkserver_preload(["torch.utils.data", "pytest", "local_run"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.path.dirname(local_run.__file__))  # it is not told sys.path
+        patch.setenv(
+            "PYTHONPATH", os.path.dirname(local_run.__file__)
+        )  # the server does not inherit sys.path
         forkserver.ensure_running()

@@ -1,4 +1,4 @@
-"""Ranks that have another model, other data or other code than the rest are told so by name."""
+"""Ranks compare their model, data and code, and the error names the rank that differs."""
 
 import dataclasses
 import random
@@ -51,96 +51,98 @@ def job(strategy: Any) -> Job:
     return job_of(strategy, 2, steps=2, global_batch_size=8)
 
 
-def refusal(strategy: Any, kind: type[Task]) -> str:
-    """Give what the user is told; no rank waits for another longer than its error takes."""
+def spec_error_of(strategy: Any, task: type[Task]) -> str:
+    """Train, and return the message of the `SpecError`; no rank waits for its deadline."""
     with pytest.raises(SpecError) as caught:
-        train(job(strategy), kind)
+        train(job(strategy), task)
     assert caught.value.exit_code == 2
     return str(caught.value)
 
 
-class Once:
-    """True for the first who asks."""
+class IsFirstCall:
+    """Return True at the first call, then False."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._called = False
 
     def __call__(self) -> bool:
-        first, self._asked = not self._asked, True
+        first, self._called = not self._called, True
         return first
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_another_number_of_samples(strategy: Any) -> None:
-    first = Once()
+def test_rejects_different_number_of_training_samples(strategy: Any) -> None:
+    is_first = IsFirstCall()
 
     class Growing(Small):
         def train_data(self) -> TensorDataset:
-            size = 20 if first() else 16
+            size = 20 if is_first() else 16
             return TensorDataset(*(tensor[:size] for tensor in super().train_data().tensors))
 
-    told = refusal(strategy, Growing)
+    message = spec_error_of(strategy, Growing)
     pattern = r"worker-(0 has 20 training samples, worker-1 has 16|1 has 16 .*, worker-0 has 20)"
-    assert re.search(pattern, told), told
+    assert re.search(pattern, message), message
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_other_samples(strategy: Any) -> None:
-    first = Once()
+def test_rejects_different_training_samples(strategy: Any) -> None:
+    is_first = IsFirstCall()
 
     class Shuffled(Small):
         def train_data(self) -> TensorDataset:
-            found = super().train_data()
-            return found if first() else TensorDataset(*(t.flip(0) for t in found.tensors))
+            data = super().train_data()
+            return data if is_first() else TensorDataset(*(t.flip(0) for t in data.tensors))
 
-    told = refusal(strategy, Shuffled)
-    assert re.search(r"worker-\d has other training samples than worker-\d: 16 of 16", told), told
+    message = spec_error_of(strategy, Shuffled)
+    assert re.search(r"worker-\d has other training samples than worker-\d: 16 of 16", message), (
+        message
+    )
 
 
-def test_another_number_of_evaluation_samples() -> None:
-    first = Once()
+def test_rejects_different_number_of_evaluation_samples() -> None:
+    is_first = IsFirstCall()
 
     class Growing(Small):
         def eval_data(self) -> Dataset[Any] | None:
-            return super().train_data() if first() else None
+            return super().train_data() if is_first() else None
 
-    assert re.search(r"has (20|no) evaluation samples", refusal("ring", Growing))
+    assert re.search(r"has (20|no) evaluation samples", spec_error_of("ring", Growing))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_another_model(strategy: Any) -> None:
-    first = Once()
+def test_rejects_different_models(strategy: Any) -> None:
+    is_first = IsFirstCall()
 
     class Wider(Small):
         def model(self) -> nn.Module:
             model = super().model()
             assert isinstance(model, nn.Sequential)
-            if not first():
+            if not is_first():
                 model[2] = nn.Linear(3, 2, bias=False)
                 model[0].bias.requires_grad_(False)
                 model[1].running_mean = torch.zeros(3, dtype=torch.float64)
             return model
 
-    told = refusal(strategy, Wider)
+    message = spec_error_of(strategy, Wider)
     for name in ("0.bias", "2.bias", "1.running_mean"):
-        assert repr(name) in told, told
-    assert "not there on worker-" in told
-    assert "a frozen parameter, float32 [3]" in told
-    assert "a buffer, float64 [3]" in told
+        assert repr(name) in message, message
+    assert "not there on worker-" in message
+    assert "a frozen parameter, float32 [3]" in message
+    assert "a buffer, float64 [3]" in message
 
 
-def test_other_values_of_a_model_are_no_difference() -> None:
+def test_accepts_different_initial_values() -> None:
     class Random(Small):
         def model(self) -> nn.Module:
             torch.manual_seed(random.SystemRandom().randrange(1 << 30))
             return super().model()
 
     run = train(job("ring"), Random)
-    one, other = run.parameters(0), run.parameters(1)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    first, second = run.parameters(0), run.parameters(1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_different_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "task.py"
     module = ModuleType("their_task")
     module.__file__ = str(path)
@@ -161,19 +163,19 @@ def test_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Noisy(Dataset[Any]):
-    """Its samples are others each time: from a generator that it holds."""
+    """Returns different samples at each access: it owns an unseeded generator."""
 
     def __init__(self) -> None:
-        self._draw = np.random.default_rng()
+        self._rng = np.random.default_rng()
 
     def __len__(self) -> int:
         return 20
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(self._draw.standard_normal(4)).float(), torch.zeros(2)
+        return torch.from_numpy(self._rng.standard_normal(4)).float(), torch.zeros(2)
 
 
-def test_samples_that_are_others_each_time_say_nothing() -> None:
+def test_accepts_nondeterministic_samples() -> None:
     class Augmented(Small):
         def train_data(self) -> Any:
             return Noisy()
@@ -181,8 +183,8 @@ def test_samples_that_are_others_each_time_say_nothing() -> None:
     train(job("ring"), Augmented)
 
 
-class Drawing(Dataset[Any]):
-    """Each of its samples draws from one of the global generators, or from none."""
+class PartlyRandom(Dataset[Any]):
+    """Samples 0 to 2 each draw from one of the global generators; the others draw nothing."""
 
     drawn: ClassVar[list[Any]] = []
 
@@ -202,27 +204,26 @@ class Drawing(Dataset[Any]):
         return self.drawn[-1]
 
 
-def test_samples_that_draw_are_not_compared_and_leave_the_generators_alone() -> None:
-    Drawing.drawn.clear()
+def test_excludes_random_samples_and_restores_generators() -> None:
+    PartlyRandom.drawn.clear()
     torch.manual_seed(5)
     before = rng_states()
-    one = hash_samples(Drawing(), [0, 1, 2, 3, 7, 8])
+    hashes = hash_samples(PartlyRandom(), [0, 1, 2, 3, 7, 8])
     assert rng_states() == before
-    other = hash_samples(Drawing(), [8, 7, 3, 2, 1, 0])
-    assert one == other
-    assert one[7] == "raises OSError" and one[3] != one[8]
-    assert {one[0], one[1], one[2]} == {"draws random numbers"}
-    assert len({*Drawing.drawn}) == 6, "no rank draws what another has drawn"
+    assert hash_samples(PartlyRandom(), [8, 7, 3, 2, 1, 0]) == hashes
+    assert hashes[7] == "raises OSError" and hashes[3] != hashes[8]
+    assert {hashes[0], hashes[1], hashes[2]} == {"draws random numbers"}
+    assert len({*PartlyRandom.drawn}) == 6, "each rank draws different numbers"
 
 
-def test_samples_that_draw_nothing_are_compared_beside_those_that_do() -> None:
+def test_compares_deterministic_samples_of_a_mixed_dataset() -> None:
     task, run_store = Small(), InMemoryRunStore()
-    again = partial(hash_samples, Drawing(1))
-    facts = [facts_of(task, task.model(), Drawing(offset), None, 0) for offset in (0, 0, 1)]
-    agree(facts[0], 0, run_store, again)
-    agree(facts[1], 1, run_store, again)
+    rehash = partial(hash_samples, PartlyRandom(1))
+    facts = [facts_of(task, task.model(), PartlyRandom(offset), None, 0) for offset in (0, 0, 1)]
+    agree(facts[0], 0, run_store, rehash)
+    agree(facts[1], 1, run_store, rehash)
     with pytest.raises(SpecError, match="5 of 9 that were compared differ, of the numbers 3, 4, 5"):
-        agree(facts[2], 2, run_store, again)
+        agree(facts[2], 2, run_store, rehash)
 
 
 Pair = namedtuple("Pair", "x y")
@@ -234,7 +235,7 @@ class Sample:
     y: int
 
 
-def test_a_hash_sees_values_types_and_shapes_at_any_depth() -> None:
+def test_hash_includes_values_types_and_shapes_at_any_depth() -> None:
     x = torch.arange(4.0)
     values: list[Any] = [
         x,

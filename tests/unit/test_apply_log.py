@@ -1,4 +1,4 @@
-"""The log of updates: written, read, and what it tells."""
+"""The log of applied updates: its file, its statistics, and the detection of flaws."""
 
 from collections import Counter
 from pathlib import Path
@@ -19,26 +19,26 @@ from distplat.platform.apply_log import (
 from distplat.platform.errors import StorageError
 
 GOOD = [(1, 0, 0), (0, 1, 0), (1, 2, 1), (1, 4, 3), (0, 3, 2), (5, 5, 0)]
-"""Three steps of two parts; rank 5 has joined, and makes one task."""
+"""Three steps of two tasks; rank 5 joins later and computes one task."""
 
 
-def log(rows: list[tuple[int, int, int]]) -> ApplyLog:
-    made = ApplyLog()
+def log_of(rows: list[tuple[int, int, int]]) -> ApplyLog:
+    log = ApplyLog()
     for row in rows:
-        made.add(Applied(*row))
-    return made
+        log.add(Applied(*row))
+    return log
 
 
-def test_it_survives_the_file(tmp_path: Path) -> None:
+def test_file_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "log.safetensors"
-    path.write_bytes(pack_log([log(GOOD).numbers(), log([]).numbers()], {"run": "r"}))
+    path.write_bytes(pack_log([log_of(GOOD).numbers(), log_of([]).numbers()], {"run": "r"}))
     logs, facts = read_logs(str(path))
-    assert [list(one) for one in logs] == [[Applied(*row) for row in GOOD], []]
+    assert [list(log) for log in logs] == [[Applied(*row) for row in GOOD], []]
     assert facts["run"] == "r"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no safetensors", b"\0" * 100])
-def test_a_damaged_file_is_an_error_of_ours(content: bytes | None, tmp_path: Path) -> None:
+def test_damaged_file_raises_storage_error(content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / "log.safetensors"
     if content is not None:
         path.write_bytes(content)
@@ -46,38 +46,38 @@ def test_a_damaged_file_is_an_error_of_ours(content: bytes | None, tmp_path: Pat
         read_logs(str(path))
 
 
-def test_a_file_of_other_numbers_is_refused(tmp_path: Path) -> None:
+def test_rejects_file_without_a_log(tmp_path: Path) -> None:
     path = tmp_path / "log.safetensors"
     path.write_bytes(pack_log([np.zeros((4, 2), dtype=np.int64)], {}))
     with pytest.raises(StorageError, match="no log of updates"):
         read_logs(str(path))
 
 
-def test_a_log_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_rejects_log_of_another_version(tmp_path: Path) -> None:
     path = tmp_path / "log.safetensors"
-    path.write_bytes(save({"shard-0": log(GOOD).numbers()}, {"columns": "rank,seq,pulled"}))
+    path.write_bytes(save({"shard-0": log_of(GOOD).numbers()}, {"columns": "rank,seq,pulled"}))
     with pytest.raises(StorageError, match="another version of distplat"):
         read_logs(str(path))
 
 
-def test_staleness_is_counted_by_rank() -> None:
-    found = staleness_counts([log(GOOD[:-1])], 3)
-    assert found == [Counter({1: 1, 2: 1}), Counter({0: 2, 1: 1}), Counter()]
-    assert staleness_counts([log(GOOD)], 2)[5] == Counter({5: 1})
+def test_counts_staleness_by_rank() -> None:
+    counts = staleness_counts([log_of(GOOD[:-1])], 3)
+    assert counts == [Counter({1: 1, 2: 1}), Counter({0: 2, 1: 1}), Counter()]
+    assert staleness_counts([log_of(GOOD)], 2)[5] == Counter({5: 1})
 
 
-def test_the_lead_is_counted_when_a_gradient_comes() -> None:
-    assert largest_lead(log(GOOD), 2) == 1
-    assert largest_lead(log([(1, task, task) for task in (1, 3, 5, 7, 9)]), 2) == 4
-    assert largest_lead(log([]), 2) == 0
+def test_lead_is_measured_when_a_gradient_is_applied() -> None:
+    assert largest_lead(log_of(GOOD), 2) == 1
+    assert largest_lead(log_of([(1, task, task) for task in (1, 3, 5, 7, 9)]), 2) == 4
+    assert largest_lead(log_of([]), 2) == 0
 
 
-def test_a_good_log_has_no_flaw() -> None:
-    assert log_flaws(log(GOOD), 2, 3) == []
+def test_no_flaws_in_a_valid_log() -> None:
+    assert log_flaws(log_of(GOOD), 2, 3) == []
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         (GOOD[:-1], "1 tasks are missing, the first is 5"),
         ([*GOOD, (1, 6, 6)], "update 6 is task 6 of rank 1: the run has 6"),
@@ -88,6 +88,6 @@ def test_a_good_log_has_no_flaw() -> None:
         ([(0, 0, 0), (0, 1, 0)], "computed at version 0"),
     ],
 )
-def test_flaws_are_found(rows: list[tuple[int, int, int]], said: str) -> None:
-    found = log_flaws(log(rows), 2, 3)
-    assert said in found[0]
+def test_finds_flaws(rows: list[tuple[int, int, int]], message: str) -> None:
+    flaws = log_flaws(log_of(rows), 2, 3)
+    assert message in flaws[0]

@@ -1,4 +1,4 @@
-"""A shard kept twice: whenever the primary dies, its backup goes on with the same bits."""
+"""Replicated shards: after the primary's death the backup continues bit-identically."""
 
 import pickle
 from collections.abc import Callable
@@ -29,7 +29,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
 ]
 
 
-def plan(consistency: Consistency, optimizer: dict[str, Any], **more: Any) -> ShardPlan:
+def plan_of(consistency: Consistency, optimizer: dict[str, Any], **more: Any) -> ShardPlan:
     job = job_of(
         "ps-sync",
         WORLD,
@@ -43,49 +43,49 @@ def plan(consistency: Consistency, optimizer: dict[str, Any], **more: Any) -> Sh
     return ShardPlan(job, "run", 1, WORLD, STEPS, 1, consistency)
 
 
-def service(of: ShardPlan) -> ShardServer:
-    return ShardServer("server", of, LIMITS, torch.zeros(SIZE))
+def make_server(plan: ShardPlan) -> ShardServer:
+    return ShardServer("server", plan, LIMITS, torch.zeros(SIZE))
 
 
-def opened(of: ShardPlan) -> ShardServer:
-    made = service(of)
-    made.restore(0, lambda params: params.copy_(torch.linspace(-1, 1, SIZE)))
-    return made
+def restored_server(plan: ShardPlan) -> ShardServer:
+    server = make_server(plan)
+    server.restore(0, lambda params: params.copy_(torch.linspace(-1, 1, SIZE)))
+    return server
 
 
-def nowhere(values: Tensor, version: int) -> None:
+def discard(values: Tensor, version: int) -> None:
     """Deliver nothing."""
 
 
-def order(of: ShardServer) -> list[list[int]]:
-    """Give the order of updates of an asynchronous shard."""
-    log = of.store.log()
+def log_of(server: ShardServer) -> list[list[int]]:
+    """Return the update log of an asynchronous shard."""
+    log = server.store.log()
     assert log is not None
-    found: list[list[int]] = log.tolist()
-    return found
+    rows: list[list[int]] = log.tolist()
+    return rows
 
 
-def push(to: ShardServer, rank: int, seq: int) -> None:
-    """Push; of a synchronous step only the last rank's call may be made from one thread."""
-    name, gradient = PushId("run", 1, rank, seq, seq * WORLD + rank), noise(SIZE, rank, seq)
-    if not to.store.ledger.asynchronous and rank < WORLD - 1:
-        to.store.push(name, gradient)
+def push(server: ShardServer, rank: int, seq: int) -> None:
+    """Push; in a synchronous step the ranks before the last push to the store, without waiting."""
+    push_id, gradient = PushId("run", 1, rank, seq, seq * WORLD + rank), noise(SIZE, rank, seq)
+    if not server.store.ledger.asynchronous and rank < WORLD - 1:
+        server.store.push(push_id, gradient)
     else:
-        to.push(name, gradient, full_record(), nowhere)
+        server.push(push_id, gradient, full_record(), discard)
 
 
-def train(to: ShardServer, first: int = 0) -> None:
+def train(server: ShardServer, first: int = 0) -> None:
     for seq in range(first, STEPS):
         for rank in range(WORLD):
-            push(to, rank, seq)
+            push(server, rank, seq)
 
 
-def state(of: ShardServer) -> bytes:
-    """Give all bits that matter later."""
-    snapshot = of.store.snapshot()
+def state(server: ShardServer) -> bytes:
+    """Return all bits that later updates depend on."""
+    snapshot = server.store.snapshot()
     tensors = [snapshot.vectors[name] for name in sorted(snapshot.vectors)]
-    if of.store.staleness is not None:
-        tensors += of.store.staleness.values
+    if server.store.staleness is not None:
+        tensors += server.store.staleness.values
     return b"".join(t.float().numpy().tobytes() for t in tensors)
 
 
@@ -93,13 +93,13 @@ def state(of: ShardServer) -> bytes:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o["name"])
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("filled_at", [0, 2])
-def test_a_promoted_backup_has_the_bits_of_a_run_without_a_loss(
+def test_promoted_backup_matches_run_without_failure(
     optimizer: dict[str, Any], moment: str, filled_at: int
 ) -> None:
-    facts = plan(SYNCHRONOUS, optimizer)
-    whole = opened(facts)
-    train(whole)
-    primary, backup = opened(facts), service(facts)
+    plan = plan_of(SYNCHRONOUS, optimizer)
+    reference = restored_server(plan)
+    train(reference)
+    primary, backup = restored_server(plan), make_server(plan)
     for seq in range(filled_at):
         for rank in range(WORLD):
             push(primary, rank, seq)
@@ -108,110 +108,110 @@ def test_a_promoted_backup_has_the_bits_of_a_run_without_a_loss(
     backup_link.dies = LOST_AT, moment
     with pytest.raises(ActorLost):
         train(primary, filled_at)
-    train(backup, LOST_AT)  # every rank makes the push again that nobody has acknowledged
+    train(backup, LOST_AT)  # every rank repeats its unacknowledged push
     assert backup.store.version == STEPS
-    assert state(backup) == state(whole)
+    assert state(backup) == state(reference)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize(
-    "how",
+    "consistency",
     [
         Consistency(asynchronous=True),
         Consistency(asynchronous=True, staleness_lr=True, delay_compensation=0.5),
     ],
 )
-def test_an_asynchronous_backup_has_the_order_too(how: Consistency, moment: str) -> None:
-    facts = plan(how, OPTIMIZERS[1], ema={"decay": 0.5})
-    whole = opened(facts)
-    train(whole)
-    assert "optimizer/ema" in whole.store.snapshot().vectors
-    primary, backup = opened(facts), service(facts)
+def test_asynchronous_backup_keeps_the_update_order(consistency: Consistency, moment: str) -> None:
+    plan = plan_of(consistency, OPTIMIZERS[1], ema={"decay": 0.5})
+    reference = restored_server(plan)
+    train(reference)
+    assert "optimizer/ema" in reference.store.snapshot().vectors
+    primary, backup = restored_server(plan), make_server(plan)
     backup_link = InMemoryBackup(primary.store, backup.store)
     primary.store.backup_link = backup_link
     backup_link.dies = LOST_AT * WORLD, moment  # rank 0's push of step LOST_AT
     for seq in range(LOST_AT):
         for rank in range(WORLD):
             push(primary, rank, seq)
-    held = primary.store.params.clone()  # what the last rank pulled: no update told of it
+    pulled = primary.store.params.clone()  # by the last rank, after the last replicated update
     with pytest.raises(ActorLost):
         push(primary, 0, LOST_AT)
-    push(backup, 0, LOST_AT)  # a rank that is quicker: the other one is still computing
-    backup.store.record_pull(WORLD - 1, LOST_AT * WORLD, held)
+    push(backup, 0, LOST_AT)  # the other rank is still computing
+    backup.store.record_pull(WORLD - 1, LOST_AT * WORLD, pulled)
     for rank in range(1, WORLD):
         push(backup, rank, LOST_AT)
     train(backup, LOST_AT + 1)
-    assert state(backup) == state(whole)
-    assert order(backup) == order(whole)
+    assert state(backup) == state(reference)
+    assert log_of(backup) == log_of(reference)
 
 
-def test_a_pull_that_the_backup_knows_of_stays_as_it_is() -> None:
-    facts = plan(Consistency(asynchronous=True, delay_compensation=0.5), OPTIMIZERS[0])
-    backup = opened(facts)
+def test_backup_keeps_a_known_pull() -> None:
+    plan = plan_of(Consistency(asynchronous=True, delay_compensation=0.5), OPTIMIZERS[0])
+    backup = restored_server(plan)
     push(backup, 0, 0)
     shard = backup.store
     before = state(backup)
-    shard.record_pull(0, 0, torch.full((SIZE,), 9.0))  # a torn vector, of a push that counts
+    shard.record_pull(0, 0, torch.full((SIZE,), 9.0))  # a partly written vector of a known pull
     assert shard.staleness is not None and shard.staleness.pulled == [1, 0]
     assert state(backup) == before
 
 
 @pytest.mark.parametrize("moment", MOMENTS[1:])
-def test_a_backup_of_a_backup_has_late_pulls_too(moment: str) -> None:
-    """The promoted server is told of a pull after it has filled the next backup."""
-    facts = plan(Consistency(asynchronous=True, delay_compensation=0.5), OPTIMIZERS[1])
-    whole = opened(facts)
-    train(whole)
-    services = [opened(facts), service(facts), service(facts)]
-    services[0].store.backup_link = InMemoryBackup(services[0].store, services[1].store)
+def test_second_backup_receives_late_pulls(moment: str) -> None:
+    """The promoted server records a pull after its snapshot was loaded into the second backup."""
+    plan = plan_of(Consistency(asynchronous=True, delay_compensation=0.5), OPTIMIZERS[1])
+    reference = restored_server(plan)
+    train(reference)
+    servers = [restored_server(plan), make_server(plan), make_server(plan)]
+    servers[0].store.backup_link = InMemoryBackup(servers[0].store, servers[1].store)
     for seq in range(LOST_AT):
         for rank in range(WORLD):
-            push(services[0], rank, seq)
-    held = services[0].store.params.clone()
-    second = InMemoryBackup(services[1].store, services[2].store)
-    services[1].store.backup_link = second
-    services[1].store.record_pull(WORLD - 1, LOST_AT * WORLD, held)
-    push(services[1], 0, LOST_AT)
+            push(servers[0], rank, seq)
+    pulled = servers[0].store.params.clone()
+    second = InMemoryBackup(servers[1].store, servers[2].store)
+    servers[1].store.backup_link = second
+    servers[1].store.record_pull(WORLD - 1, LOST_AT * WORLD, pulled)
+    push(servers[1], 0, LOST_AT)
     second.dies = LOST_AT * WORLD + 1, moment
     with pytest.raises(ActorLost):
-        push(services[1], 1, LOST_AT)
-    push(services[2], 1, LOST_AT)
-    whole_log = order(whole)
-    assert order(services[2]) == whole_log[: (LOST_AT + 1) * WORLD]
-    assert torch.equal(services[2].params, _params_after(facts, LOST_AT + 1))
+        push(servers[1], 1, LOST_AT)
+    push(servers[2], 1, LOST_AT)
+    reference_log = log_of(reference)
+    assert log_of(servers[2]) == reference_log[: (LOST_AT + 1) * WORLD]
+    assert torch.equal(servers[2].params, _params_after(plan, LOST_AT + 1))
 
 
-def _params_after(facts: ShardPlan, steps: int) -> Tensor:
-    made = opened(facts)
+def _params_after(plan: ShardPlan, steps: int) -> Tensor:
+    server = restored_server(plan)
     for seq in range(steps):
         for rank in range(WORLD):
-            push(made, rank, seq)
-    return made.params
+            push(server, rank, seq)
+    return server.params
 
 
-def test_a_server_that_may_not_acknowledge_serves_no_more() -> None:
-    """The ranks that wait beside the one whose call failed must not take the update for made."""
-    facts = plan(SYNCHRONOUS, OPTIMIZERS[0])
-    primary, backup = opened(facts), service(facts)
+def test_server_stops_serving_after_failed_replication() -> None:
+    """Other waiting ranks must not treat the unreplicated update as applied."""
+    plan = plan_of(SYNCHRONOUS, OPTIMIZERS[0])
+    primary, backup = restored_server(plan), make_server(plan)
     backup_link = InMemoryBackup(primary.store, backup.store)
     primary.store.backup_link = backup_link
     backup_link.dies = 0, MOMENTS[2]
     with pytest.raises(ActorLost):
         train(primary)
     calls: list[Callable[[], object]] = [
-        lambda: primary.push(PushId("run", 1, 0, 0), noise(SIZE, 0, 0), full_record(), nowhere),
-        lambda: primary.pull(PullId(1, 0, 0), nowhere),
-        lambda: primary.commit(0, 0, None, nowhere),
+        lambda: primary.push(PushId("run", 1, 0, 0), noise(SIZE, 0, 0), full_record(), discard),
+        lambda: primary.pull(PullId(1, 0, 0), discard),
+        lambda: primary.commit(0, 0, None, discard),
     ]
     for call in calls:
         with pytest.raises(FencedError, match="server no longer serves"):
             call()
 
 
-def test_a_twin_travels_and_shares_nothing() -> None:
-    facts = async_plan(WORLD, STEPS, Consistency(asynchronous=True, delay_compensation=0.5))
-    first = ShardServer("a", facts, LIMITS, torch.zeros(SIZE))
-    second = ShardServer("b", facts, LIMITS, torch.zeros(SIZE))
+def test_snapshot_can_be_pickled_and_shares_no_memory() -> None:
+    plan = async_plan(WORLD, STEPS, Consistency(asynchronous=True, delay_compensation=0.5))
+    first = ShardServer("a", plan, LIMITS, torch.zeros(SIZE))
+    second = ShardServer("b", plan, LIMITS, torch.zeros(SIZE))
     first.restore(0, lambda params: params.fill_(1.0))
     push(first, 0, 0)
     second.store.load_snapshot(pickle.loads(pickle.dumps(first.store.snapshot())))  # noqa: S301

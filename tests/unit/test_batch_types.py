@@ -1,4 +1,4 @@
-"""Batches keep their types: put together from samples, and moved to a device."""
+"""`collated` and `to_device` keep the types of batches."""
 
 import copy
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
@@ -27,7 +27,7 @@ Pair = namedtuple("Pair", "a b")
 class Frozen:
     a: Tensor
     name: str = "x"
-    made: Any = field(init=False, default=None)
+    derived: Any = field(init=False, default=None)
 
 
 @dataclass(slots=True)
@@ -37,14 +37,14 @@ class Slotted:
 
 
 class Encoding(UserDict[str, Any]):
-    """As transformers' BatchEncoding: a mapping that is no dict, and has more than its items."""
+    """Like `BatchEncoding` of transformers: a mapping with attributes besides its items."""
 
     def __init__(self, data: Any = None, encodings: Any = None) -> None:
         super().__init__(data)
         self.encodings = encodings
 
 
-class Odd(list[Any]):
+class TwoArgumentList(list[Any]):
     def __init__(self, first: Any, second: Any) -> None:
         super().__init__([first, second])
 
@@ -53,7 +53,7 @@ def ones() -> Tensor:
     return torch.ones(2)
 
 
-def test_types_are_kept_on_the_way_to_a_device() -> None:
+def test_to_device_keeps_types() -> None:
     pair = to_device(Pair(ones(), 1), META)
     assert type(pair) is Pair
     assert (pair.a.device, pair.b) == (META, 1)
@@ -75,18 +75,27 @@ def test_types_are_kept_on_the_way_to_a_device() -> None:
     assert packed.data.device == META
     assert packed.batch_sizes.device == CPU
     assert type(to_device(torch.Size([1, 2]), META)) is torch.Size
-    assert [one.device for one in to_device(Odd(ones(), ones()), META)] == [META, META]
+    assert [tensor.device for tensor in to_device(TwoArgumentList(ones(), ones()), META)] == [
+        META,
+        META,
+    ]
 
 
 @pytest.mark.parametrize(
     "value",
-    [Odd(ones(), 1), Pair(ones(), {"a": ones()}), Encoding({"a": ones()}), Frozen(ones()), "text"],
+    [
+        TwoArgumentList(ones(), 1),
+        Pair(ones(), {"a": ones()}),
+        Encoding({"a": ones()}),
+        Frozen(ones()),
+        "text",
+    ],
 )
-def test_what_need_not_move_is_given_back_as_it_is(value: Any) -> None:
+def test_to_device_returns_the_same_object_if_nothing_moves(value: Any) -> None:
     assert to_device(value, CPU) is value
 
 
-def test_the_source_stays_as_it_was() -> None:
+def test_to_device_does_not_modify_its_input() -> None:
     value = {"a": [ones()], "b": Frozen(ones())}
     before = copy.copy(value)
     to_device(value, META)
@@ -94,7 +103,7 @@ def test_the_source_stays_as_it_was() -> None:
     assert value["a"][0].device == CPU  # type: ignore[index]
 
 
-def test_dataclasses_are_put_together_field_by_field() -> None:
+def test_collates_dataclasses_field_by_field() -> None:
     batch = collated([(Slotted(torch.full((2,), i), {"n": i}), Frozen(ones())) for i in range(3)])
     first, second = batch
     assert type(first) is Slotted
@@ -105,19 +114,19 @@ def test_dataclasses_are_put_together_field_by_field() -> None:
     assert second.name == ["x", "x", "x"]  # type: ignore[comparison-overlap]
 
 
-def test_other_samples_are_put_together_as_torch_does() -> None:
+def test_collates_other_samples_like_default_collate() -> None:
     samples = [(Pair(np.float32(i), i), Encoding({"a": ones()})) for i in range(2)]
     expected = torch.utils.data.default_collate(samples)
-    found = collated(samples)
-    assert type(found[0]) is Pair
-    assert type(found[1]) is Encoding
-    assert torch.equal(found[0].a, expected[0].a)
+    batch = collated(samples)
+    assert type(batch[0]) is Pair
+    assert type(batch[1]) is Encoding
+    assert torch.equal(batch[0].a, expected[0].a)
     with pytest.raises(TypeError, match="default_collate: batch must contain"):
         collated([(object(), 1)])
 
 
-class OfPairs(Task):
-    """Takes namedtuples in a model, as `D12` of issue 12."""
+class PairTask(Task):
+    """A model with namedtuples as inputs (issue 12, `D12`)."""
 
     def model(self) -> nn.Module:
         class Model(nn.Module):
@@ -140,11 +149,11 @@ class OfPairs(Task):
         return ((outputs - targets.a) ** 2).mean()
 
 
-def test_namedtuples_and_dataclasses_are_trained_on() -> None:
+def test_trains_on_namedtuples_and_dataclasses() -> None:
     job = job_of("ring", 2, steps=3, data={"shuffle": False})
-    found = train(job, OfPairs).parameters()
+    params = train(job, PairTask).parameters()
     torch.manual_seed(job.seed)
-    task = OfPairs()
+    task = PairTask()
     model, data = task.model(), task.train_data()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(3):
@@ -154,4 +163,4 @@ def test_namedtuples_and_dataclasses_are_trained_on() -> None:
         torch.autograd.backward(task.loss(model(inputs), Frozen(torch.ones(4, 1))))
         optimizer.step()
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(found[name], value)
+        torch.testing.assert_close(params[name], value)

@@ -1,4 +1,4 @@
-"""Models that call a list of blocks are cut as they are, or it is said why not."""
+"""`hybrid` cuts a model that calls a list of blocks in its forward, or rejects it with a reason."""
 
 import gc
 import weakref
@@ -25,7 +25,7 @@ SAMPLES, BATCH, STEPS, LENGTH, WORDS, WIDTH = 21, 16, 3, 6, 11, 8
 
 
 class Block(nn.Module):
-    """Takes features, a mask, and a setting by name."""
+    """A block with features, a mask and a keyword argument."""
 
     wide = True
 
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 class Lm(nn.Module):
-    """A language model as people write it: no `Sequential`, and masks that `forward` makes."""
+    """A language model without `Sequential`, whose `forward` computes masks."""
 
     block: Callable[[int], nn.Module] = Block
 
@@ -69,8 +69,8 @@ class Lm(nn.Module):
         return out
 
 
-class Tupled(Lm):
-    """Blocks give tuples, as older ones of Hugging Face's do."""
+class WithTupleBlocks(Lm):
+    """Blocks return tuples, as older models of Hugging Face do."""
 
     class Pair(Block):
         def forward(self, x: Tensor, mask: Tensor, *, scale: float) -> Any:
@@ -83,39 +83,40 @@ class Tupled(Lm):
         return out
 
 
-def small(kind: str, config: str, **more: Any) -> Callable[[], nn.Module]:
+def small_model(name: str, config: str, **more: Any) -> Callable[[], nn.Module]:
+    """Return a factory of a small model of transformers."""
     sizes = {"num_hidden_layers": 4, "hidden_size": WIDTH, "intermediate_size": 16}
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    given = {"vocab_size": WORDS, "num_attention_heads": 2, **sizes, **ends, **more}
+    fields = {"vocab_size": WORDS, "num_attention_heads": 2, **sizes, **ends, **more}
 
     def make() -> nn.Module:
-        settings = getattr(transformers, config)(attn_implementation="eager", **given)
-        made: nn.Module = getattr(transformers, kind)(settings)
-        return made
+        settings = getattr(transformers, config)(attn_implementation="eager", **fields)
+        model: nn.Module = getattr(transformers, name)(settings)
+        return model
 
     return make
 
 
 GROUPED = {"num_key_value_heads": 1, "tie_word_embeddings": False}
 GPT2 = {"n_positions": LENGTH, "tie_word_embeddings": False}
-DRY = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-HALVES = {**GROUPED, "head_dim": 4, "sliding_window": 3, "sliding_window_pattern": 2}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+SLIDING = {**GROUPED, "head_dim": 4, "sliding_window": 3, "sliding_window_pattern": 2}
 IMAGES = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": WORDS}
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "own": Lm,
-    "tuples": Tupled,
-    "gpt2": small("GPT2LMHeadModel", "GPT2Config", **GPT2, **DRY),
-    "tied": small("GPT2LMHeadModel", "GPT2Config", n_positions=LENGTH, **DRY),
-    "tied twice": small(
+    "tuples": WithTupleBlocks,
+    "gpt2": small_model("GPT2LMHeadModel", "GPT2Config", **GPT2, **NO_DROPOUT),
+    "tied": small_model("GPT2LMHeadModel", "GPT2Config", n_positions=LENGTH, **NO_DROPOUT),
+    "tied twice": small_model(
         "BertForMaskedLM",
         "BertConfig",
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     ),
-    "llama": small("LlamaForCausalLM", "LlamaConfig", **GROUPED),
-    "gemma3": small("Gemma3ForCausalLM", "Gemma3TextConfig", **HALVES),
-    "vit": small("ViTForImageClassification", "ViTConfig", **IMAGES),
-    "bert": small(
+    "llama": small_model("LlamaForCausalLM", "LlamaConfig", **GROUPED),
+    "gemma3": small_model("Gemma3ForCausalLM", "Gemma3TextConfig", **SLIDING),
+    "vit": small_model("ViTForImageClassification", "ViTConfig", **IMAGES),
+    "bert": small_model(
         "BertForTokenClassification",
         "BertConfig",
         num_labels=WORDS,
@@ -134,7 +135,7 @@ def data_of(name: str) -> TensorDataset:
 
 
 def task_of(name: str, make: Callable[[], nn.Module] | None = None) -> type[Task]:
-    class Words(Task):
+    class WordTask(Task):
         def model(self) -> nn.Module:
             return (make or MODELS[name])().double()
 
@@ -145,10 +146,10 @@ def task_of(name: str, make: Callable[[], nn.Module] | None = None) -> type[Task
             logits = getattr(outputs, "logits", outputs)
             return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
-    return Words
+    return WordTask
 
 
-def plain(name: str, clip: float | None = None) -> dict[str, Tensor]:
+def train_plain(name: str, clip: float | None = None) -> dict[str, Tensor]:
     task, data = task_of(name)(), data_of(name)
     torch.manual_seed(5)
     model = task.model()
@@ -156,7 +157,7 @@ def plain(name: str, clip: float | None = None) -> dict[str, Tensor]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for step in range(STEPS):
         optimizer.zero_grad()
-        inputs, targets = (one[step % 2 * BATCH :][:BATCH] for one in data.tensors)
+        inputs, targets = (t[step % 2 * BATCH :][:BATCH] for t in data.tensors)
         torch.autograd.backward(mean_loss(task, model(inputs), targets))
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -165,25 +166,25 @@ def plain(name: str, clip: float | None = None) -> dict[str, Tensor]:
 
 
 def run_of(task: type[Task], stages: int = 2, **options: Any) -> LocalRun:
-    chosen, workers = grid_of(stages, 1, 1, **options)
-    job = hybrid_job(chosen, workers, steps=STEPS, data={"shuffle": False})
+    grid, workers = grid_of(stages, 1, 1, **options)
+    job = hybrid_job(grid, workers, steps=STEPS, data={"shuffle": False})
     return train(job, task)
 
 
 @pytest.mark.sweep(5)
 @pytest.mark.parametrize("name", MODELS)
-def test_they_train_as_in_one_process(name: str) -> None:
+def test_matches_training_in_one_process(name: str) -> None:
     stages = 4 if name in ("own", "llama") else 2
     cut = "even" if name == "tuples" else "auto"
     options = {"schedule": "zb-h1"} if name == "gemma3" else {"recompute": name == "gpt2"}
-    within = (
+    tolerance = (
         1e-10 if name in ("own", "tuples", "gpt2", "tied") else 1e-7
     )  # norms and softmax in float32
     run = run_of(task_of(name), stages, cut=cut, **options)
-    found, expected = whole(run), plain(name)
-    assert found.keys() == expected.keys()
+    params, expected = whole(run), train_plain(name)
+    assert params.keys() == expected.keys()
     for key in expected:
-        assert (found[key] - expected[key]).abs().max() < within, key
+        assert (params[key] - expected[key]).abs().max() < tolerance, key
 
 
 TIED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -191,73 +192,73 @@ TIED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "on servers": ({"data": 2, "data_strategy": "ps-sync"}, {"clip_norm": 0.1}),
     "four stages": ({"pipeline": 4, "schedule": "zb-h1"}, {}),
     "interleaved": ({"schedule": "interleaved", "virtual": 2}, {}),
-    "computed again": ({"recompute": True}, {}),
+    "recompute": ({"recompute": True}, {}),
 }
 
 
 @pytest.mark.sweep(2)
-@pytest.mark.parametrize("way", TIED)
-def test_a_tied_head_trains_its_embedding(way: str) -> None:
-    """Each micro-batch brings the weight to the last stage, and its gradient back."""
-    options, fields = TIED[way]
+@pytest.mark.parametrize("setting", TIED)
+def test_trains_tied_embeddings(setting: str) -> None:
+    """Each micro-batch sends the weight to the last stage, and its gradient back."""
+    options, fields = TIED[setting]
     options = {"pipeline": 2, "data": 1, **options}
-    chosen, workers = grid_of(options.pop("pipeline"), 1, options.pop("data"), **options)
-    job = hybrid_job(chosen, workers, steps=STEPS, data={"shuffle": False}, **fields)
-    found = whole(train(job, task_of("tied")))
-    expected = plain("tied", fields.get("clip_norm"))
-    assert found.keys() == expected.keys()
+    grid, workers = grid_of(options.pop("pipeline"), 1, options.pop("data"), **options)
+    job = hybrid_job(grid, workers, steps=STEPS, data={"shuffle": False}, **fields)
+    params = whole(train(job, task_of("tied")))
+    expected = train_plain("tied", fields.get("clip_norm"))
+    assert params.keys() == expected.keys()
     for key in expected:
-        assert (found[key] - expected[key]).abs().max() < 1e-10, key
+        assert (params[key] - expected[key]).abs().max() < 1e-10, key
 
 
-def test_a_tied_model_goes_on_under_another_strategy() -> None:
-    chosen, workers = grid_of(2, 1, 1)
+def test_tied_model_resumes_under_another_strategy() -> None:
+    hybrid, workers = grid_of(2, 1, 1)
     fields: dict[str, Any] = {"data": {"shuffle": False}, "checkpoint": {"every_steps": 1}}
-    first = train(hybrid_job(chosen, workers, steps=2, **fields), task_of("tied"))
+    first = train(hybrid_job(hybrid, workers, steps=2, **fields), task_of("tied"))
     saved = first.checkpoints[1]
-    for grid, count in ((chosen, workers), ({"name": "ring"}, 2)):
-        job = hybrid_job(grid, count, steps=STEPS, **fields)
-        found = whole(train(job, task_of("tied"), saved=saved))
-        for key, value in plain("tied").items():
-            assert (found[key] - value).abs().max() < 1e-10, key
+    for strategy, count in ((hybrid, workers), ({"name": "ring"}, 2)):
+        job = hybrid_job(strategy, count, steps=STEPS, **fields)
+        params = whole(train(job, task_of("tied"), saved=saved))
+        for key, value in train_plain("tied").items():
+            assert (params[key] - value).abs().max() < 1e-10, key
 
 
-def test_layers_have_the_names_of_the_parts_in_them() -> None:
+def test_layers_are_named_by_their_parts() -> None:
     layers = find_layers(Lm())
-    assert [one.name for one in layers] == ["place", *(f"blocks.{n}" for n in range(4)), "norm"]
+    assert [layer.name for layer in layers] == ["place", *(f"blocks.{n}" for n in range(4)), "norm"]
     assert [*layers[0].parts] == ["place", "scale", "factor", "embed", "drop"]
     assert [*layers[-1].parts] == ["drop", "norm", "head"]
 
 
-def test_rotary_angles_are_on_both_sides_of_a_cut() -> None:
-    """They are buffers that no checkpoint has, as they are computed."""
+def test_rotary_embedding_is_in_first_and_last_layer() -> None:
+    """Its buffers are computed, and checkpoints do not include them."""
     layers = find_layers(MODELS["llama"]())
     refuse_tied(layers, [2])
     assert "model.rotary_emb" in layers[0].parts
     assert "model.rotary_emb" in layers[-1].parts
 
 
-def test_nothing_of_a_batch_is_kept() -> None:
+def test_layers_keep_no_activations() -> None:
     layers, value = find_layers(Lm()), torch.zeros(2, LENGTH, dtype=torch.long)
-    made = []
+    activations = []
     for layer in layers:
         value = layer.module(value)
-        found = [one for one in tree_leaves(value) if getattr(one, "grad_fn", None) is not None]
-        made += [weakref.ref(one) for one in found]
-    del value, found
+        leaves = [t for t in tree_leaves(value) if getattr(t, "grad_fn", None) is not None]
+        activations += [weakref.ref(leaf) for leaf in leaves]
+    del value, leaves
     gc.collect()
-    assert [one() for one in made if one() is not None] == []
+    assert [ref() for ref in activations if ref() is not None] == []
 
 
-class Between(Lm):
-    """In training something is computed between the blocks."""
+class ComputesBetweenBlocks(Lm):
+    """Applies dropout between the blocks in training."""
 
     def step(self, block: Any, x: Tensor, mask: Tensor) -> Tensor:
         return super().step(block, F.dropout(x, 0.5, self.training), mask)
 
 
-class Skipped(Lm):
-    """The last block is left out."""
+class SkipsBlock(Lm):
+    """Does not call the last block."""
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
@@ -268,7 +269,7 @@ class Skipped(Lm):
 
 
 class Residual(Lm):
-    """What was embedded is used again behind the blocks."""
+    """Uses the embedded input again after the blocks."""
 
     def forward(self, ids: Tensor) -> Tensor:
         embedded = x = self.embed(ids)
@@ -279,7 +280,7 @@ class Residual(Lm):
 
 
 class Regularised(Lm):
-    """What was embedded is used again, in training alone."""
+    """Uses the embedded input again after the blocks, only in training."""
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
@@ -287,13 +288,13 @@ class Regularised(Lm):
         return out + x.square().mean() if self.training else out
 
 
-class Deep(Lm):
-    """Each block's features are used, in training alone."""
+class UsesBlockOutputs(Lm):
+    """Uses a block's output after the blocks, only in training."""
 
     def forward(self, ids: Tensor) -> Tensor:
         features = []
 
-        def keep(_: nn.Module, given: object, out: Tensor) -> None:
+        def keep(_: nn.Module, args: object, out: Tensor) -> None:
             features.append(out)
 
         handles = [block.register_forward_hook(keep) for block in self.blocks]
@@ -303,14 +304,14 @@ class Deep(Lm):
         return out + self.head(features[1]) if self.training else out
 
 
-@pytest.mark.parametrize("made", [Regularised, Deep])
-def test_what_only_other_stages_have_is_told_in_the_first_micro_batch(made: type[Lm]) -> None:
+@pytest.mark.parametrize("model", [Regularised, UsesBlockOutputs])
+def test_rejects_use_of_earlier_values_after_the_blocks(model: type[Lm]) -> None:
     with pytest.raises(SpecError, match="in training its forward uses behind the blocks what"):
-        run_of(task_of("own", made))
+        run_of(task_of("own", model))
 
 
-class Stepwise(Task):
-    """Calls the model itself, and reads what the model's parts have."""
+class WithStep(Task):
+    """A task with `step`, which calls the model and may read its parameters."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -323,78 +324,81 @@ class Stepwise(Task):
 
     def step(self, model: nn.Module, batch: Any) -> Tensor:
         ids, words = batch
-        return F.cross_entropy(model(ids).flatten(0, -2), words.flatten()) + self.more(model)
+        return F.cross_entropy(model(ids).flatten(0, -2), words.flatten()) + self.penalty(model)
 
-    def more(self, model: nn.Module) -> Tensor:
+    def penalty(self, model: nn.Module) -> Tensor:
         return torch.zeros((), dtype=torch.float64)
 
 
-class Decayed(Stepwise):
-    """Adds the squares of all parameters, of which a stage has some."""
+class PenaltyOfAllParameters(WithStep):
+    """Adds the squares of all parameters, of which each stage has some, in training."""
 
-    def more(self, model: nn.Module) -> Tensor:
-        found = super().more(model)
+    def penalty(self, model: nn.Module) -> Tensor:
+        penalty = super().penalty(model)
         if model.training:
-            found = found + sum(one.square().sum() for one in model.parameters())
-        return found
+            penalty = penalty + sum(p.square().sum() for p in model.parameters())
+        return penalty
 
 
-class Shrunk(Stepwise):
-    """Reads a weight that the first stage has."""
+class PenaltyOfEmbedding(WithStep):
+    """Adds the square of a weight of the first stage."""
 
-    def more(self, model: Any) -> Tensor:
-        found: Tensor = model.embed.weight.square().mean()
-        return found
+    def penalty(self, model: Any) -> Tensor:
+        penalty: Tensor = model.embed.weight.square().mean()
+        return penalty
 
 
 @pytest.mark.parametrize(
-    ("made", "words"),
-    [(Decayed, "not compute what Lm does in training"), (Shrunk, "not compute what Lm does")],
+    ("task", "message"),
+    [
+        (PenaltyOfAllParameters, "not compute what Lm does in training"),
+        (PenaltyOfEmbedding, "not compute what Lm does"),
+    ],
 )
-def test_what_a_step_reads_of_other_stages_is_seen(made: type[Task], words: str) -> None:
-    with pytest.raises(SpecError, match=words):
-        run_of(made)
+def test_rejects_step_that_reads_parameters_of_other_stages(task: type[Task], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        run_of(task)
 
 
-class Warming(Stepwise):
+class CountsCalls(WithStep):
     def step(self, model: nn.Module, batch: Any) -> Tensor:
         self.calls += 1
         shifted = (batch[0] + self.calls) % WORDS, batch[1]
         return super().step(model, shifted) * min(1.0, self.calls / 20)
 
 
-def test_a_step_that_counts_its_calls_counts_no_trial() -> None:
-    found, expected = (whole(run_of(Warming, n, micro_batches=4)) for n in (2, 1))
+def test_trial_does_not_change_the_state_of_the_task() -> None:
+    params, expected = (whole(run_of(CountsCalls, n, micro_batches=4)) for n in (2, 1))
     for key, value in expected.items():
-        assert (found[key] - value).abs().max() < 1e-10, key
+        assert (params[key] - value).abs().max() < 1e-10, key
 
 
-def writing(write: Callable[[Any], object], *, behind: bool) -> type[Lm]:
-    """Give a model whose own buffer is written in training, before its blocks or behind."""
+def model_that_writes(write: Callable[[Any], object], *, after: bool) -> type[Lm]:
+    """Return a model that writes its own buffer in training, before or after its blocks."""
 
     class Writing(Lm):
         def forward(self, ids: Tensor) -> Tensor:
-            if self.training and not behind:
+            if self.training and not after:
                 write(self)
             out = super().forward(ids)
-            if self.training and behind:
+            if self.training and after:
                 write(self)
             return out
 
     return Writing
 
 
-@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize(
     "write", [lambda m: m.factor.mul_(0.9), lambda m: setattr(m, "factor", m.factor * 0.9)]
 )
-def test_two_stages_run_what_a_forward_writes(write: Callable[[Any], object], behind: bool) -> None:
+def test_rejects_buffer_writes_of_forward(write: Callable[[Any], object], after: bool) -> None:
     with pytest.raises(SpecError, match="its forward writes `factor`, and two stages run it"):
-        run_of(task_of("own", writing(write, behind=behind)))
+        run_of(task_of("own", model_that_writes(write, after=after)))
 
 
-class Keeping(Lm):
-    """Blocks keep what training alone reads, as experts do for the balance of their load."""
+class ReadsBlockAttributes(Lm):
+    """Reads an attribute that its blocks set, in training: a load-balancing loss of experts."""
 
     class Expert(Block):
         def __init__(self, number: int) -> None:
@@ -410,12 +414,12 @@ class Keeping(Lm):
     def forward(self, ids: Tensor) -> Tensor:
         out = super().forward(ids)
         if self.training:
-            out = out + sum(getattr(one, "aux_loss") for one in self.blocks)  # noqa: B009
+            out = out + sum(getattr(block, "aux_loss") for block in self.blocks)  # noqa: B009
         return out
 
 
-class Filling(Lm):
-    """Blocks fill a list, of which training adds up what is in it."""
+class PassesListToBlocks(Lm):
+    """Blocks append to a list, whose sum is added in training."""
 
     class Writer(Block):
         def forward(self, x: Tensor, mask: Tensor, *, scale: float, kept: Any = None) -> Any:
@@ -434,44 +438,47 @@ class Filling(Lm):
         return out
 
 
-class Half(float):
-    """Of a type of its own."""
+class CustomFloat(float):
+    """A type that messages between stages do not support."""
 
 
-class Strange(Lm):
-    """Blocks are called with what no message holds."""
+class PassesCustomType(Lm):
+    """Calls blocks with an argument of a type that messages do not support."""
 
     def step(self, block: Any, x: Tensor, mask: Tensor) -> Tensor:
-        out: Tensor = block(x, mask, scale=Half(0.5))
+        out: Tensor = block(x, mask, scale=CustomFloat(0.5))
         return out
 
 
-REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "between": (Between, "computes something between blocks 0 and the next"),
-    "skipped": (Skipped, "goes on before all blocks are called"),
+REJECTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "between": (ComputesBetweenBlocks, "computes something between blocks 0 and the next"),
+    "skipped": (SkipsBlock, "goes on before all blocks are called"),
     "residual": (Residual, "do not compute what Residual does"),
-    "keeping": (Keeping, "reads what they may have kept, `aux_loss`"),
-    "filling": (Filling, "called with kept, an empty container, which they may fill"),
-    "strange": (Strange, "called with scale, a Half, and stages hand on tensors"),
+    "attributes": (ReadsBlockAttributes, "reads what they may have kept, `aux_loss`"),
+    "list": (PassesListToBlocks, "called with kept, an empty container, which they may fill"),
+    "custom type": (
+        PassesCustomType,
+        "called with scale, a CustomFloat, and stages hand on tensors",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_they_leave_out_is_refused(name: str) -> None:
-    make, text = REFUSED[name]
+@pytest.mark.parametrize("name", REJECTED)
+def test_rejects_unsupported_forwards(name: str) -> None:
+    model, message = REJECTED[name]
     with pytest.raises(SpecError) as caught:
-        run_of(task_of("own", make))
-    assert text in str(caught.value)
+        run_of(task_of("own", model))
+    assert message in str(caught.value)
 
 
-def test_an_error_of_the_models_own_comes_out_as_it_is() -> None:
+def test_errors_of_the_model_propagate_unchanged() -> None:
     first = find_layers(Lm())[0].module
     with pytest.raises(IndexError, match="index out of range"):
         first(torch.full((2, LENGTH), WORDS))
     assert first(torch.zeros(2, LENGTH, dtype=torch.long))["features"].shape == (2, LENGTH, WIDTH)
 
 
-def test_a_guess_that_cannot_be_tried_is_refused() -> None:
+def test_rejects_random_forward_in_evaluation() -> None:
     class Random(Lm):
         def forward(self, ids: Tensor) -> Tensor:
             return super().forward(ids) + torch.rand(())

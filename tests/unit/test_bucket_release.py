@@ -1,4 +1,4 @@
-"""Where buckets are cut, and when each may be sent."""
+"""`cut_buckets`, and the order in which `Release` sends buckets."""
 
 import pytest
 from hypothesis import given
@@ -23,12 +23,14 @@ def bounds(offsets: list[int], size: int, limit: int, first: int) -> list[tuple[
         ([0, 10, 20, 30, 90], 20, 1, [(90, 100), (30, 90), (10, 30), (0, 10)]),
     ],
 )
-def test_cuts(offsets: list[int], limit: int, first: int, expected: list[tuple[int, int]]) -> None:
+def test_cut_buckets(
+    offsets: list[int], limit: int, first: int, expected: list[tuple[int, int]]
+) -> None:
     assert bounds(offsets, 100, limit, first) == expected
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(0, 50), st.integers(0, 50))
-def test_cuts_cover_the_vector_once(sizes: list[int], limit: int, first: int) -> None:
+def test_buckets_cover_the_vector_once(sizes: list[int], limit: int, first: int) -> None:
     offsets = [sum(sizes[:place]) for place in range(len(sizes))]
     buckets = cut_buckets(offsets, sum(sizes), limit, first)
     assert [b.start for b in buckets[:-1]] == [b.stop for b in buckets[1:]]
@@ -43,15 +45,15 @@ def test_cuts_cover_the_vector_once(sizes: list[int], limit: int, first: int) ->
     assert parameters == list(range(len(sizes)))
 
 
-def agreed(members: list[list[int]], order: list[int], held: list[bool]) -> Release:
+def release_with_order(members: list[list[int]], order: list[int], held: list[bool]) -> Release:
     release = Release(members)
     release.agree(order, held)
     release.begin()
     return release
 
 
-def test_a_bucket_leaves_when_complete_and_all_before_it_have_left() -> None:
-    release = agreed([[4, 5], [2, 3], [0, 1]], [0, 2, 1], [False] * 3)
+def test_bucket_is_sent_when_complete_and_after_its_predecessors() -> None:
+    release = release_with_order([[4, 5], [2, 3], [0, 1]], [0, 2, 1], [False] * 3)
     assert [release.gradient(p) for p in (0, 5, 1)] == [[], [], []]
     assert not release.was_sent(0)
     assert release.gradient(4) == [0, 2]
@@ -61,60 +63,60 @@ def test_a_bucket_leaves_when_complete_and_all_before_it_have_left() -> None:
     assert release.rest() == []
 
 
-def test_nothing_leaves_before_the_order_is_agreed() -> None:
+def test_sends_nothing_before_the_order_is_agreed() -> None:
     release = Release([[1], [0]])
     assert [release.gradient(p) for p in (0, 1)] == [[], []]
     assert release.rest() == [0, 1]
     assert release.proposal() == ([1, 0], [False, False])
 
 
-def test_a_held_bucket_leaves_at_the_end() -> None:
-    release = agreed([[2], [1], [0]], [2, 0, 1], [False, True, False])
+def test_held_bucket_is_sent_at_the_end() -> None:
+    release = release_with_order([[2], [1], [0]], [2, 0, 1], [False, True, False])
     assert [release.gradient(p) for p in (2, 1)] == [[], []]
     assert release.gradient(0) == [2]
     assert release.rest() == [0, 1]
 
 
-def test_a_step_starts_afresh() -> None:
-    release = agreed([[1], [0]], [0, 1], [False, False])
+def test_begin_resets_the_step() -> None:
+    release = release_with_order([[1], [0]], [0, 1], [False, False])
     for _ in range(2):
         release.begin()
         assert release.gradient(1) == [0]
         assert release.rest() == [1]
 
 
-def test_the_proposal_goes_by_the_last_gradient_of_each_bucket() -> None:
+def test_proposed_order_follows_the_last_gradient_of_each_bucket() -> None:
     release = Release([[4, 5], [2, 3], [0, 1]])
     for parameter in (5, 3, 2, 0, 1, 4):
         release.gradient(parameter)
     assert release.proposal() == ([1, 2, 0], [False] * 3)
 
 
-def test_the_proposal_holds_incomplete_buckets_and_gradients_that_come_again() -> None:
+def test_proposal_holds_buckets_with_missing_or_repeated_gradients() -> None:
     release = Release([[5], [4], [2, 3], [0, 1]])
     for parameter in (5, 2, 0, 4, 5, 1):
         release.gradient(parameter)
     assert release.proposal() == ([1, 3, 0, 2], [False, False, True, True])
 
 
-def test_without_gradients_there_is_no_proposal() -> None:
+def test_no_proposal_without_gradients() -> None:
     assert Release([[0]]).proposal() is None
 
 
 @given(st.data())
-def test_every_bucket_leaves_once_in_order_and_complete(data: st.DataObject) -> None:
+def test_sends_every_bucket_once_in_order_and_complete(data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(1, 3), min_size=1, max_size=8))
     numbers = iter(range(sum(sizes)))
     members = [[next(numbers) for _ in range(size)] for size in sizes]
     order = data.draw(st.permutations(range(len(sizes))))
     held = data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)))
-    news = data.draw(st.permutations(range(sum(sizes))))
-    used = news[: data.draw(st.integers(0, len(news)))]
-    release = agreed(members, order, held)
-    left: list[int] = []
+    arrivals = data.draw(st.permutations(range(sum(sizes))))
+    used = arrivals[: data.draw(st.integers(0, len(arrivals)))]
+    release = release_with_order(members, order, held)
+    sent: list[int] = []
     for count, parameter in enumerate(used, 1):
-        now = release.gradient(parameter)
-        assert all(set(members[number]) <= set(used[:count]) for number in now)
-        left += now
-    assert not {number for number, h in zip(order, held, strict=True) if h} & set(left)
-    assert left + release.rest() == order
+        released = release.gradient(parameter)
+        assert all(set(members[number]) <= set(used[:count]) for number in released)
+        sent += released
+    assert not {number for number, h in zip(order, held, strict=True) if h} & set(sent)
+    assert sent + release.rest() == order

@@ -1,4 +1,4 @@
-"""When buckets leave during one rank's backward, and that nothing leaves too early."""
+"""`BucketReducer`: when it sends each bucket during backward, never before it is complete."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +20,8 @@ from distplat.strategies.reduction.bucket_reducer import BucketReducer
 Forward = Callable[[Tensor], Tensor]
 
 
-class Odd(nn.Module):
-    """Registered in an order that neither forward nor backward has."""
+class Unordered(nn.Module):
+    """Registers its layers in an order that differs from forward and from backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,11 +33,11 @@ class Odd(nn.Module):
 
 
 LAST, FIRST, MIDDLE = 0, 16, 32
-"""Where their gradients lie."""
+"""Offsets of the layers' gradients in the flat vector."""
 
 
 class Rig:
-    """A reducer with buckets of one parameter each over a group that records."""
+    """A reducer with one parameter per bucket, over a group that records its operations."""
 
     def __init__(self, model: nn.Module, **arguments: Any) -> None:
         torch.manual_seed(0)
@@ -46,7 +46,7 @@ class Rig:
         self.reducer = BucketReducer(self.flat, self.group, 4, **arguments)
 
     def backward(self, forward: Forward | None = None, *, last: bool = True) -> list[int]:
-        """Go backward once; give what was sent meanwhile."""
+        """Run one backward; return the offsets sent during it."""
         before = len(self.group.started)
         outputs = (forward or self.flat.model)(torch.ones(2, 4))
         if last:
@@ -55,27 +55,27 @@ class Rig:
         return self.group.started[before:]
 
     def finish(self) -> list[int]:
-        """Finish the step; give what was sent meanwhile."""
+        """Finish the step; return the offsets sent during it."""
         before = len(self.group.started)
         self.reducer.finish(record_of(self.flat))
         return self.group.started[before:]
 
     def step(self, forward: Forward | None = None) -> tuple[list[int], list[int]]:
-        """Give what was sent (behind backward, at the end)."""
+        """Return the offsets sent (during backward, at the end)."""
         self.flat.grads.zero_()
         return self.backward(forward), self.finish()
 
 
-def test_the_order_of_use_is_learned_in_the_first_step() -> None:
-    rig = Rig(Odd())
+def test_learns_the_order_in_the_first_step() -> None:
+    rig = Rig(Unordered())
     assert rig.step() == ([], [MIDDLE, FIRST, LAST])
     for _ in range(2):
         assert rig.step() == ([LAST, MIDDLE, FIRST], [])
 
 
-def test_while_a_start_waits_for_other_ranks_all_leave_at_the_end() -> None:
-    """In the order that they will have: it is learned meanwhile."""
-    rig = Rig(Odd())
+def test_sends_all_at_the_end_while_start_waits_for_other_ranks() -> None:
+    """The order is learned meanwhile."""
+    rig = Rig(Unordered())
     rig.group.start_waits = True
     assert rig.step() == ([], [MIDDLE, FIRST, LAST])
     for _ in range(2):
@@ -85,14 +85,14 @@ def test_while_a_start_waits_for_other_ranks_all_leave_at_the_end() -> None:
         assert rig.step() == ([LAST, MIDDLE, FIRST], [])
 
 
-def test_without_overlap_all_leave_at_the_end() -> None:
-    rig = Rig(Odd(), overlap=False)
+def test_sends_all_at_the_end_without_overlap() -> None:
+    rig = Rig(Unordered(), overlap=False)
     for _ in range(2):
         assert rig.step() == ([], [MIDDLE, FIRST, LAST])
 
 
-def test_accumulating_backwards_send_nothing() -> None:
-    rig = Rig(Odd())
+def test_accumulation_sends_only_in_the_last_backward() -> None:
+    rig = Rig(Unordered())
     rig.step()
     assert rig.backward(last=False) == []
     assert rig.backward() == [LAST, MIDDLE, FIRST]
@@ -100,16 +100,16 @@ def test_accumulating_backwards_send_nothing() -> None:
     assert rig.backward(last=False) == []
 
 
-def test_a_step_without_samples_sends_everything_in_the_same_order() -> None:
-    rig = Rig(Odd())
-    assert rig.finish() == [MIDDLE, FIRST, LAST]  # nothing to learn from yet
+def test_step_without_samples_sends_all_in_the_same_order() -> None:
+    rig = Rig(Unordered())
+    assert rig.finish() == [MIDDLE, FIRST, LAST]  # no order is known yet
     rig.step()
     assert rig.finish() == [LAST, MIDDLE, FIRST]
     assert rig.step() == ([LAST, MIDDLE, FIRST], [])
 
 
-def test_an_unused_parameter_holds_up_no_other_once_known() -> None:
-    model = Odd()
+def test_known_unused_parameter_does_not_delay_others() -> None:
+    model = Unordered()
 
     def partly(inputs: Tensor) -> Tensor:
         outputs: Tensor = model.last(model.first(inputs))
@@ -118,18 +118,18 @@ def test_an_unused_parameter_holds_up_no_other_once_known() -> None:
     rig = Rig(model)
     assert rig.step(partly) == ([], [MIDDLE, FIRST, LAST])
     assert rig.step(partly) == ([LAST, FIRST], [MIDDLE])
-    assert rig.step() == ([LAST, FIRST], [MIDDLE])  # it is used after all
+    assert rig.step() == ([LAST, FIRST], [MIDDLE])  # its gradient is still sent at the end
 
 
-def test_a_parameter_unused_for_once_holds_up_those_behind_it() -> None:
-    model = Odd()
+def test_newly_unused_parameter_delays_later_ones() -> None:
+    model = Unordered()
     rig = Rig(model)
     rig.step()
     assert rig.step(lambda x: model.last(model.first(x))) == ([LAST], [MIDDLE, FIRST])
 
 
-def test_a_parameter_used_three_times_leaves_once_and_complete() -> None:
-    model = Odd()
+def test_parameter_used_three_times_is_sent_once_and_complete() -> None:
+    model = Unordered()
     rig = Rig(model)
 
     def repeated(inputs: Tensor) -> Tensor:
@@ -140,8 +140,8 @@ def test_a_parameter_used_three_times_leaves_once_and_complete() -> None:
     assert rig.step(repeated) == ([LAST, FIRST, MIDDLE], [])
 
 
-def nested(model: Odd) -> Forward:
-    """Backward within backward, twice through one parameter."""
+def nested(model: Unordered) -> Forward:
+    """Use reentrant checkpointing: two nested backwards through one parameter."""
 
     def forward(inputs: Tensor) -> Tensor:
         once = checkpoint(model.middle, model.first(inputs), use_reentrant=True)
@@ -151,8 +151,8 @@ def nested(model: Odd) -> Forward:
     return forward
 
 
-def test_a_gradient_that_comes_in_parts_is_held_until_all_have_come() -> None:
-    model = Odd()
+def test_partial_gradients_are_held_until_complete() -> None:
+    model = Unordered()
     rig = Rig(model)
     rig.step(nested(model))
     early, late = rig.step(nested(model))
@@ -163,16 +163,16 @@ def test_a_gradient_that_comes_in_parts_is_held_until_all_have_come() -> None:
     torch.testing.assert_close(rig.flat.grads, nested_grads)
 
 
-def test_a_gradient_that_was_sent_too_early_is_an_error_not_a_wrong_sum() -> None:
-    model = Odd()
+def test_gradient_that_changes_after_sending_raises() -> None:
+    model = Unordered()
     rig = Rig(model)
     rig.step(lambda x: model.middle(model.first(x)))
     with pytest.raises(SpecError, match=r"'middle\.weight' changed after it was sent"):
         rig.step(nested(model))
 
 
-def test_a_broken_group_is_seen_in_backward() -> None:
-    rig = Rig(Odd())
+def test_broken_group_raises_in_backward() -> None:
+    rig = Rig(Unordered())
     rig.step()
     rig.group.broken = True
     with pytest.raises(CollectiveError):
@@ -180,8 +180,8 @@ def test_a_broken_group_is_seen_in_backward() -> None:
     rig.reducer.close()
 
 
-class Raise(torch.autograd.Function):
-    """User code that fails on the way back."""
+class RaiseInBackward(torch.autograd.Function):
+    """User code that fails in backward."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor) -> Tensor:
@@ -192,13 +192,13 @@ class Raise(torch.autograd.Function):
         raise ZeroDivisionError
 
 
-def test_after_an_error_of_the_user_close_waits_for_nothing() -> None:
-    model = Odd()
+def test_close_does_not_wait_after_a_user_error() -> None:
+    model = Unordered()
     rig = Rig(model)
     rig.step()
 
     def failing(inputs: Tensor) -> Tensor:
-        outputs: Tensor = model.last(Raise.apply(model.middle(model.first(inputs))))  # type: ignore[no-untyped-call]
+        outputs: Tensor = model.last(RaiseInBackward.apply(model.middle(model.first(inputs))))  # type: ignore[no-untyped-call]
         return outputs
 
     with pytest.raises(ZeroDivisionError):
@@ -208,8 +208,8 @@ def test_after_an_error_of_the_user_close_waits_for_nothing() -> None:
     assert rig.backward() == []
 
 
-def test_a_closed_reducer_leaves_the_model_to_its_successor() -> None:
-    rig = Rig(Odd())
+def test_closed_reducer_removes_its_hooks() -> None:
+    rig = Rig(Unordered())
     rig.step()
     rig.reducer.close()
     old, rig.reducer = rig.reducer, BucketReducer(rig.flat, rig.group, 4)
@@ -218,8 +218,8 @@ def test_a_closed_reducer_leaves_the_model_to_its_successor() -> None:
     assert rig.step() == ([LAST, MIDDLE, FIRST], [])
 
 
-def test_one_rank_alone_does_nothing() -> None:
-    flat = FlatModel(Odd())
+def test_one_rank_sends_nothing() -> None:
+    flat = FlatModel(Unordered())
     alone = Fabric(1).collective(0)
     reducer = BucketReducer(flat, alone, 4, wire_dtype="float16")
     for _ in range(2):
@@ -228,15 +228,15 @@ def test_one_rank_alone_does_nothing() -> None:
         reducer.finish(record_of(flat))
         assert torch.equal(flat.grads, torch.full_like(flat.grads, 0.1))
         assert not any(reducer.figures().values())
-    assert alone._number == 0  # no operation at all
+    assert alone._number == 0  # no operation of the group
 
 
 def reduce_once(dtype: str, value: float) -> list[tuple[Tensor, dict[str, float]]]:
-    """Let rank r of three bring (r + 1) * value in every place."""
+    """Reduce gradients of three ranks; those of rank r are (r + 1) * value."""
     fabric = Fabric(3)
 
     def body(rank: int) -> tuple[Tensor, dict[str, float]]:
-        flat = FlatModel(Odd())
+        flat = FlatModel(Unordered())
         reducer = BucketReducer(flat, fabric.collective(rank), 4, wire_dtype=dtype)
         flat.grads.fill_((rank + 1) * value)
         reducer.finish(record_of(flat))
@@ -246,9 +246,9 @@ def reduce_once(dtype: str, value: float) -> list[tuple[Tensor, dict[str, float]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_halves_travel(dtype: str) -> None:
+def test_sends_half_precision(dtype: str) -> None:
     (grads, figures), *others = reduce_once(dtype, 0.3)
-    kind = getattr(torch, dtype)
+    torch_dtype = getattr(torch, dtype)
     torch.testing.assert_close(grads, torch.full((48,), 1.8), rtol=3e-2, atol=0)
     assert all(torch.equal(grads, other) for other, _ in others)
     order_bytes = 2 * 3 * 8  # broadcast once, from rank 0 to two others
@@ -256,48 +256,48 @@ def test_halves_travel(dtype: str) -> None:
     expected = 2 * 2 / 3 * 48 * 2 + 2 * order_bytes + control_bytes
     assert figures["sent_bytes"] == pytest.approx(expected, rel=0.05)
     assert figures["saved_bytes"] == 2 * 2 / 3 * 48 * (4 - 2)
-    rounding = abs(float(torch.tensor(0.3).to(kind)) / 0.3 - 1)
+    rounding = abs(float(torch.tensor(0.3).to(torch_dtype)) / 0.3 - 1)
     assert figures["error_norm"] == pytest.approx(rounding, rel=1e-3)
     assert figures["compress_s"] > 0
 
 
-def test_float16_overflows_as_anywhere_and_bfloat16_does_not() -> None:
+def test_float16_overflows_and_bfloat16_does_not() -> None:
     assert torch.isinf(reduce_once("float16", 3e4)[0][0]).all()
     assert torch.isfinite(reduce_once("bfloat16", 3e4)[0][0]).all()
 
 
-def test_halves_of_halves_are_refused() -> None:
-    flat = FlatModel(Odd().to(torch.bfloat16))
+def test_rejects_compression_of_half_precision() -> None:
+    flat = FlatModel(Unordered().to(torch.bfloat16))
     with pytest.raises(SpecError, match=r"compression: float16 is no smaller"):
         BucketReducer(flat, Recorder(flat.grads), 4, wire_dtype="float16")
 
 
-def test_figures_cover_all_that_is_sent_after_setting_up() -> None:
-    rig = Rig(Odd())
+def test_figures_exclude_setup_traffic() -> None:
+    rig = Rig(Unordered())
     rig.group.traffic.sent_bytes += 1000  # setting up
     for _ in range(3):
         rig.step()
-        rig.group.traffic.sent_bytes += 7  # a step's update may send as well
+        rig.group.traffic.sent_bytes += 7  # the step's update
         assert rig.reducer.figures()["sent_bytes"] == 7
-        rig.group.traffic.sent_bytes += 5  # and so may others
+        rig.group.traffic.sent_bytes += 5  # other traffic
         rig.step()
         assert rig.reducer.figures()["sent_bytes"] == 5
 
 
-def test_the_error_is_measured_now_and_then() -> None:
-    rig = Rig(Odd(), wire_dtype="bfloat16")
+def test_measures_error_every_16_steps() -> None:
+    rig = Rig(Unordered(), wire_dtype="bfloat16")
     measured = []
     for _ in range(34):
         rig.step()
         measured.append("error_norm" in rig.reducer.figures())
-    assert [step for step, was in enumerate(measured) if was] == [0, 16, 32]
+    assert [step for step, has_error in enumerate(measured) if has_error] == [0, 16, 32]
 
 
-def test_halves_say_whether_they_paid() -> None:
-    rig = Rig(Odd(), wire_dtype="bfloat16")
+def test_reports_saved_time() -> None:
+    rig = Rig(Unordered(), wire_dtype="bfloat16")
     rig.step()
     rig.group.traffic.working_s += 2.0
-    rig.group.traffic.waiting_s += 5.0  # is on neither side
+    rig.group.traffic.waiting_s += 5.0  # not counted
     figures = rig.reducer.figures()
     cost = 2.0 + figures["compress_s"]
     assert figures["saved_s"] == pytest.approx(figures["baseline_s"] - cost)

@@ -1,4 +1,4 @@
-"""Who watches a run does not end it: callbacks, a pipe that is closed, a disk without room."""
+"""Callbacks, a closed output pipe or a full disk do not stop a run."""
 
 import asyncio
 import json
@@ -52,24 +52,24 @@ class Lin(Task):
 """
 
 
-class Login(Callback):
-    """Waits for a password, until Ctrl-C."""
+class BlocksUntilSignal(Callback):
+    """Blocks in `on_start`, and receives SIGINT."""
 
     def on_start(self, job: Job, run: str, path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         threading.Event().wait(10)
 
 
-def test_a_signal_while_a_callback_begins_leaves_a_result(tmp_path: Path) -> None:
-    began = time.monotonic()
+def test_signal_in_on_start_writes_a_result(tmp_path: Path) -> None:
+    started = time.monotonic()
     with pytest.raises((Interrupted, KeyboardInterrupt)):
-        Trainer(FIELDS, Lin, storage_dir=tmp_path, callbacks=(Login(),)).fit()
-    assert time.monotonic() - began < 10
+        Trainer(FIELDS, Lin, storage_dir=tmp_path, callbacks=(BlocksUntilSignal(),)).fit()
+    assert time.monotonic() - started < 10
     (result,) = tmp_path.rglob("result.json")
     assert json.loads(result.read_text())["status"] == "STOPPED"
 
 
-def test_a_signal_while_the_model_is_written_waits_for_it(
+def test_signal_while_saving_the_model_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = RunDirectory.save_model
@@ -82,78 +82,78 @@ def test_a_signal_while_the_model_is_written_waits_for_it(
     with pytest.raises((Interrupted, KeyboardInterrupt)):
         Trainer(FIELDS, Lin, storage_dir=tmp_path).fit()
     (result,) = tmp_path.rglob("result.json")
-    said = json.loads(result.read_text())
-    assert said["status"] == "STOPPED" and Path(said["model"]).exists()
+    facts = json.loads(result.read_text())
+    assert facts["status"] == "STOPPED" and Path(facts["model"]).exists()
 
 
-class Seeing(Callback):
-    """Notes what it is told; raises in one of its methods."""
+class Recorder(Callback):
+    """Records its events; may raise at one of them."""
 
-    def __init__(self, raises_in: str = "", error: BaseException | None = None) -> None:
-        self.raises_in, self.error = raises_in, error
-        self.told: list[str] = []
+    def __init__(self, raises_at: str = "", error: BaseException | None = None) -> None:
+        self.raises_at, self.error = raises_at, error
+        self.events: list[str] = []
 
-    def _take(self, what: str) -> None:
-        self.told.append(what)
-        if what == self.raises_in and self.error is not None:
+    def _record(self, event: str) -> None:
+        self.events.append(event)
+        if event == self.raises_at and self.error is not None:
             raise self.error
 
     def on_start(self, job: Job, run: str, path: Path) -> None:
-        self._take("start")
+        self._record("start")
 
     def on_step(self, step: StepSummary) -> None:
-        self._take(f"step {step.step}")
+        self._record(f"step {step.step}")
 
     def on_evaluation(self, evaluation: EvalSummary) -> None:
-        self._take(f"evaluation {evaluation.step}")
+        self._record(f"evaluation {evaluation.step}")
 
     def on_checkpoint(self, checkpoint: Saved) -> None:
-        self._take(f"checkpoint {checkpoint.step}")
+        self._record(f"checkpoint {checkpoint.step}")
 
     def on_failure(self, failure: FailureEvent) -> None:
-        self._take("failure")
+        self._record("failure")
 
     def on_recovery(self, recovery: Recovery) -> None:
-        self._take("recovery")
+        self._record("recovery")
 
     def on_resize(self, resized: Resized) -> None:
-        self._take("resize")
+        self._record("resize")
 
     def on_end(self, result: Result, error: BaseException | None) -> None:
-        ended = "well" if error is None else type(error).__name__
-        self._take(f"end {ended} with {result.totals.steps} steps")
+        outcome = "well" if error is None else type(error).__name__
+        self._record(f"end {outcome} with {result.totals.steps} steps")
 
 
 STEPS = [f"step {number}" for number in range(1, 7)]
-GONE = OSError("the terminal is gone")
+CLOSED = OSError("the terminal is closed")
 
 
 @pytest.mark.parametrize(
-    ("method", "error"),
+    ("event", "error"),
     [
-        ("start", GONE),
+        ("start", CLOSED),
         ("start", asyncio.CancelledError()),
-        ("step 1", GONE),
+        ("step 1", CLOSED),
         ("step 1", SystemExit(0)),
-        ("end well with 6 steps", GONE),
+        ("end well with 6 steps", CLOSED),
         ("end well with 6 steps", SystemExit(0)),
     ],
 )
-def test_a_callback_that_raises_is_called_no_more(
-    method: str, error: BaseException, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_callback_that_raises_is_removed(
+    event: str, error: BaseException, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bad, good = Seeing(method, error), Seeing()
+    bad, good = Recorder(event, error), Recorder()
     spec = {**FIELDS, "storage_path": str(tmp_path)}
     with caplog.at_level(logging.WARNING):
         result = Trainer(spec, Lin, callbacks=(bad, good)).fit()
-    assert bad.told[-1] == method
-    assert good.told == ["start", *STEPS, "end well with 6 steps"]
+    assert bad.events[-1] == event
+    assert good.events == ["start", *STEPS, "end well with 6 steps"]
     assert caplog.text.count("continues without it") == 1
     assert json.loads((result.path / "result.json").read_text())["status"] == "SUCCEEDED"
 
 
-def test_of_callbacks_that_are_equal_the_one_that_raised_goes() -> None:
-    """As those of a dataclass may be."""
+def test_removes_by_identity_not_equality() -> None:
+    """Callbacks that are dataclasses may be equal."""
 
     class Equal(Callback):
         __hash__ = None  # type: ignore[assignment]
@@ -169,23 +169,23 @@ def test_of_callbacks_that_are_equal_the_one_that_raised_goes() -> None:
             if self.error is not None:
                 raise self.error
 
-    good, bad = Equal(None), Equal(GONE)
+    good, bad = Equal(None), Equal(CLOSED)
     callbacks = Callbacks([good, bad])
     for step in (1, 2):
         callbacks.tell(StepSummary(step, 0, 0.5, 4, {}))
     assert (good.steps, bad.steps) == ([1, 2], [1])
 
 
-def test_who_is_at_the_terminal_ends_the_run_wherever_it_is(tmp_path: Path) -> None:
-    bad, good = Seeing("start", KeyboardInterrupt()), Seeing()
+def test_keyboard_interrupt_in_a_callback_ends_the_run(tmp_path: Path) -> None:
+    bad, good = Recorder("start", KeyboardInterrupt()), Recorder()
     with pytest.raises(KeyboardInterrupt):
         Trainer({**FIELDS, "storage_path": str(tmp_path)}, Lin, callbacks=(bad, good)).fit()
-    assert good.told == ["end KeyboardInterrupt with 0 steps"]
+    assert good.events == ["end KeyboardInterrupt with 0 steps"]
     (result,) = tmp_path.rglob("result.json")
     assert json.loads(result.read_text())["status"] == "STOPPED"
 
 
-def test_a_callback_that_does_not_return_is_named_once(
+def test_warns_once_of_a_callback_that_does_not_return(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("distplat.actors.callbacks._LOOK_S", 0.005)
@@ -197,7 +197,7 @@ def test_a_callback_that_does_not_return_is_named_once(
         return now[0]
 
     def wait_for_looks() -> None:
-        """What the first of them has to say is said, for the others come after it."""
+        """Wait for three looks: the warning of the first one is logged before the second."""
         while looks.acquire(blocking=False):
             pass
         assert all(looks.acquire(timeout=30) for _ in range(3))
@@ -210,60 +210,60 @@ def test_a_callback_that_does_not_return_is_named_once(
             now[0] += 130.0
             wait_for_looks()
 
-    callbacks = Callbacks([Hangs(), Seeing()], clock=clock)
+    callbacks = Callbacks([Hangs(), Recorder()], clock=clock)
     callbacks.start(Trainer(FIELDS, Lin).job, "run", Path())
     callbacks.tell(StepSummary(1, 0, 0.5, 4, {}))
-    assert not caplog.text, "who returns is not"
+    assert not caplog.text, "a callback that returns causes no warning"
     callbacks.tell(EvalSummary(1, 8, {}))
     callbacks.tell(EvalSummary(2, 8, {}))
     callbacks.end(Result(Path(), None), None)
     assert caplog.text.count("the callback Hangs has not returned for 120 s") == 1
 
 
-class Raising(Lin):
+class RaisesInLoss(Lin):
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         raise KeyError("no such thing")
 
 
-def test_callbacks_hear_of_evaluations_checkpoints_and_the_end(tmp_path: Path) -> None:
-    seeing = Seeing()
+def test_reports_evaluations_checkpoints_and_the_end(tmp_path: Path) -> None:
+    recorder = Recorder()
     spec = {**FIELDS, "storage_path": str(tmp_path), "evaluation": {"every_steps": 3}}
-    Trainer({**spec, "checkpoint": {"every_steps": 6}}, Evaluated, callbacks=[seeing]).fit()
+    Trainer({**spec, "checkpoint": {"every_steps": 6}}, Evaluated, callbacks=[recorder]).fit()
     last = ["evaluation 6", "checkpoint 6", "end well with 6 steps"]
-    assert seeing.told == ["start", *STEPS[:3], "evaluation 3", *STEPS[3:], *last]
-    raising = Seeing()
+    assert recorder.events == ["start", *STEPS[:3], "evaluation 3", *STEPS[3:], *last]
+    recorder = Recorder()
     with pytest.raises(UserCodeError):
-        Trainer(spec, Raising, callbacks=[raising]).fit()
-    assert raising.told == ["start", "end UserCodeError with 0 steps"]
+        Trainer(spec, RaisesInLoss, callbacks=[recorder]).fit()
+    assert recorder.events == ["start", "end UserCodeError with 0 steps"]
 
 
-def test_what_goes_on_without_a_failure_is_told_by_its_kind() -> None:
-    seeing = Seeing()
-    callbacks = Callbacks([seeing])
+def test_reports_failure_recovery_and_resize() -> None:
+    recorder = Recorder()
+    callbacks = Callbacks([recorder])
     callbacks.tell(FailureEvent(1, 0, "lost", ("worker-0",), 0.0))
     callbacks.tell(Recovery(1, 0.5))
     callbacks.tell(Resized(1, 2, 2, 3, 0.5))
-    assert seeing.told == ["failure", "recovery", "resize"]
+    assert recorder.events == ["failure", "recovery", "resize"]
 
 
-class Misspelt(Callback):
+class UnknownMethod(Callback):
     def on_train_step(self) -> None:
-        """Nobody would call it."""
+        """Not a method of `Callback`."""
 
 
 @pytest.mark.parametrize(
-    "given, told",
+    "callback, message",
     [
-        (Misspelt(), r"callbacks\.1: Misspelt\.on_train_step would never be called"),
-        (Seeing, r"callbacks\.1: type is no distplat\.Callback"),
+        (UnknownMethod(), r"callbacks\.1: UnknownMethod\.on_train_step would never be called"),
+        (Recorder, r"callbacks\.1: type is no distplat\.Callback"),
     ],
 )
-def test_what_is_no_callback_is_refused(given: Any, told: str) -> None:
-    with pytest.raises(SpecError, match=told):
-        Trainer(FIELDS, Lin, callbacks=[Seeing(), given])
+def test_rejects_invalid_callbacks(callback: Any, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        Trainer(FIELDS, Lin, callbacks=[Recorder(), callback])
 
 
-def test_metrics_that_cannot_be_written_cost_no_step(
+def test_full_disk_loses_metrics_but_no_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(self: RunDirectory, summary: object) -> None:
@@ -277,10 +277,10 @@ def test_metrics_that_cannot_be_written_cost_no_step(
     assert "6 records of metrics were not written" in caplog.text
 
 
-def test_curves_that_cannot_be_drawn_cost_no_metrics(
+def test_tensorboard_failure_loses_no_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """TensorBoard's library does not go with another one that is installed, for example."""
+    """For example with an incompatible version of protobuf."""
 
     def broken(path: Path) -> None:
         raise ImportError("protobuf is too old")
@@ -293,10 +293,10 @@ def test_curves_that_cannot_be_drawn_cost_no_metrics(
     assert "metrics are lost" not in caplog.text and "records of metrics" not in caplog.text
 
 
-def test_what_fails_after_the_training_does_not_cost_the_model(
+def test_failure_after_training_keeps_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An embedding server that dies while its tables are saved, for example."""
+    """For example if an embedding server dies while its tables are saved."""
 
     def train(launch: object, handlers: RunHandlers, stopping: object) -> None:
         handlers.on_model(save({"weight": np.ones(3, np.float32)}))
@@ -313,7 +313,7 @@ def test_what_fails_after_the_training_does_not_cost_the_model(
     assert f"the trained model was saved to {model}" in caplog.text
 
 
-def test_a_result_that_cannot_be_written_does_not_hide_the_model(
+def test_failed_write_of_the_result_logs_the_path_of_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(self: RunDirectory, status: str, facts: object) -> None:
@@ -326,27 +326,27 @@ def test_a_result_that_cannot_be_written_does_not_hide_the_model(
     assert f"the trained model was saved to {model}" in caplog.text
 
 
-def test_a_disk_that_hangs_holds_nobody_up() -> None:
-    said: list[str] = []
-    hangs, goes_on = threading.Event(), threading.Event()
+def test_hanging_disk_does_not_block_put() -> None:
+    warnings: list[str] = []
+    writing, release = threading.Event(), threading.Event()
 
     def write(record: int) -> None:
-        hangs.set()
-        assert goes_on.wait(30)
+        writing.set()
+        assert release.wait(30)
 
-    writer = BackgroundWriter(write, said.append, most=2)
+    writer = BackgroundWriter(write, warnings.append, most=2)
     writer.put(0)
-    assert hangs.wait(30)
+    assert writing.wait(30)
     for record in range(1, 6):
         writer.put(record)
-    assert len(said) == 1 and "the disk does not answer" in said[0]
+    assert len(warnings) == 1 and "the disk does not answer" in warnings[0]
     writer.close(0.05)
-    assert said[1] == "6 records of metrics were not written"
-    goes_on.set()
+    assert warnings[1] == "6 records of metrics were not written"
+    release.set()
 
 
-def test_a_burst_of_records_waits_for_a_disk_that_takes_them() -> None:
-    """Thousands of steps are told at once, after a callback that held the driver up."""
+def test_burst_of_records_is_written_completely() -> None:
+    """Thousands of steps are reported at once after a slow callback."""
     written: list[int] = []
     writer = BackgroundWriter(written.append, pytest.fail, most=2, patience_s=60.0)
     for record in range(5000):
@@ -355,31 +355,31 @@ def test_a_burst_of_records_waits_for_a_disk_that_takes_them() -> None:
     assert written == list(range(5000))
 
 
-def test_a_disk_that_hangs_is_waited_for_once() -> None:
-    """The patience is for all records, until the disk has caught up."""
-    said: list[str] = []
-    hangs, goes_on = threading.Event(), threading.Event()
+def test_patience_is_shared_by_all_records() -> None:
+    """It is renewed after the disk has written all records."""
+    warnings: list[str] = []
+    writing, release = threading.Event(), threading.Event()
 
     def write(record: int) -> None:
-        hangs.set()
-        assert goes_on.wait(60)
+        writing.set()
+        assert release.wait(60)
 
-    writer = BackgroundWriter(write, said.append, most=1, patience_s=0.1)
+    writer = BackgroundWriter(write, warnings.append, most=1, patience_s=0.1)
     writer.put(0)
-    assert hangs.wait(60)
+    assert writing.wait(60)
     writer.put(1)
-    assert not said
+    assert not warnings
     for record in range(100):
         writer.put(record)
     assert writer._lost == 100
     assert writer._waited_s >= 0.1
-    goes_on.set()
+    release.set()
     assert writer.wait(60.0)
     writer.put(0)
-    assert writer._waited_s == 0.0, "it has caught up, and is waited for again"
+    assert writer._waited_s == 0.0, "the patience is renewed"
 
 
-def test_records_are_written_in_order_before_the_end() -> None:
+def test_writes_records_in_order_before_close_returns() -> None:
     written: list[int] = []
     writer = BackgroundWriter(written.append, pytest.fail)
     for record in range(500):
@@ -389,23 +389,23 @@ def test_records_are_written_in_order_before_the_end() -> None:
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), MemoryError()])
-def test_what_a_library_raises_costs_one_record(error: BaseException) -> None:
-    written, said = list[int](), list[str]()
+def test_error_of_a_library_loses_one_record(error: BaseException) -> None:
+    written, warnings = list[int](), list[str]()
 
     def write(record: int) -> None:
         if record == 1:
             raise error
         written.append(record)
 
-    writer = BackgroundWriter(write, said.append)
+    writer = BackgroundWriter(write, warnings.append)
     for record in range(3):
         writer.put(record)
     assert writer.close()
     assert written == [0, 2]
-    assert said[-1] == "1 records of metrics were not written"
+    assert warnings[-1] == "1 records of metrics were not written"
 
 
-def test_a_view_whose_pipe_is_closed_draws_no_more() -> None:
+def test_view_ignores_a_closed_pipe() -> None:
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as out:
@@ -417,8 +417,8 @@ def test_a_view_whose_pipe_is_closed_draws_no_more() -> None:
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("output", ["text", "json"])
-def test_submit_behind_head(output: str, tmp_path: Path) -> None:
-    """Both streams end in a pipe whose reader leaves after the first line."""
+def test_submit_with_output_piped_to_head(output: str, tmp_path: Path) -> None:
+    """Both streams go to a pipe whose reader closes it after the first line."""
     (tmp_path / "lin.py").write_text(TASK)
     (tmp_path / "job.json").write_text(json.dumps({**FIELDS, "task": "lin:Lin", "steps": 40}))
     (tmp_path / "job.json").rename(tmp_path / "job.yaml")

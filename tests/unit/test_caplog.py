@@ -1,4 +1,4 @@
-"""What a test is shown of the log: not what threads say that an earlier test has left."""
+"""The fixture `caplog` of this directory."""
 
 import logging
 import threading
@@ -6,18 +6,18 @@ import threading
 import pytest
 
 
-def test_threads_of_earlier_tests_are_not_heard(request: pytest.FixtureRequest) -> None:
+def test_excludes_records_of_threads_of_earlier_tests(request: pytest.FixtureRequest) -> None:
     log, go = logging.getLogger(__name__), threading.Event()
 
-    def speak_when_told() -> None:
+    def log_after_go() -> None:
         go.wait(60)
-        log.warning("left")
+        log.warning("earlier")
 
-    left = threading.Thread(target=speak_when_told)
-    left.start()
+    earlier = threading.Thread(target=log_after_go)
+    earlier.start()
     caplog: pytest.LogCaptureFixture = request.getfixturevalue("caplog")
     go.set()
-    left.join(60)
+    earlier.join(60)
     own = threading.Thread(target=log.warning, args=("own",))
     own.start()
     own.join(60)

@@ -1,4 +1,4 @@
-"""The example of a model as Hugging Face has them: equal to the plain loop, padded as it may be."""
+"""The example `causal_lm`: training on padded batches matches a plain loop."""
 
 import importlib
 from pathlib import Path
@@ -29,24 +29,24 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("causal_lm")
 
 
-def small(kind: Any) -> type[Task]:
-    """Give the task with a small model in float64."""
+def with_small_model(task: Any) -> type[Task]:
+    """Return the task with a small model in float64."""
 
-    class Small(kind):  # type: ignore[misc]
+    class Small(task):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__(**SMALL)
 
         def model(self) -> nn.Module:
-            made: nn.Module = super().model()
-            return made.double()
+            model: nn.Module = super().model()
+            return model.double()
 
     return Small
 
 
-def plain(kind: type[Task]) -> dict[str, Tensor]:
-    """Train as a script would that knows one process: the model's own loss, a mean over words."""
+def train_plain(task_type: type[Task]) -> dict[str, Tensor]:
+    """Train in one process with the model's own loss, a mean over words."""
     torch.manual_seed(0)
-    task: Any = kind()
+    task: Any = task_type()
     model, data = task.model(), task.train_data()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     sampler = Sampler(len(data), BATCH, 1, 0, True, False)
@@ -58,12 +58,12 @@ def plain(kind: type[Task]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in model.state_dict().items()}
 
 
-def assert_equal(
-    found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-8
+def assert_close(
+    params: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-8
 ) -> None:
-    assert found.keys() == expected.keys()
+    assert params.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(params[name], value, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -77,35 +77,35 @@ def assert_equal(
     ],
     ids=str,
 )
-def test_dicts_train_as_in_a_plain_loop(
+def test_matches_plain_loop(
     example: Any, strategy: Any, parts: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kind = small(example.CausalLM)
+    task = with_small_model(example.CausalLM)
     fields = {"optimizer": SGD, "steps": STEPS, "gradient_accumulation": parts}
     job = job_of(strategy, 2, global_batch_size=BATCH, **fields)
-    assert_equal(whole(train(job, kind)), plain(kind))
-    assert not [one for one in caplog.records if "not a mean" in one.getMessage()]
+    assert_close(whole(train(job, task)), train_plain(task))
+    assert not [r for r in caplog.records if "not a mean" in r.getMessage()]
 
 
-def test_a_model_of_transformers_is_trained_so(example: Any) -> None:
+def test_gpt2_matches_plain_loop(example: Any) -> None:
     transformers = pytest.importorskip("transformers")
 
-    class GPT2(small(example.CausalLM)):  # type: ignore[misc]
+    class GPT2(with_small_model(example.CausalLM)):  # type: ignore[misc]
         def model(self) -> nn.Module:
-            none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
             size = {"vocab_size": example.VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2}
             ends = {"bos_token_id": example.END, "eos_token_id": example.END}
-            config = transformers.GPT2Config(**size, **none, **ends, n_positions=24)
-            made: nn.Module = transformers.GPT2LMHeadModel(config)
-            return made.double()
+            config = transformers.GPT2Config(**size, **dropout, **ends, n_positions=24)
+            model: nn.Module = transformers.GPT2LMHeadModel(config)
+            return model.double()
 
     for strategy in ("ring", {"name": "hybrid", "pipeline": 2, "micro_batches": 4}):
         job = job_of(strategy, 2, optimizer=SGD, steps=STEPS, global_batch_size=BATCH)
-        # Its loss is computed in float32, whatever the model's type.
-        assert_equal(whole(train(job, GPT2)), plain(GPT2), 1e-6)
+        # GPT2LMHeadModel computes its loss in float32 for every dtype.
+        assert_close(whole(train(job, GPT2)), train_plain(GPT2), 1e-6)
 
 
-def test_the_job_names_what_the_example_has(example: Any) -> None:
+def test_job_file_matches_the_example(example: Any) -> None:
     job = Job.model_validate(yaml.safe_load((FOLDER / "job.yaml").read_text()))
     assert job.task == "causal_lm:CausalLM" and uncalled_hooks(example.CausalLM) == []
     task = example.CausalLM()
