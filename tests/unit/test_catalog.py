@@ -1,4 +1,4 @@
-"""The strategy catalog: what is found, what is refused, and a user's own file."""
+"""The strategy catalog: built-in strategies, invalid options, and strategy files of users."""
 
 import os
 import pickle
@@ -64,7 +64,7 @@ class Own(Strategy[OwnOptions]):
 
 @pytest.fixture
 def own_catalog(monkeypatch: pytest.MonkeyPatch) -> Registry[type[Strategy[Any]]]:
-    """A catalog of its own, in which a test may register what it likes."""
+    """Replace the catalog by a new one, in which a test may register strategies."""
     fresh: Registry[type[Strategy[Any]]] = Registry("strategy")
     fresh.register("ring")(Ring)
     fresh.register("ps-sync")(PsSync)
@@ -72,20 +72,22 @@ def own_catalog(monkeypatch: pytest.MonkeyPatch) -> Registry[type[Strategy[Any]]
     return fresh
 
 
-def test_the_folder_is_found() -> None:
+def test_finds_built_in_strategies() -> None:
     assert {"ring", "ps-sync"} <= set(strategies.names())
     assert (strategies.get("ring"), strategies.get("ps-sync")) == (Ring, PsSync)
     assert all(strategies.get(name).summary for name in strategies.names())
 
 
-def test_a_fresh_process_finds_the_same() -> None:
-    ask = "from distplat.strategies.catalog import strategies as s; print(s.names())"
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(strategies.names())
+def test_new_process_finds_the_same_strategies() -> None:
+    code = "from distplat.strategies.catalog import strategies as s; print(s.names())"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.strip() == str(strategies.names())
 
 
 @pytest.mark.parametrize(
-    ("strategy", "kind", "roles"),
+    ("strategy", "cls", "roles"),
     [
         ("ring", Ring, Roles(collective=GroupSpec("auto", 60.0, setting="strategy.timeout_s"))),
         (
@@ -106,12 +108,12 @@ def test_a_fresh_process_finds_the_same() -> None:
         ),
     ],
 )
-def test_strategies_are_made_with_their_options(
-    strategy: object, kind: type[Strategy[Any]], roles: Roles
+def test_make_strategy_parses_options(
+    strategy: object, cls: type[Strategy[Any]], roles: Roles
 ) -> None:
-    made = make_strategy(job(strategy))
-    assert type(made) is kind
-    assert made.roles(job(strategy)) == roles
+    instance = make_strategy(job(strategy))
+    assert type(instance) is cls
+    assert instance.roles(job(strategy)) == roles
     assert strategy_problems(job(strategy)) == []
 
 
@@ -140,7 +142,7 @@ def test_strategies_are_made_with_their_options(
         ({"name": "ps-sync", "num_servers": 2, "split": "lod"}, "strategy.split", "", "'load'"),
     ],
 )
-def test_what_is_wrong_is_named(strategy: object, field: str, message: str, hint: str) -> None:
+def test_error_names_the_field(strategy: object, field: str, message: str, hint: str) -> None:
     (problem,) = strategy_problems(job(strategy))
     assert problem.field == field
     assert message in problem.message and hint in problem.hint
@@ -149,13 +151,13 @@ def test_what_is_wrong_is_named(strategy: object, field: str, message: str, hint
     assert caught.value.problems == (problem,)
 
 
-def test_all_that_is_wrong_is_named_at_once() -> None:
-    wrong = {"name": "ring", "timeout": 5, "backend": "mpi"}
-    found = {problem.field for problem in strategy_problems(job(wrong))}
-    assert found == {"strategy.timeout", "strategy.backend"}
+def test_reports_all_problems_at_once() -> None:
+    invalid = {"name": "ring", "timeout": 5, "backend": "mpi"}
+    names = {problem.field for problem in strategy_problems(job(invalid))}
+    assert names == {"strategy.timeout", "strategy.backend"}
 
 
-def test_a_job_from_python_is_checked_with_its_strategy() -> None:
+def test_make_job_checks_the_strategy() -> None:
     assert make_job(fields("ring")) == job("ring")
     with pytest.raises(SpecError, match=r"strategy\.timeout"):
         make_job(fields({"name": "ring", "timeout": 5}))
@@ -190,21 +192,21 @@ def test_a_job_from_python_is_checked_with_its_strategy() -> None:
         ),
     ],
 )
-def test_a_batch_has_a_part_for_each_copy_of_the_model(
+def test_batch_has_a_sample_for_each_part(
     strategy: object, changes: dict[str, Any], message: str
 ) -> None:
-    given = Job.model_validate({**fields(strategy), "global_batch_size": 64, **changes})
-    said = [str(problem) for problem in strategy_problems(complete(given))]
-    assert said == ([f"global_batch_size: {message}"] if message else [])
+    partial = Job.model_validate({**fields(strategy), "global_batch_size": 64, **changes})
+    messages = [str(problem) for problem in strategy_problems(complete(partial))]
+    assert messages == ([f"global_batch_size: {message}"] if message else [])
 
 
-def test_a_train_function_has_the_batches_of_its_loaders() -> None:
-    """Its job names none, and the field's default has no part for each worker."""
-    given = {"name": "own", "strategy": "ring", "own_loop": True, "scaling": {"num_workers": 4}}
-    assert strategy_problems(make_job(given)) == []
+def test_own_loop_needs_no_batch_size() -> None:
+    """The default of `global_batch_size` has fewer samples than workers, and does not apply."""
+    own_loop = {"name": "own", "strategy": "ring", "own_loop": True, "scaling": {"num_workers": 4}}
+    assert strategy_problems(make_job(own_loop)) == []
 
 
-def test_a_strategy_may_refuse_a_job(own_catalog: Registry[type[Strategy[Any]]]) -> None:
+def test_strategy_can_reject_a_job(own_catalog: Registry[type[Strategy[Any]]]) -> None:
     problem = Problem(("scaling",), "needs two workers")
 
     class Picky(Ring):
@@ -217,13 +219,13 @@ def test_a_strategy_may_refuse_a_job(own_catalog: Registry[type[Strategy[Any]]])
     assert caught.value.problems == (problem,)
 
 
-def test_a_users_file(tmp_path: Path, own_catalog: Registry[type[Strategy[Any]]]) -> None:
+def test_loads_strategy_file(tmp_path: Path, own_catalog: Registry[type[Strategy[Any]]]) -> None:
     path = tmp_path / "own.py"
     path.write_text(OWN.format(name="own"))
     load_strategy_file(path)
     assert own_catalog.names() == ["own", "ps-sync", "ring"]
-    made = make_strategy(job({"name": "own", "period": 5}))
-    assert made.options.period == 5
+    strategy = make_strategy(job({"name": "own", "period": 5}))
+    assert strategy.options.period == 5
     (problem,) = strategy_problems(job({"name": "own", "perod": 5}))
     assert "did you mean 'period'?" in problem.hint
 
@@ -239,34 +241,34 @@ def test_a_users_file(tmp_path: Path, own_catalog: Registry[type[Strategy[Any]]]
     ids=["raises", "imports", "syntax", "clash"],
 )
 @pytest.mark.usefixtures("own_catalog")
-def test_a_users_file_that_cannot_be_used(text: str, message: str, tmp_path: Path) -> None:
+def test_rejects_broken_strategy_file(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "own.py"
     path.write_text(text)
     with pytest.raises(SpecError, match=message):
         load_strategy_file(path)
 
 
-def test_a_users_file_travels_as_text(
+def test_strategy_file_is_pickled_as_text(
     tmp_path: Path, own_catalog: Registry[type[Strategy[Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "own.py"
     path.write_text(OWN.format(name="own"))
     loaded = load_strategy_file(path)
     path.unlink()
-    arrived = pickle.loads(pickle.dumps(loaded))  # noqa: S301  our own bytes
-    assert arrived == loaded
-    arrived.load()  # where it is known already, a second time is fine
-    elsewhere: Registry[type[Strategy[Any]]] = Registry("strategy")
-    monkeypatch.setattr(catalog, "strategies", elsewhere)
-    arrived.load()
-    assert elsewhere.names() == ["own"]
+    copy = pickle.loads(pickle.dumps(loaded))  # noqa: S301  our own bytes
+    assert copy == loaded
+    copy.load()  # already registered: no effect
+    other_catalog: Registry[type[Strategy[Any]]] = Registry("strategy")
+    monkeypatch.setattr(catalog, "strategies", other_catalog)
+    copy.load()
+    assert other_catalog.names() == ["own"]
 
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     "name", ["missing.py", "folder.py", "folder", "notes.txt", "latin.py", "pipe.py"]
 )
-def test_what_is_no_python_file(name: str, tmp_path: Path) -> None:
+def test_rejects_files_that_are_not_python(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.py")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder.py").mkdir()
@@ -276,24 +278,24 @@ def test_what_is_no_python_file(name: str, tmp_path: Path) -> None:
         load_strategy_file(tmp_path / name)
 
 
-def test_a_name_taken_twice_is_the_users_to_change(tmp_path: Path) -> None:
-    """Also where the file is the first to ask the catalog; in a fresh process, for it does harm."""
+def test_rejects_name_of_a_built_in_strategy(tmp_path: Path) -> None:
+    """Also at the first access to the catalog; in a new process, as it changes global state."""
     path = tmp_path / "own.py"
     path.write_text(OWN.format(name="ring"))
-    ask = (
+    code = (
         "from pathlib import Path; from distplat.strategies.catalog import load_strategy_file; "
         f"load_strategy_file(Path({str(path)!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True)
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "'ring' is already distplat.strategies.ring.Ring; give _distplat_user_own.Own" in (
-        done.stderr
+        process.stderr
     )
 
 
 @pytest.mark.parametrize("name", ["ps-sync", "ps-async"])
-def test_an_option_that_was_removed_is_named_beside_what_else_is_wrong(name: str) -> None:
-    found = strategy_problems(job({"name": name, "overlap": True, "num_servers": 0}))
-    hints = {problem.where[-1]: problem.hint for problem in found}
+def test_removed_option_is_reported_with_other_problems(name: str) -> None:
+    problems = strategy_problems(job({"name": name, "overlap": True, "num_servers": 0}))
+    hints = {problem.where[-1]: problem.hint for problem in problems}
     assert hints.keys() == {"overlap", "num_servers"}
     assert "was removed" in hints["overlap"]
 
@@ -325,7 +327,7 @@ class Halved(Strategy):
         (WorkerStrategy, "can_thaw", "can_unfreeze"),
     ],
 )
-def test_a_method_that_was_renamed_is_refused_by_both_names(base: Any, old: str, new: str) -> None:
+def test_renamed_method_raises_with_both_names(base: Any, old: str, new: str) -> None:
     with pytest.raises(TypeError, match=rf"Mine\.{old}\(\) was renamed to {new}\(\)"):
         type("Mine", (base,), {old: lambda self: True})
     mixin = type("Mixin", (), {old: lambda self: True})
@@ -335,7 +337,7 @@ def test_a_method_that_was_renamed_is_refused_by_both_names(base: Any, old: str,
 
 @pytest.mark.parametrize("text", [OLD_IMPORT, OLD_CLASS], ids=["import", "class"])
 @pytest.mark.usefixtures("own_catalog")
-def test_a_strategy_of_one_class_is_told_the_new_way(text: str, tmp_path: Path) -> None:
+def test_strategy_of_one_class_raises_with_reference_to_docs(text: str, tmp_path: Path) -> None:
     path = tmp_path / "old.py"
     path.write_text(text)
     with pytest.raises(SpecError, match=r"WorkerStrategy.*docs/own_strategies\.md"):
@@ -343,7 +345,7 @@ def test_a_strategy_of_one_class_is_told_the_new_way(text: str, tmp_path: Path) 
 
 
 @pytest.mark.usefixtures("own_catalog")
-def test_a_strategy_without_a_worker_is_refused(tmp_path: Path) -> None:
+def test_rejects_strategy_without_worker(tmp_path: Path) -> None:
     path = tmp_path / "halved.py"
     path.write_text(NO_WORKER)
     load_strategy_file(path)
@@ -352,9 +354,10 @@ def test_a_strategy_without_a_worker_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["hybrid", "ps-async", "ps-sync", "ring"])
-def test_a_worker_makes_its_half_by_name(name: str) -> None:
-    of = job({"name": name} if name != "hybrid" else {"name": name, "data": 1})
-    made = make_worker_strategy(of)
-    assert type(made.strategy) is strategies.get(name)
-    assert made.options == make_strategy(of).options
-    assert made.strategy.has_checkpoints == (type(made).checkpoint is not WorkerStrategy.checkpoint)
+def test_make_worker_strategy(name: str) -> None:
+    spec = job({"name": name} if name != "hybrid" else {"name": name, "data": 1})
+    worker = make_worker_strategy(spec)
+    assert type(worker.strategy) is strategies.get(name)
+    assert worker.options == make_strategy(spec).options
+    has_own_checkpoint = type(worker).checkpoint is not WorkerStrategy.checkpoint
+    assert worker.strategy.has_checkpoints == has_own_checkpoint

@@ -1,4 +1,4 @@
-"""What a shard keeps for checkpoints, and how it goes on from one."""
+"""A shard's copies for checkpoints, and restoring a shard from them."""
 
 import threading
 import time
@@ -26,9 +26,9 @@ ADAM = {"name": "AdamW", "lr": 0.1}
 ASYNC = Consistency(asynchronous=True)
 
 
-def plan(consistency: Consistency, every: int = 2) -> Any:
-    made = async_plan(WORLD, STEPS, consistency, optimizer=ADAM)
-    return replace(made, checkpoint_every=every)
+def plan_of(consistency: Consistency, every: int = 2) -> Any:
+    plan = async_plan(WORLD, STEPS, consistency, optimizer=ADAM)
+    return replace(plan, checkpoint_every=every)
 
 
 def push(rank: int, seq: int) -> PushId:
@@ -41,7 +41,7 @@ def step(shard: DenseStore, seq: int) -> None:
     shard.commit(seq, None)
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -50,62 +50,64 @@ def state(shard: DenseStore | DenseStore) -> dict[str, Tensor]:
     return {"": shard.params.clone(), **copies}
 
 
-def test_copies_are_of_the_two_newest_due_versions_and_given_once() -> None:
+def test_keeps_the_two_newest_due_versions_until_taken() -> None:
     value = torch.zeros(2)
-    keeping = CheckpointCopies[dict[str, Tensor]](2, 5)
-    seen = []
+    copies = CheckpointCopies[dict[str, Tensor]](2, 5)
+    versions = []
     for version in range(1, 6):
         value.fill_(version)
-        keeping.copy_if_due(version, lambda: {"": value.clone()})
-        seen.append([*keeping._copies])
-    assert seen == [[], [2], [2], [2, 4], [4, 5]]
+        copies.copy_if_due(version, lambda: {"": value.clone()})
+        versions.append([*copies._copies])
+    assert versions == [[], [2], [2], [2, 4], [4, 5]]
     value.fill_(9)
-    late: Callable[[], dict[str, Tensor]] = lambda: pytest.fail("copied")  # noqa: E731
-    assert keeping.take(2, 5, late) is None
+    no_copy: Callable[[], dict[str, Tensor]] = lambda: pytest.fail("copied")  # noqa: E731
+    assert copies.take(2, 5, no_copy) is None
     for version in (4, 5):
-        kept = keeping.take(version, 5, late)
-        assert kept is not None
-        assert kept[""].tolist() == [version, version]
-        assert keeping.take(version, 5, late) is None
+        taken = copies.take(version, 5, no_copy)
+        assert taken is not None
+        assert taken[""].tolist() == [version, version]
+        assert copies.take(version, 5, no_copy) is None
 
 
-def test_without_checkpoints_nothing_is_copied_but_where_the_run_stops() -> None:
-    keeping = CheckpointCopies[dict[str, Tensor]](0, 5)
+def test_copies_only_the_last_version_without_checkpoints() -> None:
+    copies = CheckpointCopies[dict[str, Tensor]](0, 5)
     value = {"": torch.ones(2)}
-    keeping.copy_if_due(5, lambda: pytest.fail("copied"))
-    assert keeping.take(4, 5, lambda: pytest.fail("copied")) is None, "it is another by now"
-    assert keeping.take(5, 5, lambda: value) is value
+    copies.copy_if_due(5, lambda: pytest.fail("copied"))
+    assert copies.take(4, 5, lambda: pytest.fail("copied")) is None, (
+        "the shard is at another version"
+    )
+    assert copies.take(5, 5, lambda: value) is value
 
 
-def test_a_synchronous_shard_goes_on_to_the_same_bits() -> None:
-    shard = DenseStore(plan(SYNCHRONOUS), torch.linspace(-1, 1, SIZE))
+def test_synchronous_shard_resumes_bit_identically() -> None:
+    shard = DenseStore(plan_of(SYNCHRONOUS), torch.linspace(-1, 1, SIZE))
     shard.restore(0)
     for seq in range(4):
         step(shard, seq)
     at_four = state(shard)
     kept = shard.take_copies(4)
     assert kept is not None
-    assert same(kept, at_four)
+    assert equal(kept, at_four)
     step(shard, 4)
     step(shard, 5)
-    assert same(kept, at_four), "copies stay as they are"
+    assert equal(kept, at_four), "later steps do not change copies"
     params = kept.pop("")
-    again = DenseStore(plan(SYNCHRONOUS), params)
+    resumed = DenseStore(plan_of(SYNCHRONOUS), params)
     with pytest.raises(NotReadyError):
-        again.push(push(0, 4), noise(SIZE, 0, 4))
-    again.restore(4, kept)
+        resumed.push(push(0, 4), noise(SIZE, 0, 4))
+    resumed.restore(4, kept)
     with pytest.raises(StaleError):
-        again.push(push(0, 2), noise(SIZE, 0, 2))
+        resumed.push(push(0, 2), noise(SIZE, 0, 2))
     with pytest.raises(GapError):
-        again.push(push(0, 5), noise(SIZE, 0, 5))
-    step(again, 4)
-    step(again, 5)
-    assert same(state(again), state(shard))
+        resumed.push(push(0, 5), noise(SIZE, 0, 5))
+    step(resumed, 4)
+    step(resumed, 5)
+    assert equal(state(resumed), state(shard))
 
 
-def test_a_shard_that_waited_for_one_old_task_copies_all_the_same() -> None:
-    """The slowest is at three steps at once, and a checkpoint of two is due."""
-    shard = DenseStore(plan(ASYNC), torch.linspace(-1, 1, SIZE))
+def test_copies_a_due_version_that_is_passed_by_several_steps() -> None:
+    """The missing task completes three steps at once, and a checkpoint of step 2 is due."""
+    shard = DenseStore(plan_of(ASYNC), torch.linspace(-1, 1, SIZE))
     shard.restore(0)
     for seq, task in enumerate([0, 2, 3, 4, 5]):
         push_now(shard, PushId("run", 1, 0, seq, task), noise(SIZE, task))
@@ -113,14 +115,14 @@ def test_a_shard_that_waited_for_one_old_task_copies_all_the_same() -> None:
     push_now(shard, PushId("run", 1, 1, 0, 1), noise(SIZE, 1))
     kept = shard.take_copies(2)
     assert shard.steps == 3 and kept is not None
-    again = DenseStore(plan(ASYNC), kept.pop(""))
-    again.restore(2, kept)
-    assert push_now(again, PushId("run", 1, 0, 0, 3), noise(SIZE, 3)) is Verdict.LATE
-    assert push_now(again, PushId("run", 1, 0, 1, 4), noise(SIZE, 4)) is Verdict.NEW
+    resumed = DenseStore(plan_of(ASYNC), kept.pop(""))
+    resumed.restore(2, kept)
+    assert push_now(resumed, PushId("run", 1, 0, 0, 3), noise(SIZE, 3)) is Verdict.LATE
+    assert push_now(resumed, PushId("run", 1, 0, 1, 4), noise(SIZE, 4)) is Verdict.NEW
 
 
-def test_an_asynchronous_shard_copies_when_the_slowest_is_there() -> None:
-    shard = DenseStore(plan(ASYNC), torch.linspace(-1, 1, SIZE))
+def test_asynchronous_shard_copies_when_the_slowest_rank_reaches_the_step() -> None:
+    shard = DenseStore(plan_of(ASYNC), torch.linspace(-1, 1, SIZE))
     shard.restore(0)
     for rank, seq in [(0, 0), (0, 1), (0, 2), (1, 0)]:
         push_now(shard, push(rank, seq), noise(SIZE, rank, seq))
@@ -130,25 +132,25 @@ def test_an_asynchronous_shard_copies_when_the_slowest_is_there() -> None:
     push_now(shard, push(0, 3), noise(SIZE, 0, 3))
     kept = shard.take_copies(2)
     assert kept is not None
-    assert same(kept, at_two)
+    assert equal(kept, at_two)
     params = kept.pop("")
-    again = DenseStore(plan(ASYNC), params)
-    again.restore(2, kept)
-    assert (again.version, again.steps, again.pull(0)) == (4, 2, 4)
-    assert push_now(again, push(0, 2), noise(SIZE, 0, 2)) is Verdict.NEW
-    assert (again.steps, again.staleness_of(0)) == (2, 0)
+    resumed = DenseStore(plan_of(ASYNC), params)
+    resumed.restore(2, kept)
+    assert (resumed.version, resumed.steps, resumed.pull(0)) == (4, 2, 4)
+    assert push_now(resumed, push(0, 2), noise(SIZE, 0, 2)) is Verdict.NEW
+    assert (resumed.steps, resumed.staleness_of(0)) == (2, 0)
 
 
-def test_a_service_waits_for_ranks_that_are_behind() -> None:
-    service = ShardServer("server-0", plan(SYNCHRONOUS, 1), ServerLimits(5, 5), torch.zeros(SIZE))
-    service.restore(0, lambda params: params.fill_(1.0))
-    assert service.take_copies(1, 0.01) == (0, None)
-    found: list[tuple[int, dict[str, Tensor] | None]] = []
-    waiting = threading.Thread(target=lambda: found.append(service.take_copies(1, 5)))
+def test_take_copies_waits_for_slow_ranks() -> None:
+    server = ShardServer("server-0", plan_of(SYNCHRONOUS, 1), ServerLimits(5, 5), torch.zeros(SIZE))
+    server.restore(0, lambda params: params.fill_(1.0))
+    assert server.take_copies(1, 0.01) == (0, None)
+    results: list[tuple[int, dict[str, Tensor] | None]] = []
+    waiting = threading.Thread(target=lambda: results.append(server.take_copies(1, 5)))
     waiting.start()
     threads = [
         threading.Thread(
-            target=service.push,
+            target=server.push,
             args=(push(r, 0), noise(SIZE, r, 0), full_record(), lambda values, version: None),
         )
         for r in range(WORLD)
@@ -157,35 +159,36 @@ def test_a_service_waits_for_ranks_that_are_behind() -> None:
         thread.start()
     for thread in [*threads, waiting]:
         thread.join(60)
-    [(steps, kept)] = found
+    [(steps, kept)] = results
     assert steps == 1
     assert kept is not None
     assert kept[""].shape == (SIZE,)
 
 
-def answers(*copies: ShardCopy) -> Any:
-    left = list(copies)
-    return lambda limit_s: left.pop(0) if len(left) > 1 else left[0]
+def replies(*copies: ShardCopy) -> Any:
+    """Return a call that returns the copies in turn, and then the last one again."""
+    remaining = list(copies)
+    return lambda limit_s: remaining.pop(0) if len(remaining) > 1 else remaining[0]
 
 
-HERE = ShardCopy(5, 0, (), ["x"])
+COMPLETE = ShardCopy(5, 0, (), ["x"])
 
 
 @pytest.mark.parametrize(
-    ("asks", "found"),
+    ("calls", "count"),
     [
-        ([answers(HERE), answers(HERE)], 2),
-        ([answers(ShardCopy(3), ShardCopy(4), HERE), answers(HERE)], 2),
-        ([answers(HERE), answers(ShardCopy(5))], None),
-        ([answers(ShardCopy(7))], None),
+        ([replies(COMPLETE), replies(COMPLETE)], 2),
+        ([replies(ShardCopy(3), ShardCopy(4), COMPLETE), replies(COMPLETE)], 2),
+        ([replies(COMPLETE), replies(ShardCopy(5))], None),
+        ([replies(ShardCopy(7))], None),
     ],
 )
-def test_all_shards_copies_or_none(asks: Any, found: int | None) -> None:
-    copies = fetch_copies(asks, 5, 10.0)
-    assert (copies and len(copies)) == found
+def test_fetch_copies_returns_all_shards_or_none(calls: Any, count: int | None) -> None:
+    copies = fetch_copies(calls, 5, 10.0)
+    assert (copies and len(copies)) == count
 
 
-def test_nobody_moves() -> None:
-    began = time.monotonic()
-    assert fetch_copies([answers(ShardCopy(3))], 5, 0.1) is None
-    assert time.monotonic() - began < 5
+def test_fetch_copies_has_a_deadline() -> None:
+    started = time.monotonic()
+    assert fetch_copies([replies(ShardCopy(3))], 5, 0.1) is None
+    assert time.monotonic() - started < 5

@@ -1,4 +1,4 @@
-"""A rank's part of a checkpoint: copied, sent off by a thread, skipped or waited for."""
+"""`CheckpointUploader`: copies a rank's part of a checkpoint, and sends or skips it."""
 
 import threading
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ from distplat.platform.tensor_slices import TensorEntry, TensorSlice
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 
 
-class Slow:
-    """Arrays that take their time to leave."""
+class BlockedUpload:
+    """An uploader whose `put` waits for an event."""
 
     def __init__(self) -> None:
         self.gate, self.sent = threading.Event(), list[Delivery]()
@@ -33,10 +33,10 @@ class Slow:
 
 
 @pytest.fixture
-def slow() -> Iterator[Slow]:
-    slow = Slow()
-    yield slow
-    slow.gate.set()
+def upload() -> Iterator[BlockedUpload]:
+    upload = BlockedUpload()
+    yield upload
+    upload.gate.set()
 
 
 def part(value: float, **more: Any) -> CheckpointPart:
@@ -46,37 +46,37 @@ def part(value: float, **more: Any) -> CheckpointPart:
     return CheckpointPart((torch.full((3,), value),), (entry,), **more)
 
 
-def test_a_part_is_copied_before_training_goes_on(slow: Slow) -> None:
-    given = part(1.0)
-    slow.uploader.take(5, given, {})
-    given.tensors[0].fill_(9)
-    slow.gate.set()
-    slow.uploader.flush()
-    [sent] = slow.sent
+def test_copies_the_part_before_take_returns(upload: BlockedUpload) -> None:
+    checkpoint_part = part(1.0)
+    upload.uploader.take(5, checkpoint_part, {})
+    checkpoint_part.tensors[0].fill_(9)
+    upload.gate.set()
+    upload.uploader.flush()
+    [sent] = upload.sent
     assert sent.refs[0][0].view(np.float32).tolist() == [1, 1, 1]
-    assert (sent.rank, sent.version, sent.entries) == (1, 5, (given.entries,))
+    assert (sent.rank, sent.version, sent.entries) == (1, 5, (checkpoint_part.entries,))
 
 
-def test_the_next_part_waits_for_the_last_one_or_is_skipped(slow: Slow) -> None:
-    slow.uploader.take(5, part(1.0), {})
-    slow.uploader._limit_s = 0.2
+def test_next_part_waits_for_the_previous_one_or_is_skipped(upload: BlockedUpload) -> None:
+    upload.uploader.take(5, part(1.0), {})
+    upload.uploader._limit_s = 0.2
     with pytest.raises(DeadlineExceeded, match=r"failure\.step_timeout_s"):
-        slow.uploader.take(6, part(2.0), {})
-    slow.uploader._limit_s = 60.0
-    slow.uploader.take(7, part(3.0, may_skip=True), {})
-    assert [(d.version, d.skipped, d.failure) for d in slow.sent] == [(7, True, "")]
-    slow.uploader._limit_s = 0.0
-    slow.uploader.take(8, part(3.0, may_skip=True), {})
-    assert "failure.step_timeout_s" in slow.sent[1].failure, "it counts as one that failed"
-    slow.uploader._limit_s = 60.0
-    slow.gate.set()
-    slow.uploader.take(9, part(4.0), {})
-    slow.uploader.flush()
-    assert [d.version for d in slow.sent] == [7, 8, 5, 9]
+        upload.uploader.take(6, part(2.0), {})
+    upload.uploader._limit_s = 60.0
+    upload.uploader.take(7, part(3.0, may_skip=True), {})
+    assert [(d.version, d.skipped, d.failure) for d in upload.sent] == [(7, True, "")]
+    upload.uploader._limit_s = 0.0
+    upload.uploader.take(8, part(3.0, may_skip=True), {})
+    assert "failure.step_timeout_s" in upload.sent[1].failure, "it counts as failed"
+    upload.uploader._limit_s = 60.0
+    upload.gate.set()
+    upload.uploader.take(9, part(4.0), {})
+    upload.uploader.flush()
+    assert [d.version for d in upload.sent] == [7, 8, 5, 9]
 
 
 @pytest.mark.parametrize(
-    ("error", "lost"),
+    ("error", "is_lost"),
     [
         (None, False),
         (DeadlineExceeded("kept", ("server-0",), 1.0, "x"), False),
@@ -85,22 +85,22 @@ def test_the_next_part_waits_for_the_last_one_or_is_skipped(slow: Slow) -> None:
         (Abandoned("kept"), True),
     ],
 )
-def test_servers_that_have_nothing_more_cost_one_checkpoint(
-    slow: Slow, error: DistplatError | None, lost: bool
+def test_failed_fetch_skips_one_checkpoint(
+    upload: BlockedUpload, error: DistplatError | None, is_lost: bool
 ) -> None:
     def fetch() -> None:
         if error is not None:
             raise error
 
-    slow.gate.set()
-    slow.uploader.take(5, part(1.0, fetch=fetch), {})
-    slow.uploader.flush()
-    assert [d.skipped for d in slow.sent] == [True]
-    assert slow.sent[0].failure == ("" if error is None else str(error))
-    assert slow.sent[0].lost is lost
+    upload.gate.set()
+    upload.uploader.take(5, part(1.0, fetch=fetch), {})
+    upload.uploader.flush()
+    assert [d.skipped for d in upload.sent] == [True]
+    assert upload.sent[0].failure == ("" if error is None else str(error))
+    assert upload.sent[0].lost is is_lost
 
 
-def test_a_rank_without_a_part_says_so(slow: Slow) -> None:
-    slow.uploader.take(5, CheckpointPart(), {"a": 1})
-    slow.uploader.flush()
-    assert slow.sent == [Delivery(1, 0, 5, facts={"a": 1})]
+def test_rank_without_a_part_sends_an_empty_delivery(upload: BlockedUpload) -> None:
+    upload.uploader.take(5, CheckpointPart(), {"a": 1})
+    upload.uploader.flush()
+    assert upload.sent == [Delivery(1, 0, 5, facts={"a": 1})]

@@ -1,4 +1,4 @@
-"""The driver's side: parts collected, written in a thread, errors of the disk; and whole runs."""
+"""Checkpoints on the driver: assembling parts, writing in a thread, and disk errors."""
 
 import errno
 import os
@@ -28,25 +28,23 @@ from distplat.platform.recovery import Policy
 from distplat.platform.resume import NOT_FINITE
 from distplat.strategies.strategy_spec import Roles
 
-HERE = Path(__file__).parents[1] / "cluster"
-
 
 def complete(*deliveries: Delivery, attempt: int = 0) -> tuple[list[int], list[int]]:
-    """Versions that became complete, and those that never will."""
-    collecting = CheckpointAssembly(2)
-    collecting.begin(attempt)
-    found = [parts[0].version for d in deliveries if (parts := collecting.add(d))]
-    return found, collecting.skipped()
+    """Return the complete versions and the skipped versions."""
+    assembly = CheckpointAssembly(2)
+    assembly.begin(attempt)
+    versions = [parts[0].version for d in deliveries if (parts := assembly.add(d))]
+    return versions, assembly.skipped()
 
 
-def test_a_version_is_complete_when_all_ranks_gave_it() -> None:
+def test_version_is_complete_after_the_parts_of_all_ranks() -> None:
     assert complete(delivery(0, 5), delivery(0, 6), delivery(1, 5), delivery(1, 6)) == ([5, 6], [])
     assert complete(delivery(0, 5), delivery(1, 6)) == ([], [])
     assert complete(delivery(1, 5), delivery(1, 6), delivery(0, 6), delivery(0, 5)) == ([6], [5])
     assert complete(delivery(0, 5), delivery(1, 5, skipped=True)) == ([], [5])
 
 
-def test_attempts_never_meet() -> None:
+def test_ignores_parts_of_other_attempts() -> None:
     mixed = [delivery(0, 5), delivery(1, 5, attempt=1), delivery(0, 5, attempt=1)]
     assert complete(*mixed, attempt=1) == ([5], [])
     assert complete(*mixed[:2], attempt=1) == ([], [])
@@ -59,7 +57,7 @@ def launch(tmp_path: Path) -> Launch:
     return Launch(job, "run", Roles(), Policy(), None, "", None, tmp_path)
 
 
-def test_parts_become_files(launch: Launch) -> None:
+def test_writes_parts_to_files(launch: Launch) -> None:
     checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     give(checkpoints, 1, 2, 3)
     assert [saved.step for saved in checkpoints.take_finished()] == [1, 2, 3]
@@ -72,7 +70,7 @@ def test_parts_become_files(launch: Launch) -> None:
     assert Catalogue(launch.folder / "checkpoints").steps() == [2, 3]
 
 
-def test_a_full_disk_is_warned_of_then_ends_the_run(
+def test_full_disk_warns_first_and_then_ends_the_run(
     launch: Launch, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = Checkpoints(launch, 2, lambda ref: ref)
@@ -86,7 +84,9 @@ def test_a_full_disk_is_warned_of_then_ends_the_run(
     assert [saved.step for saved in checkpoints.take_finished()] == [5]
     disk.full = True
     give(checkpoints, 6, 7)
-    assert checkpoints.take_finished() == [], "counted from the last that was written"
+    assert checkpoints.take_finished() == [], (
+        "failures are counted since the last written checkpoint"
+    )
     give(checkpoints, 8)
     with pytest.raises(StorageError, match=r"3 checkpoints .*/checkpoints: step 8: No space"):
         checkpoints.take_finished()
@@ -95,10 +95,10 @@ def test_a_full_disk_is_warned_of_then_ends_the_run(
     assert found.step == 5
 
 
-def test_parameters_that_are_not_finite_are_no_checkpoint(
+def test_does_not_save_parameters_that_are_not_finite(
     launch: Launch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On whatever rank; the checkpoints before stay, and the newest of them is gone on from."""
+    """On any rank; earlier checkpoints stay, and a rollback restores the newest of them."""
     checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     give(checkpoints, 1, 2)
     for version in (3, 4):
@@ -108,12 +108,10 @@ def test_parameters_that_are_not_finite_are_no_checkpoint(
     newest = checkpoints.newest()
     assert newest is not None and newest.step == 2
     assert "no checkpoint of step 4: '0.weight' holds NaN or infinity" in caplog.text
-    assert checkpoints.take_finished(), "the disk is not to blame"
+    assert checkpoints.take_finished(), "not a disk error"
 
 
-def test_a_part_that_was_lost_costs_one_checkpoint(
-    launch: Launch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lost_part_skips_one_checkpoint(launch: Launch, caplog: pytest.LogCaptureFixture) -> None:
     def fetch(ref: Any) -> Any:
         if ref[0][0] == 21:
             raise ValueError("its owner died")
@@ -125,9 +123,7 @@ def test_a_part_that_was_lost_costs_one_checkpoint(
     assert "no checkpoint of step 2: its owner died" in caplog.text
 
 
-def test_every_checkpoint_that_fails_counts_whatever_the_cause(
-    launch: Launch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counts_failures_of_every_cause(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     def fetch(ref: Any) -> Any:
         if ref[0][0] > 30:
             raise ValueError("its owner died")
@@ -146,22 +142,22 @@ def test_every_checkpoint_that_fails_counts_whatever_the_cause(
         checkpoints.take_finished()
 
 
-def test_a_part_that_does_not_come_in_time_names_the_setting(
+def test_late_part_error_names_the_setting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    waited: list[float] = []
+    timeouts: list[float] = []
 
     def late(self: RayTransport, reference: object, timeout_s: float) -> None:
-        waited.append(timeout_s)
+        timeouts.append(timeout_s)
         raise AnswerPending
 
     monkeypatch.setattr(RayTransport, "get", late)
     with pytest.raises(DeadlineExceeded, match=r"waited 7 s.*`failure\.step_timeout_s`"):
         controller_actor._fetch_arrays([None], limit_s=7.0)
-    assert waited == [7.0]
+    assert timeouts == [7.0]
 
 
-def test_checkpoints_that_one_lost_worker_takes_along_count_as_one(launch: Launch) -> None:
+def test_failures_of_one_lost_worker_count_once(launch: Launch) -> None:
     def fetch(ref: Any) -> Any:
         raise ValueError("its owner died")
 
@@ -171,8 +167,8 @@ def test_checkpoints_that_one_lost_worker_takes_along_count_as_one(launch: Launc
     assert checkpoints.take_finished() == []
 
 
-def test_a_rollback_sets_damaged_checkpoints_aside(launch: Launch) -> None:
-    """Else the damaged one is the newest, and what is written after the rollback is deleted."""
+def test_rollback_sets_damaged_checkpoints_aside(launch: Launch) -> None:
+    """A damaged checkpoint that stays the newest would cause the deletion of later ones."""
     checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     give(checkpoints, 4, 6)
     corrupt(checkpoints._catalogue.path(6))
@@ -189,7 +185,7 @@ def test_a_rollback_sets_damaged_checkpoints_aside(launch: Launch) -> None:
 
 
 @pytest.mark.parametrize("fault", ["damaged", "unreadable", "gone"])
-def test_a_rollback_never_begins_at_step_0_where_there_were_checkpoints(
+def test_rollback_never_restarts_at_step_0_if_checkpoints_existed(
     fault: str, launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = Checkpoints(launch, 2, lambda ref: ref)
@@ -207,51 +203,55 @@ def test_a_rollback_never_begins_at_step_0_where_there_were_checkpoints(
         monkeypatch.setattr(Path, "iterdir", refuse)
     else:
         shutil.rmtree(catalogue.folder)
-    told = {"damaged": "all 2 checkpoints", "unreadable": "Stale file", "gone": "2 is gone, and"}
-    with pytest.raises(StorageError, match=told[fault]):
+    messages = {
+        "damaged": "all 2 checkpoints",
+        "unreadable": "Stale file",
+        "gone": "2 is gone, and",
+    }
+    with pytest.raises(StorageError, match=messages[fault]):
         checkpoints.newest()
 
 
-def test_a_resumed_run_goes_back_to_what_it_began_from(
+def test_resumed_run_rolls_back_to_its_initial_checkpoint(
     launch: Launch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = Checkpoints(launch, 2, lambda ref: ref)
     give(first, 1)
-    began_from = first._catalogue.path(1)
-    resumed = replace(launch, resumed=began_from, folder=tmp_path / "resumed")
+    initial = first._catalogue.path(1)
+    resumed = replace(launch, resumed=initial, folder=tmp_path / "resumed")
     resumed.folder.mkdir()
     checkpoints = Checkpoints(resumed, 2, lambda ref: ref)
     give(checkpoints, 2)
     corrupt(checkpoints._catalogue.path(2))
     found = checkpoints.newest()
-    assert found is not None and found.path == began_from
+    assert found is not None and found.path == initial
     assert (
         "all 1 checkpoints are damaged; the rollback uses the checkpoint of --resume" in caplog.text
     )
 
 
-def test_a_rollback_waits_for_a_slow_writer_and_nothing_is_deleted_while_it_reads(
+def test_rollback_reads_while_no_checkpoint_is_deleted(
     launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate, reading = threading.Event(), threading.Event()
     keep = launch.job.checkpoint.model_copy(update={"num_to_keep": 1})
     launch = replace(launch, job=launch.job.model_copy(update={"checkpoint": keep}))
 
-    def slowly(ref: Any) -> Any:
+    def fetch(ref: Any) -> Any:
         assert ref[0][0] < 20 or gate.wait(60)
         return ref
 
-    checkpoints = Checkpoints(launch, 2, slowly)
+    checkpoints = Checkpoints(launch, 2, fetch)
     give(checkpoints, 1)
     monkeypatch.setattr(checkpoints, "_wait_for_writer", lambda limit_s: None)
-    real = checkpoints._catalogue.newest
+    original = checkpoints._catalogue.newest
 
     def newest(warn: Any, moved: Any) -> Any:
         reading.set()
         gate.set()
-        time.sleep(0.3)  # the writer is done with step 2 meanwhile, but for deleting step 1
+        time.sleep(0.3)  # meanwhile the writer finishes step 2, except for the deletion of step 1
         assert checkpoints._catalogue.path(1).is_dir()
-        return real(warn, moved)
+        return original(warn, moved)
 
     monkeypatch.setattr(checkpoints._catalogue, "newest", newest)
     for rank in range(2):
@@ -262,19 +262,19 @@ def test_a_rollback_waits_for_a_slow_writer_and_nothing_is_deleted_while_it_read
     assert checkpoints._catalogue.steps() == [2]
 
 
-def test_a_rollback_says_for_what_it_waits_and_goes_on_without_it(
+def test_rollback_waits_for_the_writer_until_a_deadline(
     launch: Launch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("distplat.actors.checkpointing._SILENT_S", 0.01)
-    # What is there is read in any time.
+    # Reading has no deadline here.
     monkeypatch.setattr("distplat.platform.disk.time", SimpleNamespace(monotonic=lambda: 0.0))
     gate = threading.Event()
 
-    def slowly(ref: Any) -> Any:
+    def fetch(ref: Any) -> Any:
         assert ref[0][0] < 20 or gate.wait(60)
         return ref
 
-    checkpoints = Checkpoints(hasty(launch, 0.3), 2, slowly)
+    checkpoints = Checkpoints(hasty(launch, 0.3), 2, fetch)
     give(checkpoints, 1)
     for rank in range(2):
         checkpoints.take(delivery(rank, 2))
@@ -285,9 +285,7 @@ def test_a_rollback_says_for_what_it_waits_and_goes_on_without_it(
     assert "still being written after 0.3 s (`failure.storage_timeout_s`)" in caplog.text
 
 
-def test_a_disk_that_hangs_while_it_is_read_ends_the_run(
-    launch: Launch, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hanging_read_ends_the_run(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     checkpoints = Checkpoints(hasty(launch, 0.2), 2, lambda ref: ref)
     monkeypatch.setattr(checkpoints._catalogue, "newest", lambda *_: gate.wait(60))
@@ -297,56 +295,56 @@ def test_a_disk_that_hangs_while_it_is_read_ends_the_run(
     assert "`failure.storage_timeout_s` changes this deadline" in str(raised.value)
 
 
-def test_what_the_disk_cannot_keep_up_with_is_skipped(
+def test_skips_checkpoints_if_the_disk_is_too_slow(
     launch: Launch, caplog: pytest.LogCaptureFixture
 ) -> None:
     gate = threading.Event()
 
-    def slowly(ref: Any) -> Any:
+    def fetch(ref: Any) -> Any:
         assert gate.wait(60)
         return ref
 
-    checkpoints = Checkpoints(launch, 2, slowly)
+    checkpoints = Checkpoints(launch, 2, fetch)
     for version in range(1, 8):
         for rank in range(2):
             checkpoints.take(delivery(rank, version))
     gate.set()
     checkpoints.drain()
-    told = [saved.step for saved in checkpoints.take_finished()]
-    assert told[-2:] == [6, 7]
-    assert len(told) <= 3
+    steps = [saved.step for saved in checkpoints.take_finished()]
+    assert steps[-2:] == [6, 7]
+    assert len(steps) <= 3
     assert caplog.text.count("checkpoints come faster than they are written") == 1
 
 
-@pytest.mark.parametrize(("room", "skipped"), [(64 * 2**20, []), (0, [2, 3, 4, 5])])
-def test_small_checkpoints_wait_for_a_slow_disk(
-    room: int, skipped: list[int], launch: Launch, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("queue_bytes", "skipped"), [(64 * 2**20, []), (0, [2, 3, 4, 5])])
+def test_queues_small_checkpoints_for_a_slow_disk(
+    queue_bytes: int, skipped: list[int], launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("distplat.actors.checkpointing._QUEUE_BYTES", room)
+    monkeypatch.setattr("distplat.actors.checkpointing._QUEUE_BYTES", queue_bytes)
     keep = launch.job.checkpoint.model_copy(update={"num_to_keep": 9})
     launch = replace(launch, job=launch.job.model_copy(update={"checkpoint": keep}))
-    gate, begun = threading.Event(), threading.Event()
+    gate, started = threading.Event(), threading.Event()
 
-    def slowly(ref: Any) -> Any:
-        begun.set()
+    def fetch(ref: Any) -> Any:
+        started.set()
         assert gate.wait(60)
         return ref
 
-    checkpoints = Checkpoints(launch, 2, slowly)
+    checkpoints = Checkpoints(launch, 2, fetch)
     for version in range(1, 8):
         for rank in range(2):
             checkpoints.take(delivery(rank, version))
-        assert begun.wait(60)  # the first one is being written, and does not wait
+        assert started.wait(60)  # the first checkpoint is being written, outside the queue
     gate.set()
     checkpoints.drain()
     written = [saved.step for saved in checkpoints.take_finished()]
     assert written == [step for step in range(1, 8) if step not in skipped]
 
 
-def test_old_ones_that_stay_end_no_run(
+def test_failed_deletion_only_warns(
     launch: Launch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As on NFS, while the upload of a copy reads them."""
+    """On NFS a deletion fails while another process reads the file."""
 
     def busy(self: Disk, path: Path) -> None:
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
@@ -361,7 +359,7 @@ def test_old_ones_that_stay_end_no_run(
     ]
 
 
-def test_what_a_rank_skips_is_said_once(launch: Launch, caplog: pytest.LogCaptureFixture) -> None:
+def test_warns_once_of_skipped_parts(launch: Launch, caplog: pytest.LogCaptureFixture) -> None:
     checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     for version in (1, 2):
         for rank in range(2):
@@ -371,7 +369,7 @@ def test_what_a_rank_skips_is_said_once(launch: Launch, caplog: pytest.LogCaptur
     assert checkpoints.take_finished() == []
 
 
-def test_a_part_that_failed_is_not_said_to_come_too_fast(
+def test_failed_part_is_not_reported_as_too_fast(
     launch: Launch, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = Checkpoints(launch, 2, lambda ref: ref)

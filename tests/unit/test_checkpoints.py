@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there, whatever comes between; a damaged one is never taken."""
+"""Checkpoints on disk are written atomically, and damaged ones are never loaded."""
 
 import errno
 import hashlib
@@ -29,60 +29,60 @@ from distplat.platform.errors import SpecError, StorageError
 
 
 class Crash(BaseException):
-    """The process is no more."""
+    """The process dies."""
 
 
-class BadDisk(Disk):
-    """Crashes, or fails with an error, at operation number `at`, before, in the middle or after."""
+class FaultyDisk(Disk):
+    """Crashes before, during or after operation number `at`, or raises an error at it."""
 
     def __init__(self, at: int, how: str) -> None:
-        self.at, self.how, self.done = at, how, 0
+        self.at, self.how, self.count = at, how, 0
         self.log: list[tuple[str, str]] = []
 
-    def _before(self, what: str, path: Path) -> bool:
-        """Say whether this is the operation."""
-        self.log.append((what, path.name))
-        self.done += 1
-        if self.done - 1 == self.at and self.how == "before":
+    def _before(self, operation: str, path: Path) -> bool:
+        """Return whether this operation is the faulty one."""
+        self.log.append((operation, path.name))
+        self.count += 1
+        if self.count - 1 == self.at and self.how == "before":
             raise Crash
-        if self.done - 1 == self.at and self.how == "full":
+        if self.count - 1 == self.at and self.how == "full":
             raise OSError(errno.ENOSPC, "No space left on device")
-        return self.done - 1 == self.at
+        return self.count - 1 == self.at
 
     def make(self, path: Path) -> None:
-        hit = self._before("make", path)
+        is_faulty = self._before("make", path)
         super().make(path)
-        self._after(hit)
+        self._after(is_faulty)
 
     def write(self, path: Path, content: FileContent) -> tuple[int, str]:
-        hit = self._before("write", path)
-        if hit and self.how == "middle":
+        is_faulty = self._before("write", path)
+        if is_faulty and self.how == "middle":
             path.write_bytes(b"".join(content)[:7])
             raise Crash
         result = super().write(path, content)
-        self._after(hit)
+        self._after(is_faulty)
         return result
 
     def sync(self, path: Path) -> None:
-        hit = self._before("sync", path)
+        is_faulty = self._before("sync", path)
         super().sync(path)
-        self._after(hit)
+        self._after(is_faulty)
 
     def rename(self, old: Path, new: Path) -> None:
-        hit = self._before("rename", new)
+        is_faulty = self._before("rename", new)
         super().rename(old, new)
-        self._after(hit)
+        self._after(is_faulty)
 
     def remove(self, path: Path) -> None:
-        hit = self._before("remove", path)
-        if hit and self.how == "middle":
+        is_faulty = self._before("remove", path)
+        if is_faulty and self.how == "middle":
             next(path.iterdir()).unlink()
             raise Crash
         super().remove(path)
-        self._after(hit)
+        self._after(is_faulty)
 
-    def _after(self, hit: bool) -> None:
-        if hit and self.how in ("middle", "after"):
+    def _after(self, is_faulty: bool) -> None:
+        if is_faulty and self.how in ("middle", "after"):
             raise Crash
 
 
@@ -92,14 +92,14 @@ def save(catalogue: Catalogue, step: int, keep: int = 2) -> None:
     catalogue.prune(keep, step)
 
 
-def holds(checkpoint: StoredCheckpoint, step: int) -> None:
+def assert_content(checkpoint: StoredCheckpoint, step: int) -> None:
     assert checkpoint.step == step
     assert checkpoint.state == {"seed": 7, "step": step}
     assert checkpoint.files["model.safetensors"] == b"model " * 20 + str(step).encode()
     assert checkpoint.files["optimizer.safetensors"] == b""
 
 
-def must_not_warn(text: str) -> None:
+def fail_on_warning(text: str) -> None:
     raise AssertionError(text)
 
 
@@ -116,32 +116,32 @@ def must_not_warn(text: str) -> None:
         (3, 100, 3, True),
     ],
 )
-def test_when_one_is_due(version: int, every: int, total: int, due: bool) -> None:
+def test_is_due(version: int, every: int, total: int, due: bool) -> None:
     assert is_due(version, every, total) is due
 
 
 @given(st.sets(st.integers(0, 99)), st.integers(1, 5))
-def test_the_newest_stay(steps: set[int], keep: int) -> None:
-    gone = deletable_steps(steps, keep, max(steps, default=0))
-    left = steps - set(gone)
-    assert len(left) == min(keep, len(steps))
-    assert not gone or max(gone) < min(left)
+def test_keeps_the_newest(steps: set[int], keep: int) -> None:
+    deletable = deletable_steps(steps, keep, max(steps, default=0))
+    kept = steps - set(deletable)
+    assert len(kept) == min(keep, len(steps))
+    assert not deletable or max(deletable) < min(kept)
     for written in steps:
-        assert set(deletable_steps(steps, keep, written)) == set(gone) - {written}
+        assert set(deletable_steps(steps, keep, written)) == set(deletable) - {written}
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_write_and_read(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "checkpoints")
-    assert catalogue.newest(must_not_warn) is None
+    assert catalogue.newest(fail_on_warning) is None
     for step in (10, 20, 30):
         save(catalogue, step)
     assert catalogue.steps() == [20, 30]
-    found = catalogue.newest(must_not_warn)
+    found = catalogue.newest(fail_on_warning)
     assert found is not None
-    holds(found, 30)
-    holds(find(tmp_path, must_not_warn), 30)
-    holds(find(tmp_path / "checkpoints", must_not_warn), 30)
-    holds(find(tmp_path / "checkpoints" / "step-000020", must_not_warn), 20)
+    assert_content(found, 30)
+    assert_content(find(tmp_path, fail_on_warning), 30)
+    assert_content(find(tmp_path / "checkpoints", fail_on_warning), 30)
+    assert_content(find(tmp_path / "checkpoints" / "step-000020", fail_on_warning), 20)
     assert {p.name for p in found.path.iterdir()} == {
         "model.safetensors",
         "optimizer.safetensors",
@@ -150,9 +150,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     }
 
 
-def test_the_order_on_the_disk(tmp_path: Path) -> None:
-    """Files before the manifest, all of it before the name, the name before older ones go."""
-    disk = BadDisk(-1, "never")
+def test_order_of_disk_operations(tmp_path: Path) -> None:
+    """Files precede the manifest, then the rename, then the deletion of older checkpoints."""
+    disk = FaultyDisk(-1, "never")
     catalogue = Catalogue(tmp_path / "checkpoints", disk)
     save(catalogue, 10, keep=1)
     disk.log.clear()
@@ -173,40 +173,42 @@ def test_the_order_on_the_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["before", "middle", "after"])
-def test_a_crash_at_any_operation_leaves_a_whole_one(how: str, tmp_path: Path) -> None:
+def test_crash_at_any_operation_leaves_a_complete_checkpoint(how: str, tmp_path: Path) -> None:
     at = 0
     while True:
         folder = tmp_path / str(at) / "checkpoints"
         folder.parent.mkdir()
         save(Catalogue(folder), 10, keep=1)
         save(Catalogue(folder), 20, keep=1)
-        disk = BadDisk(at, how)
+        disk = FaultyDisk(at, how)
         try:
             save(Catalogue(folder, disk), 30, keep=1)
         except Crash:
-            named = [Catalogue(folder).path(step) for step in Catalogue(folder).steps()]
-            assert named
-            assert all(flaws(path) == [] for path in named), "a name means that it is whole"
-            newest = Catalogue(folder).newest(must_not_warn)
+            paths = [Catalogue(folder).path(step) for step in Catalogue(folder).steps()]
+            assert paths
+            assert all(flaws(path) == [] for path in paths), "renamed checkpoints are complete"
+            newest = Catalogue(folder).newest(fail_on_warning)
             assert newest is not None
-            holds(newest, newest.step)
+            assert_content(newest, newest.step)
             assert newest.step >= 20
             save(Catalogue(folder), 40, keep=1)
-            assert [path.name for path in folder.iterdir()] == ["step-000040"], "all is tidy again"
+            assert [path.name for path in folder.iterdir()] == ["step-000040"], (
+                "leftovers were deleted"
+            )
         else:
-            assert at > 8, "no operation was hit"
+            assert at > 8, "no operation was faulty"
             return
         at += 1
 
 
 @pytest.mark.parametrize("at", range(8))
-def test_a_full_disk_costs_nothing_that_is_there(at: int, tmp_path: Path) -> None:
+def test_full_disk_keeps_existing_checkpoints(at: int, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     save(Catalogue(folder), 10)
     with pytest.raises(OSError, match="No space left"):
-        save(Catalogue(folder, BadDisk(at, "full")), 20)
+        save(Catalogue(folder, FaultyDisk(at, "full")), 20)
     assert [p.name for p in folder.iterdir() if p.suffix == ".partial"] == []
-    found = Catalogue(folder).newest(must_not_warn)
+    found = Catalogue(folder).newest(fail_on_warning)
     assert found is not None
     assert found.step in (10, 20)
 
@@ -225,60 +227,60 @@ for step in itertools.count((steps[-1] if steps else 0) + 1):
 """
 
 
-def test_kills_at_random_moments(tmp_path: Path) -> None:
+def test_kill_at_random_moments(tmp_path: Path) -> None:
     folder, reached = tmp_path / "checkpoints", 0
     for round_ in range(12):
         child = subprocess.Popen(
             [sys.executable, "-c", CHILD, str(folder)], stdout=subprocess.PIPE, text=True
         )
         assert child.stdout is not None
-        told = [child.stdout.readline()]
+        lines = [child.stdout.readline()]
         time.sleep(0.002 * round_)
         os.kill(child.pid, signal.SIGKILL)
-        told += child.communicate(timeout=30)[0].splitlines()
-        newest = Catalogue(folder).newest(must_not_warn)
+        lines += child.communicate(timeout=30)[0].splitlines()
+        newest = Catalogue(folder).newest(fail_on_warning)
         assert newest is not None
-        sure = max(int(line) for line in told if line.strip())
-        assert newest.step >= max(sure, reached), "what was reported is there"
+        reported = max(int(line) for line in lines if line.strip())
+        assert newest.step >= max(reported, reached), "a reported checkpoint is missing"
         reached = newest.step
         assert newest.files["model.safetensors"] == bytes([reached % 256]) * 300_000
 
 
-def damaged(path: Path) -> list[bytes]:
-    """The file cut at every tenth of its length, and with single bits flipped all over it."""
+def damaged_contents(path: Path) -> list[bytes]:
+    """Return the content truncated at every tenth, and with single bits flipped everywhere."""
     content = path.read_bytes()
-    cut = [content[: len(content) * tenth // 10] for tenth in range(10)]
+    truncated = [content[: len(content) * tenth // 10] for tenth in range(10)]
     flipped = []
     for place in range(0, len(content), max(1, len(content) // 400)):
         for bit in (0, 5):
-            one = bytearray(content)
-            one[place] ^= 1 << bit
-            flipped.append(bytes(one))
-    return [*cut, *flipped]
+            copy = bytearray(content)
+            copy[place] ^= 1 << bit
+            flipped.append(bytes(copy))
+    return [*truncated, *flipped]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
-def test_every_damage_is_found_and_the_one_before_is_taken(name: str, tmp_path: Path) -> None:
+def test_detects_damage_and_loads_the_previous_checkpoint(name: str, tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "checkpoints")
     save(catalogue, 10)
     save(catalogue, 20)
     path = catalogue.path(20) / name
-    whole = path.read_bytes()
-    for content in damaged(path):
+    intact = path.read_bytes()
+    for content in damaged_contents(path):
         path.write_bytes(content)
-        told: list[str] = []
-        found = catalogue.newest(told.append)
+        warnings: list[str] = []
+        found = catalogue.newest(warnings.append)
         assert found is not None
-        holds(found, 10)
-        assert len(told) == 1
-        assert str(catalogue.path(20)) in told[0]
+        assert_content(found, 10)
+        assert len(warnings) == 1
+        assert str(catalogue.path(20)) in warnings[0]
         with pytest.raises(StorageError):
-            find(catalogue.path(20), must_not_warn)
-    path.write_bytes(whole)
-    holds(read(catalogue.path(20)), 20)
+            find(catalogue.path(20), fail_on_warning)
+    path.write_bytes(intact)
+    assert_content(read(catalogue.path(20)), 20)
 
 
-def test_a_file_is_missing_or_a_link(tmp_path: Path) -> None:
+def test_rejects_missing_files_and_links(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "checkpoints")
     save(catalogue, 10)
     path = catalogue.path(10) / "model.safetensors"
@@ -292,7 +294,7 @@ def test_a_file_is_missing_or_a_link(tmp_path: Path) -> None:
         find(tmp_path, lambda text: None)
 
 
-def test_a_damaged_newest_lets_no_older_one_go(tmp_path: Path) -> None:
+def test_keeps_older_checkpoints_if_the_newest_is_damaged(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "checkpoints")
     save(catalogue, 10, keep=9)
     save(catalogue, 20, keep=9)
@@ -302,32 +304,32 @@ def test_a_damaged_newest_lets_no_older_one_go(tmp_path: Path) -> None:
     assert catalogue.steps() == [10, 20]
 
 
-class Held(Disk):
-    """A disk on which nothing can be removed for a while, as on NFS while somebody reads it."""
+class BusyDisk(Disk):
+    """A disk whose deletions fail for a while, as on NFS while another process reads."""
 
-    held = True
+    busy = True
 
     def remove(self, path: Path) -> None:
-        if self.held:
+        if self.busy:
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
         super().remove(path)
 
 
-def test_what_cannot_be_deleted_costs_no_checkpoint(tmp_path: Path) -> None:
-    disk = Held()
+def test_failed_deletion_is_retried(tmp_path: Path) -> None:
+    disk = BusyDisk()
     catalogue = Catalogue(tmp_path / "checkpoints", disk)
     for step in (10, 20, 30):
         catalogue.write(step, {"model.safetensors": [b"model"]}, {})
-        told = catalogue.prune(1, step)
-        assert catalogue.steps() == [step], "what is half deleted counts for nothing"
-        assert told == ("" if step == 10 else f"{catalogue.path(step - 10)}: Directory not empty")
-    disk.held = False
+        error = catalogue.prune(1, step)
+        assert catalogue.steps() == [step], "a partly deleted checkpoint does not count"
+        assert error == ("" if step == 10 else f"{catalogue.path(step - 10)}: Directory not empty")
+    disk.busy = False
     catalogue.write(40, {"model.safetensors": [b"model"]}, {})
     assert catalogue.prune(1, 40) == ""
     assert [path.name for path in catalogue.folder.iterdir()] == ["step-000040"]
 
 
-def test_what_was_just_written_stays_where_older_work_had_come_further(tmp_path: Path) -> None:
+def test_keeps_a_new_checkpoint_older_than_existing_ones(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "checkpoints")
     save(catalogue, 10, keep=9)
     save(catalogue, 40, keep=9)
@@ -337,7 +339,7 @@ def test_what_was_just_written_stays_where_older_work_had_come_further(tmp_path:
     assert catalogue.steps() == [50]
 
 
-def test_damaged_ones_are_set_aside_and_their_steps_are_free_again(tmp_path: Path) -> None:
+def test_set_aside_frees_the_step(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "checkpoints")
     for step in (10, 20, 30):
         save(catalogue, step, keep=9)
@@ -346,12 +348,12 @@ def test_damaged_ones_are_set_aside_and_their_steps_are_free_again(tmp_path: Pat
         catalogue.set_aside(20)
         assert catalogue.steps() == [10, 20]
         save(catalogue, 30, keep=9)
-        holds(read(catalogue.path(30)), 30)
+        assert_content(read(catalogue.path(30)), 30)
     aside = catalogue.path(30).with_name("step-000030.damaged")
-    assert (aside / "model.safetensors").read_bytes() == b"lost", "a person may look at it"
+    assert (aside / "model.safetensors").read_bytes() == b"lost", "kept for inspection"
 
 
-def test_one_that_is_there_stays_and_a_damaged_one_is_replaced(tmp_path: Path) -> None:
+def test_write_replaces_only_damaged_checkpoints(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "checkpoints")
     save(catalogue, 10)
     inode = catalogue.path(10).stat().st_ino
@@ -359,10 +361,10 @@ def test_one_that_is_there_stays_and_a_damaged_one_is_replaced(tmp_path: Path) -
     assert catalogue.path(10).stat().st_ino == inode
     (catalogue.path(10) / "state.json").write_bytes(b"{}")
     save(catalogue, 10)
-    holds(read(catalogue.path(10)), 10)
+    assert_content(read(catalogue.path(10)), 10)
 
 
-def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+def test_rejects_newer_format(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "checkpoints")
     save(catalogue, 10)
     path = catalogue.path(10) / "manifest.json"
@@ -372,32 +374,32 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
         read(catalogue.path(10))
 
 
-def test_nothing_to_resume_from(tmp_path: Path) -> None:
+def test_rejects_resume_without_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="--resume: no checkpoint in"):
-        find(tmp_path, must_not_warn)
+        find(tmp_path, fail_on_warning)
     with pytest.raises(SpecError, match="there is no directory"):
-        find(tmp_path / "nowhere", must_not_warn)
+        find(tmp_path / "nowhere", fail_on_warning)
     with pytest.raises(SpecError, match="there is no "):
-        find(tmp_path / "step-000010", must_not_warn)
+        find(tmp_path / "step-000010", fail_on_warning)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
-@pytest.mark.parametrize("kind", ["fifo", "device", "directory", "longer"])
-def test_a_foreign_file_neither_hangs_nor_fills_memory(
-    kind: str, name: str, tmp_path: Path
+@pytest.mark.parametrize("file_type", ["fifo", "device", "directory", "longer"])
+def test_special_file_neither_hangs_nor_fills_memory(
+    file_type: str, name: str, tmp_path: Path
 ) -> None:
     catalogue = Catalogue(tmp_path / "checkpoints")
     save(catalogue, 10)
     path = catalogue.path(10) / name
-    if kind == "longer":
-        os.truncate(path, 2**40)  # of nothing: it takes no room
+    if file_type == "longer":
+        os.truncate(path, 2**40)  # sparse: uses no blocks
     else:
         path.unlink()
-    if kind == "fifo":
+    if file_type == "fifo":
         os.mkfifo(path)
-    elif kind == "directory":
+    elif file_type == "directory":
         path.mkdir()
-    elif kind == "device":
+    elif file_type == "device":
         try:
             os.mknod(path, 0o600 | stat.S_IFCHR, os.makedev(1, 5))  # /dev/zero
         except PermissionError:
@@ -406,8 +408,8 @@ def test_a_foreign_file_neither_hangs_nor_fills_memory(
         read(catalogue.path(10))
 
 
-def put_in(checkpoint: Path, name: str, content: bytes) -> None:
-    """Replace a file, and what the manifest says of it."""
+def replace_file(checkpoint: Path, name: str, content: bytes) -> None:
+    """Replace a file, and update its entry in the manifest."""
     (checkpoint / name).write_bytes(content)
     if name != "manifest.json":
         manifest = json.loads((checkpoint / "manifest.json").read_text())
@@ -438,10 +440,10 @@ DEEP = b"[" * 200_000
         ("state.json", b'{"step": ' + b"9" * 5000 + b"}"),
     ],
 )
-def test_json_of_any_shape_is_damage(name: str, content: bytes, tmp_path: Path) -> None:
+def test_malformed_json_is_damage(name: str, content: bytes, tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "checkpoints")
     save(catalogue, 10)
-    put_in(catalogue.path(10), name, content)
+    replace_file(catalogue.path(10), name, content)
     with pytest.raises(StorageError):
         read(catalogue.path(10))
     with pytest.raises(StorageError, match="all 1 checkpoints are damaged"):

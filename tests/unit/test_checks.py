@@ -1,4 +1,4 @@
-"""What a user's task may get wrong: each mistake in clear words, with its place and exit code."""
+"""Errors of user tasks: each message names the cause and the place, with its exit code."""
 
 import warnings
 from collections.abc import Callable
@@ -22,14 +22,14 @@ from distplat.strategies.loop.session import prepare
 pytestmark = pytest.mark.usefixtures("loader_server")
 
 
-def test_a_good_task_is_trained(tmp_path: Path) -> None:
+def test_trains_a_valid_task(tmp_path: Path) -> None:
     assert fit(Good, tmp_path).checkpoint is not None
 
 
-def outputs_without(graph: Callable[[Any, Any], Any]) -> type[Task]:
+def with_loss(function: Callable[[Any, Any], Any]) -> type[Task]:
     class Bad(Good):
         def loss(self, outputs: Any, targets: Any) -> Any:
-            return graph(outputs, targets)
+            return function(outputs, targets)
 
     return Bad
 
@@ -40,7 +40,7 @@ class Wrapped:
 
 
 @pytest.mark.parametrize(
-    ("returned", "message"),
+    ("loss", "message"),
     [
         (lambda o, t: F.cross_entropy(o, t).item(), r"got a float 0\.\d+: .*without \.item\(\)"),
         (lambda o, t: 3, r"got an int 3: return the tensor itself"),
@@ -59,31 +59,31 @@ class Wrapped:
         ),
     ],
 )
-def test_a_loss_that_cannot_be_differentiated(
-    returned: Callable[[Any, Any], Any], message: str, tmp_path: Path
+def test_rejects_loss_without_gradient(
+    loss: Callable[[Any, Any], Any], message: str, tmp_path: Path
 ) -> None:
-    error = told(outputs_without(returned), tmp_path)
+    error = told(with_loss(loss), tmp_path)
     assert error.step == 1
-    line = outputs_without(returned).loss.__code__.co_firstlineno
+    line = with_loss(loss).loss.__code__.co_firstlineno
     with pytest.raises(UserCodeError, match=rf"test_checks.py:{line}: loss\(\) .*{message}"):
         raise error
 
 
-def test_a_model_that_detaches(tmp_path: Path) -> None:
-    class Cut(nn.Linear):
+def test_rejects_model_that_detaches_its_output(tmp_path: Path) -> None:
+    class Detaching(nn.Linear):
         def forward(self, inputs: Tensor) -> Tensor:
             with torch.no_grad():
                 return super().forward(inputs)
 
     class Bad(Good):
         def model(self) -> nn.Module:
-            return Cut(3, 2)
+            return Detaching(3, 2)
 
     assert "does not either: its forward() detaches it" in told(Bad, tmp_path).summary
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("metrics", "message"),
     [
         ({"per_class": torch.ones(3)}, "gives 'per_class' as a tensor of shape [3], float32"),
         ({"per_class": torch.ones(3)}, "such as 'per_class_0'"),
@@ -94,13 +94,13 @@ def test_a_model_that_detaches(tmp_path: Path) -> None:
         (None, "got None: is there a `return`?"),
     ],
 )
-def test_a_metric_that_is_no_number(given: Any, message: str, tmp_path: Path) -> None:
+def test_rejects_metrics_that_are_not_numbers(metrics: Any, message: str, tmp_path: Path) -> None:
     class Bad(Good):
         def eval_data(self) -> Dataset[Any]:
             return samples()
 
         def metrics(self, outputs: Any, targets: Any) -> Any:
-            return given
+            return metrics
 
     error = told(Bad, tmp_path)
     assert message in error.summary
@@ -110,12 +110,12 @@ def test_a_metric_that_is_no_number(given: Any, message: str, tmp_path: Path) ->
 
 def scripted(module: nn.Module) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch deprecates it, and people have it
+        warnings.simplefilter("ignore")  # deprecated by torch, and still used
         return torch.jit.script(module)
 
 
 @pytest.mark.parametrize(
-    ("built", "message"),
+    ("build", "message"),
     [
         (lambda: None, "got None: is there a `return`?"),
         (lambda: nn.Linear, "got the class Linear: call it, Linear(...)"),
@@ -129,17 +129,17 @@ def scripted(module: nn.Module) -> Any:
         (lambda: nn.Sequential(scripted(nn.Linear(3, 2))), "'0' is a ScriptModule of torch.jit"),
     ],
 )
-def test_a_model_that_is_none(built: Callable[[], Any], message: str, tmp_path: Path) -> None:
+def test_rejects_invalid_models(build: Callable[[], Any], message: str, tmp_path: Path) -> None:
     class Bad(Good):
         def model(self) -> Any:
-            return built()
+            return build()
 
     error = told(Bad, tmp_path)
     assert message in error.summary
     assert error.step is None
 
 
-def test_a_lazy_model_that_saw_a_batch_is_trained(tmp_path: Path) -> None:
+def test_trains_an_initialized_lazy_model(tmp_path: Path) -> None:
     class Lazy(Good):
         def model(self) -> nn.Module:
             model = nn.LazyLinear(2)
@@ -149,38 +149,38 @@ def test_a_lazy_model_that_saw_a_batch_is_trained(tmp_path: Path) -> None:
     assert fit(Lazy, tmp_path).checkpoint is not None
 
 
-def test_a_last_batch_of_one_meets_a_batch_norm(tmp_path: Path) -> None:
-    class Normed(Good):
+def test_batch_norm_fails_on_a_batch_of_one_sample(tmp_path: Path) -> None:
+    class WithBatchNorm(Good):
         def model(self) -> nn.Module:
             return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
 
         def train_data(self) -> Dataset[Any]:
             return samples(5)
 
-    error = told(Normed, tmp_path)
+    error = told(WithBatchNorm, tmp_path)
     assert error.step == 2
     assert "`data.drop_last: true` leaves out a short last batch" in error.remedy
     assert str(error).endswith(f"hint: {error.remedy}")
-    assert fit(Normed, tmp_path, data={"drop_last": True}).checkpoint is not None
+    assert fit(WithBatchNorm, tmp_path, data={"drop_last": True}).checkpoint is not None
 
 
-def test_out_of_memory_names_what_takes_less(tmp_path: Path) -> None:
+def test_out_of_memory_error_names_settings_that_save_memory(tmp_path: Path) -> None:
     class Large(Good):
         def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
             return torch.zeros(1 << 60).sum() + outputs.sum()
 
-    class OnCard(Good):
+    class OutOfGpuMemory(Good):
         def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    for kind in (Large, OnCard):
-        remedy = told(kind, tmp_path).remedy
+    for task in (Large, OutOfGpuMemory):
+        remedy = told(task, tmp_path).remedy
         assert "raise `gradient_accumulation`" in remedy
         assert "lower `global_batch_size`" in remedy
 
 
-class Frequencies(Task):
-    """A row that a batch has often moves no further than the others."""
+class ScaledByFrequency(Task):
+    """An embedding with `scale_grad_by_freq`, which depends on the rows of the whole batch."""
 
     def model(self) -> nn.Module:
         table = nn.Embedding(5, 3, scale_grad_by_freq=True)
@@ -204,19 +204,19 @@ class Frequencies(Task):
         ({"name": "hybrid", "pipeline": 2, "micro_batches": 1, "cut": "even"}, 2, {}, 1),
     ],
 )
-def test_an_embedding_that_counts_a_batchs_rows_is_refused_where_batches_are_cut(
+def test_rejects_scale_grad_by_freq_if_batches_are_split(
     strategy: Any, workers: int, more: dict[str, Any], parts: int
 ) -> None:
     job = job_of(strategy, workers, **more)
     if parts == 1:
-        local_run.train(job, Frequencies)
+        local_run.train(job, ScaledByFrequency)
         return
     with pytest.raises(SpecError, match="'0' with `scale_grad_by_freq`") as caught:
-        local_run.train(job, Frequencies)
+        local_run.train(job, ScaledByFrequency)
     assert f"this job splits a batch into {parts} micro-batches" in str(caught.value)
 
 
-def test_a_card_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_use_gpu_without_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SpecError, match=r"scaling\.use_gpu: torch .* sees no GPU") as caught:
         fit(Good, tmp_path, scaling={"num_workers": 0, "use_gpu": True})
@@ -229,7 +229,7 @@ def with_buffer(value: Any) -> nn.Module:
     return model
 
 
-class WithExtra(nn.Linear):
+class WithExtraState(nn.Linear):
     def get_extra_state(self) -> Any:
         return {"seen": 3}
 
@@ -240,8 +240,8 @@ class Spectral(nn.Module):
         self.w = nn.Parameter(torch.ones(3, 2, dtype=torch.complex64))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        found: Tensor = (torch.fft.fft(inputs) @ self.w).abs()
-        return found
+        outputs: Tensor = (torch.fft.fft(inputs) @ self.w).abs()
+        return outputs
 
 
 @pytest.mark.parametrize(
@@ -257,26 +257,30 @@ class Spectral(nn.Module):
             0,
             "the state 'odd' of type float32, torch.sparse_coo, which cannot be saved",
         ),
-        (lambda: WithExtra(3, 2), 0, "'_extra_state' in its state_dict(), a dict: only tensors"),
+        (
+            lambda: WithExtraState(3, 2),
+            0,
+            "'_extra_state' in its state_dict(), a dict: only tensors",
+        ),
         (Spectral, 2, "the parameter 'w' of type complex64, which workers cannot exchange"),
     ],
 )
-def test_what_cannot_be_kept_is_refused_before_the_run(
+def test_rejects_unsupported_state_before_the_run(
     build: Callable[[], nn.Module], workers: int, message: str
 ) -> None:
-    class Odd(Good):
+    class Unsupported(Good):
         def model(self) -> nn.Module:
             return build()
 
     with pytest.raises(SpecError) as caught:
-        local_run.train(job_of("ring", workers, epochs=1), Odd)
+        local_run.train(job_of("ring", workers, epochs=1), Unsupported)
     assert message in str(caught.value)
     assert "hint: " in str(caught.value)
     assert caught.value.exit_code == 2
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
-def test_empty_and_tied_tensors_are_trained_and_kept(strategy: str, tmp_path: Path) -> None:
+def test_trains_and_saves_empty_and_tied_tensors(strategy: str, tmp_path: Path) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -288,23 +292,26 @@ def test_empty_and_tied_tensors_are_trained_and_kept(strategy: str, tmp_path: Pa
             self.last = nn.Parameter(torch.zeros(2, 0))
 
         def forward(self, inputs: Tensor) -> Tensor:
-            found: Tensor = self.b(self.a(inputs))
-            return found
+            outputs: Tensor = self.b(self.a(inputs))
+            return outputs
 
-    class Odd(Good):
+    class EmptyAndTied(Good):
         def model(self) -> nn.Module:
             return Model()
 
-    result = fit(Odd, tmp_path, strategy=strategy, checkpoint={"every_steps": 1})
+    result = fit(EmptyAndTied, tmp_path, strategy=strategy, checkpoint={"every_steps": 1})
     assert result.checkpoint is not None
     assert result.checkpoints[-1].step == 2
-    again = Trainer(
-        {**FIELDS, "strategy": strategy, "epochs": 2}, Odd, working_dir=tmp_path, resume=result.path
+    resumed = Trainer(
+        {**FIELDS, "strategy": strategy, "epochs": 2},
+        EmptyAndTied,
+        working_dir=tmp_path,
+        resume=result.path,
     )
-    assert again.fit().checkpoint is not None
+    assert resumed.fit().checkpoint is not None
 
 
-def test_a_metric_is_a_mean_over_the_batches_that_gave_it() -> None:
+def test_metric_is_the_mean_over_batches_that_return_it() -> None:
     class Sometimes(Good):
         def eval_data(self) -> Dataset[Any]:
             return TensorDataset(torch.zeros(7, 3), torch.tensor([0, 0, 0, 0, 1, 0, 0]))
@@ -317,22 +324,23 @@ def test_a_metric_is_a_mean_over_the_batches_that_gave_it() -> None:
     for workers in (1, 2):
         job = job_of("ring", workers, epochs=1)
         run = local_run.train(job, Sometimes)
-        gathering = ReportAggregator(workers)
-        found = [
+        aggregator = ReportAggregator(workers)
+        summaries = [
             summary
             for reports in run.reports
             for report in reports
             if isinstance(report, EvalReport)
-            for summary in gathering.add(report)
+            for summary in aggregator.add(report)
         ]
-        # Batches of 4 on one worker: 1 of the 3 in the second; of 2 on two, 1 of the 2 in one.
+        # One worker has batches of 4: the second has one positive in 3 samples. Two workers have
+        # batches of 2: one batch has one positive in 2 samples.
         size = 4 // workers
         starts = [*range(0, 7, size)] if workers == 1 else [0, 2, 4, 6]
         data = [[0, 0, 0, 0, 1, 0, 0][at : at + size] for at in starts]
-        giving = [part for part in data if 1 in part]
-        wanted = sum(sum(part) for part in giving) / sum(len(part) for part in giving)
-        (summary,) = found[:1]
-        assert getattr(summary, "metrics")["share"] == pytest.approx(wanted)  # noqa: B009
+        positive = [batch for batch in data if 1 in batch]
+        expected = sum(sum(batch) for batch in positive) / sum(len(batch) for batch in positive)
+        (summary,) = summaries[:1]
+        assert getattr(summary, "metrics")["share"] == pytest.approx(expected)  # noqa: B009
         assert getattr(summary, "samples") == 7  # noqa: B009
 
 
@@ -342,42 +350,44 @@ def shrink(parameter: Tensor) -> None:
 
 
 HOOKS: dict[str, Callable[[Any], object]] = {
-    "a hook": lambda one: one.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1)),
-    "a post-accumulate hook": lambda one: one.register_post_accumulate_grad_hook(shrink),
+    "a hook": lambda p: p.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1)),
+    "a post-accumulate hook": lambda p: p.register_post_accumulate_grad_hook(shrink),
 }
 
 
-@pytest.mark.parametrize("kind", HOOKS)
-@pytest.mark.parametrize(("world", "micro", "said"), [(1, 1, False), (2, 1, True), (1, 2, True)])
-def test_a_hook_that_sees_parts_of_a_batch_is_warned_of(
-    kind: str, world: int, micro: int, said: bool
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize(("world", "micro", "warns"), [(1, 1, False), (2, 1, True), (1, 2, True)])
+def test_warns_of_gradient_hooks_if_batches_are_split(
+    hook: str, world: int, micro: int, warns: bool
 ) -> None:
     class Hooked(Good):
         def model(self) -> nn.Module:
-            made = super().model()
-            HOOKS[kind](next(made.parameters()))
-            return made
+            model = super().model()
+            HOOKS[hook](next(model.parameters()))
+            return model
 
-    found = prepare(job_of("ring", world, epochs=1, gradient_accumulation=micro), Hooked()).warnings
-    assert [one for one in found if one.startswith(f"{kind} on the parameter")] == found
-    assert bool(found) == said
+    warned = prepare(
+        job_of("ring", world, epochs=1, gradient_accumulation=micro), Hooked()
+    ).warnings
+    assert [text for text in warned if text.startswith(f"{hook} on the parameter")] == warned
+    assert bool(warned) == warns
     assert not prepare(job_of("ring", 2, epochs=1), Good()).warnings
 
 
-class InBackward(Good):
-    """Updates each parameter as soon as its gradient is there, to keep none."""
+class UpdatesInBackward(Good):
+    """Updates each parameter in backward and frees its gradient."""
 
     def model(self) -> nn.Module:
-        made = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-        for one in made.parameters():
-            rule = torch.optim.SGD([one], lr=0.1)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        for parameter in model.parameters():
+            optimizer = torch.optim.SGD([parameter], lr=0.1)
 
-            def update(_: Tensor, rule: torch.optim.Optimizer = rule) -> None:
-                rule.step()
-                rule.zero_grad()
+            def update(_: Tensor, optimizer: torch.optim.Optimizer = optimizer) -> None:
+                optimizer.step()
+                optimizer.zero_grad()
 
-            one.register_post_accumulate_grad_hook(update)  # type: ignore[no-untyped-call]
-        return made
+            parameter.register_post_accumulate_grad_hook(update)  # type: ignore[no-untyped-call]
+        return model
 
 
 @pytest.mark.parametrize(
@@ -389,13 +399,13 @@ class InBackward(Good):
         ({"name": "hybrid", "pipeline": 1, "data": 2}, 2, 1),
     ],
 )
-def test_updates_in_backward_are_refused_where_batches_are_cut(
+def test_rejects_updates_in_backward_if_batches_are_split(
     strategy: Any, world: int, micro: int
 ) -> None:
     job = job_of(strategy, world, epochs=1, gradient_accumulation=micro)
     with pytest.raises(SpecError, match=r"post-accumulate hook changes '[01]\.\w+' in backward"):
-        local_run.train(job, InBackward)
+        local_run.train(job, UpdatesInBackward)
 
 
-def test_updates_in_backward_of_whole_batches_are_left_to_the_task() -> None:
-    local_run.train(job_of("ring", 1, epochs=1), InBackward)
+def test_allows_updates_in_backward_of_whole_batches() -> None:
+    local_run.train(job_of("ring", 1, epochs=1), UpdatesInBackward)
