@@ -1,4 +1,4 @@
-"""The command line as a user meets it: help, messages, precedence, exit codes."""
+"""The command line: help, messages, precedence of settings, exit codes."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ COMMAND = [sys.executable, "-m", "distplat.cli.main"]
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_with_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _folder_with_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("job.yaml").write_text(JOB)
     Path("lin.py").write_text(TASK)
@@ -47,11 +47,11 @@ def _in_a_folder_with_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_help_documents_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["--help"]) == 0
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for code in ("0  succeeded", "1  the task", "2  invalid", "3  the cluster", "70  an error"):
-        assert code in shown
-    assert {"129", "130", "141", "143"} <= set(shown.split())
-    assert "drive" not in shown  # for the cluster's use only
+        assert code in output
+    assert {"129", "130", "141", "143"} <= set(output.split())
+    assert "drive" not in output  # internal command
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,8 +59,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"distplat {distplat.__version__}\n"
 
 
-def test_a_command_that_needs_neither_ray_nor_torch_loads_neither() -> None:
-    """One after the other in one process: the first that loads one is named."""
+def test_light_commands_import_neither_ray_nor_torch() -> None:
+    """Run the commands in one process, which exits with the first that imports ray or torch."""
     lines = [
         ["--help"],
         ["submit", "--help"],
@@ -68,7 +68,7 @@ def test_a_command_that_needs_neither_ray_nor_torch_loads_neither() -> None:
         ["validate", "job.yaml"],
         ["submit", "job.yaml", "--dry-run", "--address", "local"],
     ]
-    ask = (
+    code = (
         "import sys\nfrom distplat.cli.main import run\n"
         f"for line in {lines!r}:\n"
         "    code = run(line)\n"
@@ -76,12 +76,14 @@ def test_a_command_that_needs_neither_ray_nor_torch_loads_neither() -> None:
         "    if code or loaded: sys.exit(f'{line}: {code} {loaded}')\n"
         "    print('end of', *line)"
     )
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    for line in lines:  # each has printed something
-        printed, _, rest = done.stdout.partition(f"end of {' '.join(line)}\n")
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100
+    )
+    assert process.returncode == 0, process.stderr
+    for line in lines:  # each command prints something
+        printed, _, rest = process.stdout.partition(f"end of {' '.join(line)}\n")
         assert printed.strip()
-        done.stdout = rest
+        process.stdout = rest
 
 
 NO_JOB = "error: none.yaml: there is no such file\n"
@@ -156,7 +158,7 @@ NO_JOB_API = (
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_command_line_is_told_and_starts_nothing(
+def test_rejects_invalid_command_lines_before_the_start(
     args: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(args) == 2
@@ -167,7 +169,7 @@ def test_a_wrong_command_line_is_told_and_starts_nothing(
     assert not Path("runs").exists()
 
 
-def test_every_problem_is_named_with_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+def test_reports_every_problem_with_its_line(capsys: pytest.CaptureFixture[str]) -> None:
     Path("job.yaml").write_text(JOB.replace("lr: 0.1", "lr: -1, momentun: 0.9"))
     assert run(["validate", "job.yaml"]) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -177,7 +179,7 @@ def test_every_problem_is_named_with_its_place(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("strategy", "wrong"),
+    ("strategy", "problem"),
     [
         ("rnig", "job.yaml:3:1: strategy: unknown strategy 'rnig'"),
         (
@@ -186,20 +188,20 @@ def test_every_problem_is_named_with_its_place(capsys: pytest.CaptureFixture[str
         ),
     ],
 )
-def test_a_strategys_mistakes_come_with_those_of_the_other_fields(
-    strategy: str, wrong: str, capsys: pytest.CaptureFixture[str]
+def test_reports_strategy_errors_with_those_of_other_fields(
+    strategy: str, problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = JOB.replace("{name: ps-sync, num_servers: 2}", strategy).replace("steps: 10", "steps: x")
     Path("job.yaml").write_text(text)
     assert run(["validate", "job.yaml"]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert errors == [
-        f"error: {wrong}",
+        f"error: {problem}",
         "error: job.yaml:6:1: steps: must be a whole number (got 'x')",
     ]
 
 
-def test_a_job_for_python_alone_is_valid_and_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+def test_job_without_task_is_valid_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["validate", "job.yaml", *NO_TASK]) == 0
     printed = capsys.readouterr()
     assert printed.err.startswith(
@@ -208,7 +210,7 @@ def test_a_job_for_python_alone_is_valid_and_said_to_be(capsys: pytest.CaptureFi
     assert "task: null" in printed.out
 
 
-def resolved(args: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
+def resolved_job(args: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
     assert run(args) == 0
     fields, _ = parse_yaml(capsys.readouterr().out, "stdout")
     return fields
@@ -223,7 +225,7 @@ def resolved(args: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
         ("3", ["--num-workers", "5", "--set", "scaling.num_workers=4"], 5),
     ],
 )
-def test_flags_win_over_set_over_environment_over_file(
+def test_precedence_is_flags_set_environment_file(
     variable: str | None,
     args: list[str],
     workers: int,
@@ -232,17 +234,17 @@ def test_flags_win_over_set_over_environment_over_file(
 ) -> None:
     if variable is not None:
         monkeypatch.setenv("DISTPLAT_SCALING__NUM_WORKERS", variable)
-    fields = resolved(["validate", "job.yaml", *args], capsys)
+    fields = resolved_job(["validate", "job.yaml", *args], capsys)
     assert fields["scaling"]["num_workers"] == workers
 
 
-def test_another_strategy_drops_the_options_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
-    fields = resolved(["validate", "job.yaml", "--strategy", "ring", "-n", "other"], capsys)
+def test_other_strategy_drops_options_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    fields = resolved_job(["validate", "job.yaml", "--strategy", "ring", "-n", "other"], capsys)
     assert fields["strategy"] == {"name": "ring"}
     assert fields["name"] == "other"
 
 
-def test_a_dry_run_prints_the_job_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_the_job_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     args = ["submit", "job.yaml", "--dry-run", "--address", "local"]
     assert run(args) == 0
     printed = capsys.readouterr()
@@ -251,27 +253,27 @@ def test_a_dry_run_prints_the_job_and_starts_nothing(capsys: pytest.CaptureFixtu
         "would start 2 workers and 2 server nodes (ps-sync) on a local Ray, for this run only\n"
     )
     assert run([*args, "-o", "json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["would_start"] == {"num_workers": 2, "num_servers": 2}
+    output = json.loads(capsys.readouterr().out)
+    assert output["would_start"] == {"num_workers": 2, "num_servers": 2}
     assert not Path("runs").exists()
 
 
-def test_strategies_tell_options_with_type_default_and_meaning(
+def test_strategies_lists_options_with_type_default_and_description(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(["strategies", "-o", "json"]) == 0
-    found = {strategy["name"]: strategy for strategy in json.loads(capsys.readouterr().out)}
-    servers, resources, *_ = found["ps-sync"]["options"]
+    by_name = {strategy["name"]: strategy for strategy in json.loads(capsys.readouterr().out)}
+    servers, resources, *_ = by_name["ps-sync"]["options"]
     assert (servers["name"], servers["type"]) == ("num_servers", "integer 1 to 256")
     assert servers["default"] == 1
     assert servers["description"].startswith("Server nodes")
     assert resources["type"] == "mapping of text to number"
-    staleness = next(o for o in found["ps-async"]["options"] if o["name"] == "staleness")
+    staleness = next(o for o in by_name["ps-async"]["options"] if o["name"] == "staleness")
     assert (staleness["type"], staleness["default"]) == ("'unbounded' or integer", "unbounded")
     assert run(["strategies"]) == 0
-    shown = capsys.readouterr().out
-    assert f"ring  {found['ring']['summary']}" in shown
-    assert "num_servers: integer 1 to 256, default 1" in shown
+    output = capsys.readouterr().out
+    assert f"ring  {by_name['ring']['summary']}" in output
+    assert "num_servers: integer 1 to 256, default 1" in output
 
 
 LOST = ActorLost("worker-1", 7, "its process died")
@@ -282,7 +284,7 @@ USER = UserCodeError(1, 3, "ValueError: no", 'Traceback:\n  File "m.py"\nValueEr
     ("error", "code", "shown"),
     [
         (USER, 1, 'Traceback:\n  File "m.py"\nValueError: no\n\nerror: your task failed on rank 1'),
-        (ClusterUnreachable("nobody there"), 3, "error: nobody there\n"),
+        (ClusterUnreachable("no answer"), 3, "error: no answer\n"),
         (LOST, 4, "error: worker-1 was lost after step 7: its process died\n"),
         (StorageError("disk full"), 5, "error: disk full\n"),
         (Interrupted(2), 130, "error: interrupted by SIGINT\n"),
@@ -303,7 +305,7 @@ USER = UserCodeError(1, 3, "ValueError: no", 'Traceback:\n  File "m.py"\nValueEr
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_every_error_has_its_exit_code_and_no_traceback_of_ours(
+def test_errors_have_exit_codes_and_no_internal_traceback(
     error: BaseException,
     code: int,
     shown: str,
@@ -320,7 +322,7 @@ def test_every_error_has_its_exit_code_and_no_traceback_of_ours(
     assert __file__ not in printed
 
 
-def test_debug_shows_where_an_error_came_from(
+def test_debug_prints_the_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(**options: bool) -> None:
@@ -331,49 +333,51 @@ def test_debug_shows_where_an_error_came_from(
     assert __file__ in capsys.readouterr().err
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+def test_closed_output_pipe_is_no_error() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(
+    process = subprocess.run(
         [*COMMAND, "strategies"], stdout=writer, stderr=subprocess.PIPE, timeout=100
     )
     os.close(writer)
-    assert (done.returncode, done.stderr) == (141, b"")
+    assert (process.returncode, process.stderr) == (141, b"")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full exists only on Linux")
 @pytest.mark.parametrize("args", [["strategies"], ["strategies", "-o", "json"], ["--help"]])
-def test_a_log_on_a_full_disk_is_told(args: list[str]) -> None:
+def test_reports_full_disk_of_the_output(args: list[str]) -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run([*COMMAND, *args], stdout=full, stderr=subprocess.PIPE, timeout=100)
-    assert done.returncode == 5
-    assert done.stderr == b"error: the output cannot be written: No space left on device\n"
+        process = subprocess.run(
+            [*COMMAND, *args], stdout=full, stderr=subprocess.PIPE, timeout=100
+        )
+    assert process.returncode == 5
+    assert process.stderr == b"error: the output cannot be written: No space left on device\n"
 
 
-def test_streams_that_the_caller_has_closed_are_no_error() -> None:
+def test_closed_streams_are_no_error() -> None:
     closed = 'exec "$@" <&- >&- 2>&-'
-    done = subprocess.run(["sh", "-c", closed, "sh", *COMMAND, "strategies"], timeout=100)
-    assert done.returncode == 0
+    process = subprocess.run(["sh", "-c", closed, "sh", *COMMAND, "strategies"], timeout=100)
+    assert process.returncode == 0
 
 
 @pytest.mark.sweep(3)
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full exists only on Linux")
 @pytest.mark.parametrize("as_json", [True, False])
 @pytest.mark.parametrize("printed", ["job", "script"])
-def test_a_run_that_ended_well_has_its_exit_code_though_nobody_can_read_it(
+def test_successful_run_exits_with_0_if_output_fails(
     printed: str, as_json: bool, tmp_path: Path
 ) -> None:
-    """The table of the result is the last that a command prints."""
+    """The result table is the last output of a command."""
     script = PRINTS.replace("PRINTED", printed).replace("AS_JSON", str(as_json))
     with open("/dev/full", "w") as full:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path)],
             stdout=full,
             stderr=subprocess.PIPE,
             timeout=100,
         )
     warning = b"warning: the run succeeded, but its result was not printed: No space left on device"
-    assert (done.returncode, done.stderr) == (0, warning + b"\n")
+    assert (process.returncode, process.stderr) == (0, warning + b"\n")
 
 
 PRINTS = """
@@ -400,7 +404,7 @@ else:
 
 
 LONG = "x" * 300
-"""No file system has such a name."""
+"""A file name longer than any file system allows."""
 
 
 @pytest.mark.parametrize(
@@ -416,7 +420,7 @@ LONG = "x" * 300
         ["replay", LONG],
     ],
 )
-def test_what_the_system_says_of_a_path_is_told_as_it_is(
+def test_reports_the_system_error_of_a_path(
     args: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -428,22 +432,22 @@ def test_what_the_system_says_of_a_path_is_told_as_it_is(
     assert "File name too long" in capsys.readouterr().err
 
 
-def test_runs_that_may_not_be_read_are_told(
+def test_reports_unreadable_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(path: Path) -> None:
+    def deny(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("distplat.cli.jobs.DASHBOARD", "http://127.0.0.1:9")
     (tmp_path / "runs" / "r").mkdir(parents=True)
-    monkeypatch.setattr(Path, "iterdir", refused)
+    monkeypatch.setattr(Path, "iterdir", deny)
     for args in (["list"], ["report", "x"], ["report", "r"]):
         assert run(args) == 2
         assert "Permission denied" in capsys.readouterr().err
 
 
-def test_a_current_directory_that_is_gone_is_told(
+def test_reports_deleted_current_directory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "job.yaml"

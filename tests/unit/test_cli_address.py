@@ -1,4 +1,4 @@
-"""Where a job goes: what the address says, who said it, and whether anybody is there."""
+"""The target of a job: the address, its source, and whether Ray listens there."""
 
 import grp
 import os
@@ -53,7 +53,7 @@ from distplat.platform.errors import ClusterUnreachable, SpecError
         ),
     ],
 )
-def test_the_address_comes_from_the_strongest_source(
+def test_precedence_of_address_sources(
     option: str | None, environ: dict[str, str], expected: Target
 ) -> None:
     assert target_of(option, environ) == expected
@@ -62,7 +62,7 @@ def test_the_address_comes_from_the_strongest_source(
 @pytest.mark.parametrize(
     "text", ["h", "h:", "h:x", "h:99999", "http://", "http://h:x", "http://h:99999", "ftp://h:1"]
 )
-def test_what_is_no_address_is_refused(text: str) -> None:
+def test_rejects_invalid_addresses(text: str) -> None:
     with pytest.raises(SpecError, match="is no address"):
         target_of(text, {})
 
@@ -71,12 +71,12 @@ def test_what_is_no_address_is_refused(text: str) -> None:
     ("environ", "file", "expected"),
     [
         ({}, None, None),
-        ({}, "filed\n", "filed"),
-        ({"RAY_AUTH_TOKEN": "given"}, "filed", "given"),
-        ({"RAY_AUTH_TOKEN": "given", "RAY_AUTH_MODE": "disabled"}, "filed", None),
+        ({}, "in_file\n", "in_file"),
+        ({"RAY_AUTH_TOKEN": "in_variable"}, "in_file", "in_variable"),
+        ({"RAY_AUTH_TOKEN": "in_variable", "RAY_AUTH_MODE": "disabled"}, "in_file", None),
     ],
 )
-def test_the_token_is_taken_where_ray_looks(
+def test_reads_the_token_from_the_places_of_ray(
     environ: dict[str, str], file: str | None, expected: str | None, tmp_path: Path
 ) -> None:
     path = tmp_path / "token"
@@ -87,20 +87,20 @@ def test_the_token_is_taken_where_ray_looks(
     assert token_at_hand("auto", environ) == expected
 
 
-def test_a_file_that_holds_no_token_is_the_users_mistake(tmp_path: Path) -> None:
+def test_rejects_file_without_token(tmp_path: Path) -> None:
     (tmp_path / "token").write_bytes(b"\xff")
     with pytest.raises(SpecError, match="token holds no token"):
         token_at_hand("http://127.0.0.1:1", {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")})
 
 
-def test_a_closed_port_is_told_at_once() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    began = time.monotonic()
+def test_closed_port_fails_at_once() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    started = time.monotonic()
     with pytest.raises(ClusterUnreachable, match=rf"127.0.0.1:{port} \(connection refused\)"):
         check_listening(f"http://127.0.0.1:{port}")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_closed_port_is_told_at_once() -> None:
         "ftp://user:pa55word@h:1",
     ],
 )
-def test_a_password_in_an_address_is_refused_and_not_repeated(text: str) -> None:
+def test_rejects_password_in_address_without_repeating_it(text: str) -> None:
     with pytest.raises(SpecError, match="may have no user name, password") as raised:
         target_of(text, {})
     assert "pa55word" not in str(raised.value)
@@ -130,7 +130,7 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(text: str) -> None
         "http://[2001:db8::1]",
     ],
 )
-def test_no_token_goes_to_another_machine_unasked(
+def test_sends_no_token_to_other_machines(
     address: str, variable: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "token").write_text("secret")
@@ -139,16 +139,16 @@ def test_no_token_goes_to_another_machine_unasked(
 
 
 def own_address() -> str:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            way.connect(("192.0.2.1", 9))
+            probe.connect(("192.0.2.1", 9))
         except OSError:
             return "127.0.0.1"
-        return str(way.getsockname()[0])
+        return str(probe.getsockname()[0])
 
 
 @pytest.mark.parametrize(
-    ("host", "here"),
+    ("host", "is_local"),
     [
         ("localhost", True),
         ("127.0.0.1", True),
@@ -161,8 +161,8 @@ def own_address() -> str:
         ("", False),
     ],
 )
-def test_which_hosts_are_this_machine(host: str, here: bool) -> None:
-    assert is_this_machine(host) == here
+def test_is_this_machine(host: str, is_local: bool) -> None:
+    assert is_this_machine(host) == is_local
 
 
 SERVER = """
@@ -170,22 +170,22 @@ import os, socket, sys
 os.setuid(54321)
 s = socket.create_server(("127.0.0.1", 0)); print(s.getsockname()[1], flush=True); sys.stdin.read()
 """
-ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root may be another user")
+ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="only root can switch users")
 
 
 @pytest.fixture
 def foreign_port() -> Iterator[int]:
-    """Give a port on which another user listens."""
+    """Return a port on which another user listens."""
     pipe = subprocess.PIPE
     command = [sys.executable, "-c", SERVER]
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
-        assert other.stdout is not None and other.stdin is not None
-        yield int(other.stdout.readline())
-        other.stdin.close()
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as server:
+        assert server.stdout is not None and server.stdin is not None
+        yield int(server.stdout.readline())
+        server.stdin.close()
 
 
 @ROOT
-def test_no_token_goes_to_another_users_port(foreign_port: int, tmp_path: Path) -> None:
+def test_sends_no_token_to_a_port_of_another_user(foreign_port: int, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("secret")
     environ = {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
     assert token_at_hand(f"http://127.0.0.1:{foreign_port}", environ) is None
@@ -195,113 +195,118 @@ def test_no_token_goes_to_another_users_port(foreign_port: int, tmp_path: Path) 
     )
 
 
-def test_a_port_of_ones_own_belongs_to_no_stranger() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as mine:
-        assert foreign_listener(f"127.0.0.1:{mine.getsockname()[1]}") == ""
+def test_own_port_is_not_foreign() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as own:
+        assert foreign_listener(f"127.0.0.1:{own.getsockname()[1]}") == ""
 
 
 ME = os.geteuid()
-OWN, OTHERS_TOO, USERS, NAMELESS = 1001, 1002, 100, 54321
+PRIVATE, SHARED, USERS, UNNAMED = 1001, 1002, 100, 54321
 GROUPS = {
     0: ("root", []),
-    OWN: ("ann", ["ann"]),
-    OTHERS_TOO: ("ann", ["bob"]),
+    PRIVATE: ("ann", ["ann"]),
+    SHARED: ("ann", ["bob"]),
     USERS: ("users", []),
 }
 NAMES = {0: "root", ME: "ann"}
-OPEN, GROUP_MAY = S_IFREG | 0o644, S_IFREG | 0o664
+OWNER_WRITES, GROUP_WRITES = S_IFREG | 0o644, S_IFREG | 0o664
 
 
 @pytest.mark.parametrize(
     ("mode", "uid", "gid", "why"),
     [
-        (OPEN, ME, USERS, ""),
-        (GROUP_MAY, ME, OWN, ""),  # umask 002, where each user has a group
-        (GROUP_MAY, ME, OTHERS_TOO, "others may write f"),
-        (GROUP_MAY, ME, USERS, "others may write f"),  # where all have the same
-        (GROUP_MAY, ME, NAMELESS, "others may write f"),
-        (OPEN, 0, 0, ""),
-        (S_IFREG | 0o666, ME, OWN, "others may write f"),
-        (OPEN, 54321, OWN, "f belongs to user 54321"),
+        (OWNER_WRITES, ME, USERS, ""),
+        (GROUP_WRITES, ME, PRIVATE, ""),  # umask 002, with a group per user
+        (GROUP_WRITES, ME, SHARED, "others may write f"),
+        (GROUP_WRITES, ME, USERS, "others may write f"),  # one group for all users
+        (GROUP_WRITES, ME, UNNAMED, "others may write f"),
+        (OWNER_WRITES, 0, 0, ""),
+        (S_IFREG | 0o666, ME, PRIVATE, "others may write f"),
+        (OWNER_WRITES, 54321, PRIVATE, "f belongs to user 54321"),
     ],
 )
-def test_whose_word_is_taken_for_where_ray_is(
+def test_why_untrusted(
     mode: int, uid: int, gid: int, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "getegid", lambda: gid)
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: SimpleNamespace(pw_name=NAMES[uid]))
-    groups = {gid: SimpleNamespace(gr_name=name, gr_mem=of) for gid, (name, of) in GROUPS.items()}
+    groups = {
+        gid: SimpleNamespace(gr_name=name, gr_mem=members)
+        for gid, (name, members) in GROUPS.items()
+    }
     monkeypatch.setattr(grp, "getgrgid", lambda gid: groups[gid])
     stat = os.stat_result((mode, 0, 0, 1, uid, gid, 0, 0, 0, 0))
     assert why_untrusted(Path("f"), stat) == why
 
 
 @pytest.fixture
-def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Give the file in which `ray start` notes its address."""
+def address_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the file in which `ray start` writes its address."""
     file = tmp_path / "ray_current_cluster"
     monkeypatch.setattr(ray_compat, "address_file", lambda: file)
     return file
 
 
-def test_ones_own_ray_is_joined(noted: Path) -> None:
-    told: list[str] = []
-    assert running_here(told.append) is None
-    with socket.create_server(("127.0.0.1", 0)) as mine:
-        address = f"127.0.0.1:{mine.getsockname()[1]}"
-        noted.write_text(address)
-        assert running_here(told.append) == address
-    assert running_here(told.append) is None  # nobody listens any more
-    noted.write_text("no address")
-    assert running_here(told.append) is None
-    assert told == []
+def test_joins_own_ray(address_file: Path) -> None:
+    messages: list[str] = []
+    assert running_here(messages.append) is None
+    with socket.create_server(("127.0.0.1", 0)) as own:
+        address = f"127.0.0.1:{own.getsockname()[1]}"
+        address_file.write_text(address)
+        assert running_here(messages.append) == address
+    assert running_here(messages.append) is None  # no process listens any more
+    address_file.write_text("no address")
+    assert running_here(messages.append) is None
+    assert messages == []
 
 
 @ROOT
-def test_a_ray_that_another_user_noted_is_not_joined(noted: Path) -> None:
-    told: list[str] = []
-    with socket.create_server(("127.0.0.1", 0)) as mine:
-        noted.write_text(address := f"127.0.0.1:{mine.getsockname()[1]}")
-        os.chown(noted, 54321, 54321)
-        assert running_here(told.append) is None
-    why = f"{noted} belongs to user 54321; `--address {address}` joins it anyway"
-    assert told == [f"not joining the Ray of this machine: {why}"]
+def test_does_not_join_ray_of_another_user(address_file: Path) -> None:
+    messages: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as own:
+        address_file.write_text(address := f"127.0.0.1:{own.getsockname()[1]}")
+        os.chown(address_file, 54321, 54321)
+        assert running_here(messages.append) is None
+    why = f"{address_file} belongs to user 54321; `--address {address}` joins it anyway"
+    assert messages == [f"not joining the Ray of this machine: {why}"]
 
 
-def test_a_link_a_pipe_or_a_file_that_others_may_write_is_not_believed(noted: Path) -> None:
-    told: list[str] = []
-    with socket.create_server(("127.0.0.1", 0)) as mine:
-        noted.write_text(f"127.0.0.1:{mine.getsockname()[1]}")
-        noted.chmod(0o666)
-        assert running_here(told.append) is None
-        noted.chmod(0o644)
-        noted.rename(noted.with_name("other"))
-        noted.symlink_to("other")
-        assert running_here(told.append) is None
-        noted.unlink()
-        os.mkfifo(noted)
-        assert running_here(told.append) is None
-    whys = zip(told, ("others may write", "it is a link", "it is not a regular file"), strict=True)
-    assert all(why in one for one, why in whys)
+def test_ignores_untrusted_address_files(address_file: Path) -> None:
+    messages: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as own:
+        address_file.write_text(f"127.0.0.1:{own.getsockname()[1]}")
+        address_file.chmod(0o666)
+        assert running_here(messages.append) is None
+        address_file.chmod(0o644)
+        address_file.rename(address_file.with_name("other"))
+        address_file.symlink_to("other")
+        assert running_here(messages.append) is None
+        address_file.unlink()
+        os.mkfifo(address_file)
+        assert running_here(messages.append) is None
+    reasons = zip(
+        messages, ("others may write", "it is a link", "it is not a regular file"), strict=True
+    )
+    assert all(reason in message for message, reason in reasons)
 
 
 @ROOT
-def test_a_ray_on_another_users_port_is_not_joined(
-    noted: Path, foreign_port: int, monkeypatch: pytest.MonkeyPatch
+def test_does_not_join_ray_on_a_port_of_another_user(
+    address_file: Path, foreign_port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str] = []
-    noted.write_text(f"127.0.0.1:{foreign_port}")
-    assert running_here(told.append) is None
-    assert f"port {foreign_port} belongs to user 54321" in told[0]
+    messages: list[str] = []
+    address_file.write_text(f"127.0.0.1:{foreign_port}")
+    assert running_here(messages.append) is None
+    assert f"port {foreign_port} belongs to user 54321" in messages[0]
     monkeypatch.setattr(ray_compat, "address_of_auto", lambda: f"127.0.0.1:{foreign_port}")
     with pytest.raises(ClusterUnreachable, match="belongs to user 54321"):
         own_ray_address()
 
 
-def test_a_head_elsewhere_is_joined_where_a_part_of_it_here_is_ours(
+def test_auto_joins_remote_head_only_with_an_own_local_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Everybody may write the file in which Ray notes addresses, and start a process `raylet`."""
+    """Any user can write the address file of Ray and start a process named `raylet`."""
     head = "192.0.2.7:6379"
     monkeypatch.setattr(ray_compat, "address_of_auto", lambda: head)
     monkeypatch.setattr(ray_compat, "addresses_here", lambda: {head})
@@ -315,66 +320,66 @@ def test_a_head_elsewhere_is_joined_where_a_part_of_it_here_is_ours(
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"\xff:1", "'utf-8' codec can't decode"),
         (b"10.0.0.1:x", "holds no address"),
         (b"", "holds"),
     ],
 )
-def test_a_note_that_is_none_is_no_error_inside_distplat(
-    content: bytes, told: str, noted: Path, monkeypatch: pytest.MonkeyPatch
+def test_damaged_address_file_is_not_an_internal_error(
+    content: bytes, message: str, address_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    noted.write_bytes(content)
-    monkeypatch.setattr(ray_compat, "address_of_auto", noted.read_text)
-    with pytest.raises(ClusterUnreachable, match=told):
+    address_file.write_bytes(content)
+    monkeypatch.setattr(ray_compat, "address_of_auto", address_file.read_text)
+    with pytest.raises(ClusterUnreachable, match=message):
         own_ray_address()
-    noted.unlink()
-    noted.mkdir()
+    address_file.unlink()
+    address_file.mkdir()
     with pytest.raises(ClusterUnreachable, match="Is a directory"):
         own_ray_address()
     assert running_here(lambda line: None) is None
 
 
-@pytest.mark.parametrize("ours", [True, False])
-def test_a_noted_head_elsewhere_is_joined_only_where_a_part_of_it_here_is_ours(
-    ours: bool, noted: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_own", [True, False])
+def test_address_file_joins_remote_head_only_with_an_own_local_process(
+    is_own: bool, address_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The note stays where a node is killed, and the head's address gets another owner."""
-    head, told = "192.0.2.7:6379", list[str]()
-    noted.write_text(head)
+    """The file survives the death of the node, and another user may get the head's address."""
+    head, messages = "192.0.2.7:6379", list[str]()
+    address_file.write_text(head)
     monkeypatch.setattr(join, "check_listening", lambda address: None)
-    monkeypatch.setattr(ray_compat, "addresses_here", lambda: {head} if ours else set())
-    assert running_here(told.append) == (head if ours else None)
+    monkeypatch.setattr(ray_compat, "addresses_here", lambda: {head} if is_own else set())
+    assert running_here(messages.append) == (head if is_own else None)
     why = "it is on another machine, and no process of it here is yours or root's"
     remedy = f"`--address {head}` joins it anyway"
-    assert told == ([] if ours else [f"not joining the Ray of this machine: {why}; {remedy}"])
+    assert messages == ([] if is_own else [f"not joining the Ray of this machine: {why}; {remedy}"])
 
 
 @pytest.mark.parametrize(
-    ("begin", "is_ray"),
+    ("first_bytes", "is_ray"),
     [
         (bytes.fromhex("000018040000000000000300"), True),
         (b"HTTP/1.1 400 Bad Request\r\n", False),
         (b"\0\0", False),
         (b"", False),
-        (None, False),  # it says nothing, and stays
+        (None, False),  # sends nothing, and keeps the connection open
     ],
 )
-def test_what_is_no_ray_is_told_by_its_first_bytes(begin: bytes | None, is_ray: bool) -> None:
+def test_detects_ray_by_its_first_bytes(first_bytes: bytes | None, is_ray: bool) -> None:
     def serve() -> None:
-        way, _ = server.accept()
-        with way:
-            if begin is None:
-                way.recv(1)  # until the other one leaves
+        client, _ = server.accept()
+        with client:
+            if first_bytes is None:
+                client.recv(1)  # until the client closes
             else:
-                way.sendall(begin)
+                client.sendall(first_bytes)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
-        limit_s = 60.0 if begin is not None else 0.2
+        limit_s = 60.0 if first_bytes is not None else 0.2
         if is_ray:
             check_is_ray(address, {}, limit_s)
         else:
@@ -387,14 +392,14 @@ def test_what_is_no_ray_is_told_by_its_first_bytes(begin: bytes | None, is_ray: 
 @pytest.mark.parametrize(
     ("address", "over_loopback"), [("127.0.0.1:6380", True), ("192.0.2.1:6379", False)]
 )
-def test_a_private_ray_is_joined_over_loopback(
+def test_joins_private_ray_over_loopback(
     address: str, over_loopback: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[object, bool]] = []
+    connections: list[tuple[object, bool]] = []
 
     @contextmanager
-    def connected(where: object, runtime_env: object) -> Iterator[None]:
-        seen.append((where, not ray_constants.ENABLE_RAY_CLUSTER))
+    def connected(address: object, runtime_env: object) -> Iterator[None]:
+        connections.append((address, not ray_constants.ENABLE_RAY_CLUSTER))
         yield
 
     monkeypatch.setattr(join, "own_ray_address", lambda: address)
@@ -402,18 +407,18 @@ def test_a_private_ray_is_joined_over_loopback(
     monkeypatch.setattr(ray_compat, "addresses_here", lambda: {address})
     with join.connected_here():
         pass
-    assert seen == [(address, over_loopback)]
+    assert connections == [(address, over_loopback)]
     assert ray_constants.ENABLE_RAY_CLUSTER
-    seen.clear()
+    connections.clear()
     with join.connected_to(address):
         pass
-    with join.connected_to("127.0.0.1:6379"):  # of a head that listens everywhere
+    with join.connected_to("127.0.0.1:6379"):  # a head that listens on all interfaces
         pass
-    assert seen == [(address, over_loopback), ("127.0.0.1:6379", False)]
+    assert connections == [(address, over_loopback), ("127.0.0.1:6379", False)]
 
 
 @pytest.mark.parametrize(
-    ("terminal", "environ", "plain"),
+    ("is_terminal", "environ", "is_plain"),
     [
         (False, {}, True),
         (True, {}, False),
@@ -423,20 +428,20 @@ def test_a_private_ray_is_joined_over_loopback(
         (False, {"FORCE_COLOR": "1", "NO_COLOR": "1"}, True),
     ],
 )
-def test_lines_of_workers_have_no_colours_where_they_are_redirected(
-    terminal: bool, environ: dict[str, str], plain: bool, monkeypatch: pytest.MonkeyPatch
+def test_worker_output_has_no_colors_if_redirected(
+    is_terminal: bool, environ: dict[str, str], is_plain: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("NO_COLOR", "FORCE_COLOR", "RAY_COLOR_PREFIX"):
-        monkeypatch.setenv(name, "")  # put back afterwards, whatever becomes of it here
+        monkeypatch.setenv(name, "")  # restored after the test
         monkeypatch.delenv(name)
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     for stream in (sys.stdout, sys.stderr):
-        monkeypatch.setattr(stream, "isatty", lambda: terminal)
+        monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
     with connection(Target("local", "", ""), Path(), None, None, lambda package: None):
-        assert (os.environ.get("RAY_COLOR_PREFIX") == "0") == plain
+        assert (os.environ.get("RAY_COLOR_PREFIX") == "0") == is_plain
 
 
-def test_a_name_with_a_label_that_is_too_long_is_no_host() -> None:
+def test_rejects_host_names_with_long_labels() -> None:
     with pytest.raises(ClusterUnreachable, match="no such host"):
         check_listening(f"{'a' * 64}:6379")

@@ -1,4 +1,4 @@
-"""Figures of a run in words."""
+"""The rows of a run's figures, and their means."""
 
 import pytest
 
@@ -10,7 +10,7 @@ def step(number: int, **figures: float) -> StepSummary:
     return StepSummary(number, 0, 1.0, 8, {"data": 0.1}, 3, figures)
 
 
-def test_means_leave_the_first_step_out() -> None:
+def test_means_exclude_the_first_step() -> None:
     history = [step(0, a=100.0), step(1, a=1.0, b=5.0), step(2, a=3.0)]
     assert mean_figures(history) == {"a": 2.0, "b": 5.0}
     assert mean_figures(history[:1]) == {"a": 100.0}
@@ -34,7 +34,7 @@ SERVERS = {
     [
         ({}, []),
         ({"sent_bytes": 0.0, "exposed_s": 0.0, "optimizer_state_bytes": 0.0}, []),
-        ({**TRAFFIC, "sent_bytes": 0.0}, []),  # alone
+        ({**TRAFFIC, "sent_bytes": 0.0}, []),  # one rank: no exchange
         (
             {
                 "pipeline_s": 0.2,
@@ -88,11 +88,11 @@ SERVERS = {
         ),
     ],
 )
-def test_rows(figures: StepFigures, rows: list[tuple[str, str]]) -> None:
+def test_figure_rows(figures: StepFigures, rows: list[tuple[str, str]]) -> None:
     assert figure_rows(figures) == rows
 
 
-def test_restarts_are_listed() -> None:
+def test_restart_text() -> None:
     failures = [
         FailureEvent(1, 9, "killed", ("worker-1",), 0.0),
         FailureEvent(2, 0, "killed", ("worker-0", "worker-1"), 0.0),

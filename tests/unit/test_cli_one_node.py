@@ -1,4 +1,4 @@
-"""What may be put aside on a cluster of one node, and that it is put back."""
+"""`without_job_environment` hides the runtime environment on one node, and restores it."""
 
 import json
 import os
@@ -27,20 +27,20 @@ OURS: dict[str, Any] = {
         pytest.param({"py_modules": ["gcs://b.zip", "gcs://c.zip"]}, False, id="modules"),
     ],
 )
-def test_hides_what_the_node_has_anyway(
+def test_hides_own_runtime_environment(
     more: dict[str, Any], hidden: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = json.dumps({"runtime_env": OURS | more, "metadata": {"name": "j"}})
     monkeypatch.setenv(VARIABLE, config)
     with without_job_environment() as result:
         assert result is hidden
-        seen = json.loads(os.environ[VARIABLE])
-        assert seen["metadata"] == {"name": "j"}
-        assert (seen["runtime_env"] == {}) is hidden
+        config_inside = json.loads(os.environ[VARIABLE])
+        assert config_inside["metadata"] == {"name": "j"}
+        assert (config_inside["runtime_env"] == {}) is hidden
     assert os.environ[VARIABLE] == config
 
 
-def test_nothing_to_hide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hides_nothing_without_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
     with without_job_environment() as result:
         assert result is False

@@ -1,4 +1,4 @@
-"""Remote jobs without a cluster: what is packed, how a log is followed."""
+"""Remote jobs against a fake cluster: the uploaded package, following the log, stopping."""
 
 import json
 from collections.abc import Iterator
@@ -29,12 +29,12 @@ JOB = job_of(
 
 
 @pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_polling_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "_POLL_S", 0.0)
 
 
 class FakeJobs:
-    """A cluster that plays a script: status and log, one pair per question for the status."""
+    """A job API that returns (status, log) pairs of a script, one per call of `info`."""
 
     address = "http://h:8265"
 
@@ -59,9 +59,9 @@ class FakeJobs:
     def stop(self, job_id: str) -> None:
         self.script = [("RUNNING", ""), ("STOPPED", "")]
 
-    def submit(self, **what: Any) -> str:
-        self.submitted = what
-        return str(what["submission_id"])
+    def submit(self, **options: Any) -> str:
+        self.submitted = options
+        return str(options["submission_id"])
 
 
 def ignores(folder: Path) -> Any:
@@ -72,7 +72,7 @@ def as_jobs(fake: FakeJobs) -> Any:
     return cast(Any, fake)
 
 
-def test_a_log_is_followed_line_by_line_to_its_end() -> None:
+def test_follows_the_log_to_its_end() -> None:
     jobs = FakeJobs(
         ("PENDING", ""),
         ("RUNNING", "one\ntw"),
@@ -87,16 +87,16 @@ def test_a_log_is_followed_line_by_line_to_its_end() -> None:
     assert exit_code(info) == 1
 
 
-def test_a_passing_trouble_of_the_net_does_not_end_the_following(
+def test_follow_survives_network_errors(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Flaky(FakeJobs):
-        asked = 0
+        calls = 0
 
         def info(self, job_id: str) -> dict[str, Any]:
-            self.asked += 1
-            if self.asked % 2:
-                raise ClusterUnreachable("gone")
+            self.calls += 1
+            if self.calls % 2:
+                raise ClusterUnreachable("no answer")
             return super().info(job_id)
 
     jobs = Flaky(("RUNNING", "one\n"), ("SUCCEEDED", "one\ntwo\n"), code=0)
@@ -109,14 +109,14 @@ def test_a_passing_trouble_of_the_net_does_not_end_the_following(
 
 
 @pytest.mark.parametrize("code", [None, 1])
-def test_why_a_driver_did_not_start_is_what_the_cluster_says(code: int | None) -> None:
-    """Nobody has logged it. The log of a driver that did says why it failed."""
-    said = "".join(f"line {n}\n" for n in range(100)) + "\x1b[31mno conda here"
-    more = {"message": said, "error_type": JobErrorType.RUNTIME_ENV_SETUP_FAILURE.value}
+def test_prints_the_cluster_message_if_the_driver_did_not_start(code: int | None) -> None:
+    """No log contains this message. A driver that started logs its own error."""
+    message = "".join(f"line {n}\n" for n in range(100)) + "\x1b[31mno conda here"
+    more = {"message": message, "error_type": JobErrorType.RUNTIME_ENV_SETUP_FAILURE.value}
 
     class Broken(FakeJobs):
         def info(self, job_id: str) -> dict[str, Any]:
-            return {**super().info(job_id), **(more if self.code is None else {"message": said})}
+            return {**super().info(job_id), **(more if self.code is None else {"message": message})}
 
     lines: list[str] = []
     info = follow(as_jobs(Broken(("FAILED", ""), code=code)), "lin-1", lines.append)
@@ -138,16 +138,16 @@ def test_why_a_driver_did_not_start_is_what_the_cluster_says(code: int | None) -
         ("STOPPED", 143, 4),
     ],
 )
-def test_the_exit_code_is_the_drivers(status: str, driver: int | None, code: int) -> None:
+def test_exit_code_is_that_of_the_driver(status: str, driver: int | None, code: int) -> None:
     assert exit_code({"status": status, "driver_exit_code": driver}) == code
 
 
-def test_a_log_cannot_steer_the_terminal() -> None:
+def test_removes_control_sequences_from_the_log() -> None:
     text = "\x1b[31mred\x1b[0m\r\n\x1b]0;title\x07 a\tb\x9b2J\n\n"
     assert clean_lines(text) == ["red", "]0;title a\tb2J", ""]
 
 
-def test_the_result_is_read_from_the_log_and_not_shown() -> None:
+def test_reads_the_result_from_the_log_without_printing_it() -> None:
     lines: list[str] = []
     reader = LogReader(lines.append)
     result = f"distplat-result: {json.dumps(FACTS)}"
@@ -159,31 +159,33 @@ def test_the_result_is_read_from_the_log_and_not_shown() -> None:
 
 
 @pytest.mark.parametrize("wait", [True, False])
-def test_stopping_waits_for_the_end_unless_told_not_to(wait: bool) -> None:
+def test_stop_waits_for_the_end_by_default(wait: bool) -> None:
     jobs = FakeJobs(("RUNNING", ""))
     assert remote.stop(as_jobs(jobs), "lin-1", wait=wait) == ("STOPPED" if wait else "RUNNING")
 
 
-def test_stopping_an_ended_job_leaves_it_alone() -> None:
+def test_stop_has_no_effect_on_ended_jobs() -> None:
     jobs = FakeJobs(("SUCCEEDED", ""))
     assert remote.stop(as_jobs(jobs), "lin-1", wait=True) == "SUCCEEDED"
     assert jobs.script == [("SUCCEEDED", "")]
 
 
 @pytest.mark.parametrize(
-    ("status", "reached", "asked_ray"),
+    ("status", "is_reachable", "stops_by_ray"),
     [("RUNNING", True, False), ("RUNNING", False, True), ("PENDING", True, True)],
 )
-def test_ray_ends_the_driver_only_where_no_controller_can_be_asked(
-    status: str, reached: bool, asked_ray: bool
+def test_ray_stops_the_driver_only_if_no_controller_is_reachable(
+    status: str, is_reachable: bool, stops_by_ray: bool
 ) -> None:
     jobs = FakeJobs((status, ""), (status, ""), ("SUCCEEDED", ""))
-    found = remote.stop(as_jobs(jobs), "lin-1", wait=True, call_controller=lambda info: reached)
-    assert found == ("STOPPED" if asked_ray else "SUCCEEDED")
+    result = remote.stop(
+        as_jobs(jobs), "lin-1", wait=True, call_controller=lambda info: is_reachable
+    )
+    assert result == ("STOPPED" if stops_by_ray else "SUCCEEDED")
 
 
 @pytest.mark.parametrize(
-    ("metadata", "status", "code", "shown"),
+    ("metadata", "status", "code", "expected"),
     [
         ({"distplat_version": "1"}, "FAILED", 143, "STOPPED"),
         ({"distplat_version": "1"}, "FAILED", 4, "FAILED"),
@@ -192,14 +194,14 @@ def test_ray_ends_the_driver_only_where_no_controller_can_be_asked(
         (None, "FAILED", 143, "FAILED"),
     ],
 )
-def test_a_job_that_ended_because_it_was_asked_to_is_stopped(
-    metadata: dict[str, str] | None, status: str, code: int, shown: str
+def test_job_that_exited_after_sigterm_has_status_stopped(
+    metadata: dict[str, str] | None, status: str, code: int, expected: str
 ) -> None:
-    found = {"metadata": metadata, "status": status, "driver_exit_code": code}
-    assert cluster._plain(SimpleNamespace(model_dump=lambda: found))["status"] == shown
+    details = {"metadata": metadata, "status": status, "driver_exit_code": code}
+    assert cluster._plain(SimpleNamespace(model_dump=lambda: details))["status"] == expected
 
 
-def test_an_unknown_job_gets_a_hint() -> None:
+def test_unknown_job_has_a_hint() -> None:
     with pytest.raises(SpecError) as raised:
         remote.find(as_jobs(FakeJobs()), "lin-2")
     assert str(raised.value) == (
@@ -208,7 +210,7 @@ def test_an_unknown_job_gets_a_hint() -> None:
 
 
 @pytest.mark.parametrize("job_id", ["", "a/b", "../x", "a b", "a?b", "x" * 129, "a\n"])
-def test_an_id_that_would_change_a_url_is_refused(job_id: str) -> None:
+def test_rejects_job_ids_with_url_characters(job_id: str) -> None:
     with pytest.raises(SpecError, match="is no job id"):
         remote.find(as_jobs(FakeJobs()), job_id)
 
@@ -221,14 +223,14 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def send(jobs: Any, folder: Path, **changes: Any) -> str:
-    given = {"env_vars": {"A": "1"}, "excludes": ["data"], "py_modules": ["m"]}
+    runtime_env = {"env_vars": {"A": "1"}, "excludes": ["data"], "py_modules": ["m"]}
     source = JobSource(folder / "job.yaml", working_dir=folder)
     remote = RemoteOptions(entrypoint_num_cpus=1.0)
     request = SubmitRequest(source, remote=remote, **changes)
-    return submit.send(jobs, JOB, request, given, _metadata('{"team": "t"}', JOB), ignores)
+    return submit.send(jobs, JOB, request, runtime_env, _metadata('{"team": "t"}', JOB), ignores)
 
 
-def test_a_job_is_sent_without_a_value_in_the_shell_line(
+def test_entrypoint_contains_no_values_of_the_job(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = FakeJobs()
@@ -248,7 +250,7 @@ def test_a_job_is_sent_without_a_value_in_the_shell_line(
     assert shipping.read_received_job(environment["env_vars"]) == ReceivedJob(JOB, None, None)
 
 
-def test_a_strategy_file_travels_with_the_folder(
+def test_uploads_strategy_file_in_the_working_dir(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment = shipping.runtime_env(JOB, folder, folder / "strategy.py", {})
@@ -259,31 +261,31 @@ def test_a_strategy_file_travels_with_the_folder(
         shipping.runtime_env(JOB, folder, folder.parent / "strategy.py", {})
 
 
-def test_a_checkpoint_is_named_on_the_drivers_machine(folder: Path) -> None:
+def test_resume_path_is_sent_unchanged(folder: Path) -> None:
     jobs = FakeJobs()
     send(as_jobs(jobs), folder, resume="runs/lin-1")
     received = shipping.read_received_job(jobs.submitted["runtime_env"]["env_vars"])
     assert received.resume == "runs/lin-1"
 
 
-def test_a_job_that_no_variable_holds_is_refused(folder: Path) -> None:
+def test_rejects_job_too_large_for_a_variable(folder: Path) -> None:
     job = JOB.model_copy(update={"task_args": {"text": "x" * 50_000}})
     with pytest.raises(SpecError, match="a job sent to a cluster may have 48"):
         shipping.runtime_env(job, folder, None, {})
 
 
 @pytest.mark.parametrize("text", ["{", "[" * 100_000, '{"a": 1}', "[]"])
-def test_metadata_of_another_form_is_refused(text: str) -> None:
+def test_rejects_invalid_metadata(text: str) -> None:
     with pytest.raises(SpecError, match=r"--metadata-json: (is not JSON|must be a mapping)"):
         _metadata(text, JOB)
 
 
-def test_our_metadata_cannot_be_overwritten() -> None:
+def test_rejects_reserved_metadata() -> None:
     with pytest.raises(SpecError, match=r"--metadata-json\.strategy: is set by distplat itself"):
         _metadata('{"strategy": "x"}', JOB)
 
 
-def test_a_folder_that_is_too_large_is_refused_with_its_largest_parts(
+def test_rejects_large_folder_and_lists_its_largest_parts(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(submit, "MAX_PACKAGE", 3 * 2**20)
@@ -310,12 +312,12 @@ def test_a_folder_that_is_too_large_is_refused_with_its_largest_parts(
         (json.dumps({"working_dir": "."}), "working_dir: is set by --working-dir"),
     ],
 )
-def test_a_wrong_runtime_environment_is_refused(text: str, message: str) -> None:
+def test_rejects_invalid_runtime_env(text: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         shipping.read_runtime_env(None, text)
 
 
-def test_a_runtime_environment_from_a_file(tmp_path: Path) -> None:
+def test_reads_runtime_env_from_file(tmp_path: Path) -> None:
     file = tmp_path / "env.yaml"
     file.write_text("env_vars: {A: '1'}\npip: [numpy]\n")
     assert shipping.read_runtime_env(file, None) == {"env_vars": {"A": "1"}, "pip": ["numpy"]}

@@ -1,4 +1,4 @@
-"""What a run looks like where nobody watches: plain lines, few of them, and a table at the end."""
+"""Output of a run: progress lines, the progress bar of a terminal, and the result table."""
 
 import io
 import json
@@ -32,7 +32,7 @@ def step(number: int, loss: float = 0.5, seconds: float = 0.25) -> StepSummary:
 
 
 class Clock:
-    """Stands in for `time` in the module under test."""
+    """Replaces `time` in the module under test."""
 
     now = 0.0
 
@@ -47,7 +47,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def watched(clock: Clock, seconds_per_step: float, steps: int, **options: Any) -> list[str]:
+def progress_lines(clock: Clock, seconds_per_step: float, steps: int, **options: Any) -> list[str]:
     out = io.StringIO()
     view = View(out, **options)
     view.on_start(JOB, "lin-1", Path("/runs/lin-1"))
@@ -57,13 +57,13 @@ def watched(clock: Clock, seconds_per_step: float, steps: int, **options: Any) -
     return out.getvalue().splitlines()
 
 
-def test_lines_come_at_most_every_two_seconds(clock: Clock) -> None:
-    lines = watched(clock, 0.5, steps=13)
+def test_prints_a_line_at_most_every_two_seconds(clock: Clock) -> None:
+    lines = progress_lines(clock, 0.5, steps=13)
     assert lines[0] == "run lin-1: ring, 2 workers, starting"
     assert [line.split()[1] for line in lines[1:]] == ["1/100", "5/100", "9/100", "13/100"]
 
 
-def test_a_run_whose_length_nobody_knows_has_no_end_in_its_lines(clock: Clock) -> None:
+def test_run_of_unknown_length_has_no_total_and_no_eta(clock: Clock) -> None:
     out = io.StringIO()
     view = View(out)
     view.on_start(JOB, "lin-1", Path("/runs/lin-1"))
@@ -73,17 +73,19 @@ def test_a_run_whose_length_nobody_knows_has_no_end_in_its_lines(clock: Clock) -
     assert out.getvalue().splitlines()[-1] == "step 3  epoch 1  loss 0.5  32 samples/s"
 
 
-def test_a_line_tells_how_fast_it_goes_and_how_long_it_takes(clock: Clock) -> None:
-    lines = watched(clock, 2.0, steps=41)
+def test_line_has_speed_and_eta(clock: Clock) -> None:
+    lines = progress_lines(clock, 2.0, steps=41)
     assert lines[1] == "step 1/100  epoch 1  loss 0.5  32 samples/s"
     assert lines[-1] == "step 41/100  epoch 5  loss 0.5  32 samples/s  eta 1:58"
 
 
-def test_the_last_step_is_always_shown(clock: Clock) -> None:
-    assert watched(clock, 0.001, steps=100)[-1].startswith("step 100/100  epoch 10  loss 0.5")
+def test_prints_the_last_step(clock: Clock) -> None:
+    assert progress_lines(clock, 0.001, steps=100)[-1].startswith(
+        "step 100/100  epoch 10  loss 0.5"
+    )
 
 
-def test_every_evaluation_is_shown(clock: Clock) -> None:
+def test_prints_every_evaluation(clock: Clock) -> None:
     out = io.StringIO()
     view = View(out)
     for number in (1, 2, 3):
@@ -93,7 +95,7 @@ def test_every_evaluation_is_shown(clock: Clock) -> None:
     ]
 
 
-def test_a_failure_or_a_resize_says_from_where_the_run_goes_on() -> None:
+def test_prints_failures_recoveries_and_resizes() -> None:
     out = io.StringIO()
     view = View(out)
     view.on_failure(
@@ -111,8 +113,8 @@ def test_a_failure_or_a_resize_says_from_where_the_run_goes_on() -> None:
     ]
 
 
-def test_quiet_is_quiet(clock: Clock) -> None:
-    assert watched(clock, 5.0, steps=3, quiet=True) == []
+def test_quiet_prints_nothing(clock: Clock) -> None:
+    assert progress_lines(clock, 5.0, steps=3, quiet=True) == []
 
 
 class Terminal(io.StringIO):
@@ -120,7 +122,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_shows_one_line_and_keeps_evaluations(
+def test_terminal_has_a_progress_bar_and_keeps_evaluations(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
@@ -132,23 +134,23 @@ def test_a_terminal_shows_one_line_and_keeps_evaluations(
     view.on_step(step(0))
     view.on_evaluation(EvalSummary(1, 8, {"loss": 0.25}))
     view.on_end(Result(Path("/runs/lin-1"), None), None)
-    shown = out.getvalue()
-    assert "run lin-[1]: ring, 2 workers, starting\n" in shown.replace("\r", "")
-    assert "evaluation after step 1  loss 0.25" in shown
-    assert "step 1/100" in shown
-    assert "\x1b[3" not in shown  # no colour
+    output = out.getvalue()
+    assert "run lin-[1]: ring, 2 workers, starting\n" in output.replace("\r", "")
+    assert "evaluation after step 1  loss 0.25" in output
+    assert "step 1/100" in output
+    assert "\x1b[3" not in output  # no color
 
 
 def result(loss: float = 0.5) -> Result:
     model = Path("/runs/lin-1/model.safetensors")
-    found = Result(path=Path("/runs/lin-1"), checkpoint=model, seconds=4.0)
+    result = Result(path=Path("/runs/lin-1"), checkpoint=model, seconds=4.0)
     metrics = {"loss": 0.25, "accuracy": 0.75}
     for summary in (step(0), step(1, loss), EvalSummary(2, 8, metrics)):
-        found.add(summary)
-    return found
+        result.add(summary)
+    return result
 
 
-def test_the_facts_are_those_of_the_run() -> None:
+def test_facts_of() -> None:
     assert facts_of(JOB, result()) == {
         "status": "SUCCEEDED",
         "name": "lin",
@@ -171,7 +173,7 @@ def test_the_facts_are_those_of_the_run() -> None:
     }
 
 
-def test_the_table_is_aligned_text_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_result_table_is_aligned_text_without_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     print_result(facts_of(JOB, result()))
     assert capsys.readouterr().out.splitlines() == [
         "strategy       ring",
@@ -187,22 +189,22 @@ def test_the_table_is_aligned_text_without_a_terminal(capsys: pytest.CaptureFixt
     ]
 
 
-def test_a_loss_that_is_no_number_is_still_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_nan_loss_is_valid_json(capsys: pytest.CaptureFixture[str]) -> None:
     facts = json.loads(to_json(facts_of(JOB, result(float("nan")))))
     assert facts["metrics"]["loss"] is None
     print_result(facts)
     assert "final loss     not a number\n" in capsys.readouterr().out
 
 
-def test_a_run_without_steps_or_model_has_a_table_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_result_table_without_steps_or_model(capsys: pytest.CaptureFixture[str]) -> None:
     print_result(facts_of(JOB, Result(Path("/runs/lin-1"), None)))
-    shown = capsys.readouterr().out
-    assert "steps          0 reported\n" in shown
-    assert "model" not in shown
+    output = capsys.readouterr().out
+    assert "steps          0 reported\n" in output
+    assert "model" not in output
 
 
-def test_progress_is_shown_to_who_looks_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal and in a notebook; a log file of a script that trains has none."""
+def test_view_here_needs_a_terminal_or_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log file gets no progress."""
     out = io.StringIO()
     monkeypatch.setattr("sys.stderr", out)
     monkeypatch.setattr("sys.stdout", out)
@@ -218,7 +220,7 @@ def test_progress_is_shown_to_who_looks_on(monkeypatch: pytest.MonkeyPatch) -> N
     assert view_here() is not None
     closed = io.StringIO()
     closed.close()
-    for nobody in (None, closed):  # a process that was begun by `2>&-` has none
-        monkeypatch.setattr("sys.stderr", nobody)
+    for stderr in (None, closed):  # None: the process was started with `2>&-`
+        monkeypatch.setattr("sys.stderr", stderr)
         assert view_here() is None
         View().on_evaluation(EvalSummary(1, 8, {"loss": 0.25}))

@@ -1,4 +1,4 @@
-"""`distplat report`: the page and the table, whatever state the run is in."""
+"""`distplat report`: the page and the table of successful, failed and damaged runs."""
 
 import json
 import os
@@ -19,7 +19,7 @@ FIGURES = {"sent_bytes": 4e6, "waiting_s": 0.01, "working_s": 0.02, "exposed_s":
 
 
 class Tags(HTMLParser):
-    """Counts tags, and finds what a browser would fetch or run."""
+    """Collects tags, and the attributes that make a browser fetch or run something."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -55,16 +55,16 @@ def page_of(path: Path) -> str:
     return text
 
 
-def lively(**changes: Any) -> list[dict[str, Any]]:
+def eventful_run(**changes: Any) -> list[dict[str, Any]]:
     lines = [step(n, step=n + 1, figures=FIGURES, **changes) for n in range(8)]
-    disturbed = [SAVED, FAILURE, RECOVERY, RESIZED]
-    return [*lines[:4], *disturbed, *lines[4:], evaluation(4, loss=1.8, accuracy=0.5)]
+    events = [SAVED, FAILURE, RECOVERY, RESIZED]
+    return [*lines[:4], *events, *lines[4:], evaluation(4, loss=1.8, accuracy=0.5)]
 
 
-def test_a_run_that_went_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = made_run(tmp_path, lively(), result={"status": "SUCCEEDED", "seconds": 200.0})
+def test_successful_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = made_run(tmp_path, eventful_run(), result={"status": "SUCCEEDED", "seconds": 200.0})
     assert run(["report", str(path)]) == 0
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for line in (
         "after step 4, 2.5 MB",
         "3 workers from step 4 on, stood still 0.2 s",
@@ -74,9 +74,9 @@ def test_a_run_that_went_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "3 min 20 s",
         "compute 60%",
     ):
-        assert line in told
-    assert "after step 3: worker-1 was lost: the process died; worker-1, after 2.5 s" in told
-    assert str(path / "report.html") in told
+        assert line in output
+    assert "after step 3: worker-1 was lost: the process died; worker-1, after 2.5 s" in output
+    assert str(path / "report.html") in output
     text = page_of(path)
     parts = ("Loss", "Evaluations", "Where the time went", "Exchange", "Failures", "Checkpoints")
     for heading in parts:
@@ -84,8 +84,8 @@ def test_a_run_that_went_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "4 MB sent per worker and step" in text
 
 
-def test_figures_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = made_run(tmp_path, lively(), trace=made_trace())
+def test_json_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = made_run(tmp_path, eventful_run(), trace=made_trace())
     assert run(["report", str(path), "-o", "json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["steps"] == 8
@@ -95,22 +95,22 @@ def test_figures_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert facts["pipeline"][0]["bubble"] == pytest.approx(0.2)
 
 
-def test_a_jobs_name_means_its_newest_run(
+def test_job_name_selects_its_newest_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, begun in (("b-1", 100), ("a-2", 200)):
+    for name, started in (("b-1", 100), ("a-2", 200)):
         path = made_run(tmp_path / "runs", [step(0)], job='{"name": "lin"}', name=name)
-        os.utime(path / "job.yaml", (begun, begun))
-    (tmp_path / "lin").mkdir()  # the job's own folder is no run
+        os.utime(path / "job.yaml", (started, started))
+    (tmp_path / "lin").mkdir()  # a folder of the job, not a run
     (tmp_path / "lin" / "job.yaml").write_text("name: lin")
     assert run(["report", "lin", "-o", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["run"] == "a-2"
-    assert [one.name for one in (tmp_path / "lin").iterdir()] == ["job.yaml"]
+    assert [path.name for path in (tmp_path / "lin").iterdir()] == ["job.yaml"]
     assert run(["report", "line"]) == 2, "neither a run nor a job"
 
 
-def test_what_users_wrote_is_text_and_nothing_else(tmp_path: Path) -> None:
+def test_escapes_text_of_users(tmp_path: Path) -> None:
     bad = FAILURE | {"cause": EVIL, "replaced": [EVIL]}
     lines = [step(0, figures={EVIL: 1.0}), step(1, figures={EVIL: 2.0}), bad]
     lines[0]["seconds"] = lines[1]["seconds"] = {EVIL: 0.5, "compute": 0.5}
@@ -129,20 +129,20 @@ def test_what_users_wrote_is_text_and_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["$x$ $", "_hidden", "训练 🚀", "#1a1a1a", "{{ 1 }}", "\\frac", "\x00"]
 )
-def test_names_are_shown_as_they_are(name: str, tmp_path: Path) -> None:
+def test_shows_special_names_unchanged(name: str, tmp_path: Path) -> None:
     lines = [step(n, seconds={name: 0.5, "compute": 0.5}) for n in range(3)]
     lines += [evaluation(1, **{name: 1.0}), evaluation(2, **{name: 2.0})]
     path = made_run(tmp_path, [*lines, FAILURE | {"cause": name}])
     assert run(["report", str(path)]) == 0
     text = page_of(path)
-    assert f"<title>{name} 1 at 1</title>" in text  # of a dot
-    assert f"({name} 500, compute 500)</title>" in text  # of a column
+    assert f"<title>{name} 1 at 1</title>" in text  # tooltip of a dot
+    assert f"({name} 500, compute 500)</title>" in text  # tooltip of a bar
     assert f"<title>after step 3: {name}</title>" in text
     assert f"<h3>{name}</h3>" in text
 
 
-def test_the_page_is_light_and_dark(tmp_path: Path) -> None:
-    path = made_run(tmp_path, lively(), trace=made_trace())
+def test_page_has_light_and_dark_colors(tmp_path: Path) -> None:
+    path = made_run(tmp_path, eventful_run(), trace=made_trace())
     assert run(["report", str(path)]) == 0
     text = page_of(path)
     assert "prefers-color-scheme: dark" in text
@@ -150,15 +150,15 @@ def test_the_page_is_light_and_dark(tmp_path: Path) -> None:
     used = {*re.findall(r"var\(--(\w+)\)", body)}
     assert used == {*THEMED.values()}
     assert all(style.count(f"--{name}:") == 2 for name in used)
-    assert not [colour for colour in THEMED if colour in body]
+    assert not [color for color in THEMED if color in body]
 
 
-def test_without_the_extra_the_figures_are_printed(
+def test_prints_the_table_without_jinja2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delitem(sys.modules, "distplat.cli.report_page", raising=False)
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    path = made_run(tmp_path, lively())
+    path = made_run(tmp_path, eventful_run())
     assert run(["report", str(path)]) == 2
     printed = capsys.readouterr()
     assert "compute 60%" in printed.out
@@ -169,7 +169,7 @@ def test_without_the_extra_the_figures_are_printed(
     assert not (path / "report.html").exists()
 
 
-def test_a_run_that_has_just_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_without_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = made_run(tmp_path)
     assert run(["report", str(path)]) == 0
     assert "RUNNING: last line" in capsys.readouterr().out
@@ -177,13 +177,13 @@ def test_a_run_that_has_just_begun(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("count", [1, 2, 700])
-def test_any_number_of_steps_can_be_drawn(count: int, tmp_path: Path) -> None:
+def test_draws_any_number_of_steps(count: int, tmp_path: Path) -> None:
     path = made_run(tmp_path, [step(n, figures={"staleness": n % 3}) for n in range(count)])
     assert run(["report", str(path)]) == 0
     assert "Staleness" in page_of(path)
 
 
-def test_a_run_that_diverged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diverged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [step(n, loss=1.0 if n < 3 else None) for n in range(6)]
     lines.append(evaluation(6) | {"metrics": {"loss": None, "accuracy": None}})
     path = made_run(tmp_path, lines)
@@ -192,8 +192,8 @@ def test_a_run_that_diverged(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     page_of(path)
 
 
-def test_figures_that_no_axis_has_room_for(tmp_path: Path) -> None:
-    """A sum of doubles that diverges gets there; matplotlib would draw no page at all."""
+def test_values_too_large_for_an_axis(tmp_path: Path) -> None:
+    """Diverging sums of doubles reach such values, and matplotlib raises for them."""
     huge = {"compute": 1e300, "data": 1e300}
     lines = [step(n, loss=10.0 ** (308 * n), seconds=huge) for n in range(2)]
     lines += [evaluation(n + 1) | {"metrics": {"loss": -1e308 if n else 1e308}} for n in range(2)]
@@ -202,7 +202,7 @@ def test_figures_that_no_axis_has_room_for(tmp_path: Path) -> None:
     page_of(path)
 
 
-def test_what_looks_like_a_secret_is_not_on_the_page(tmp_path: Path) -> None:
+def test_page_redacts_secrets(tmp_path: Path) -> None:
     args: dict[str, Any] = {
         "hf_token": "canary-1",
         "nested": [{"API-KEY": "canary-2"}],
@@ -216,7 +216,7 @@ def test_what_looks_like_a_secret_is_not_on_the_page(tmp_path: Path) -> None:
     assert "shown-1" in text and "max_tokens: 512" in text
 
 
-def test_the_error_that_ended_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_run_has_the_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = "Traceback\n  boom\n\nyour task failed on rank 1"
     path = made_run(tmp_path, [step(0)], result={"status": "FAILED", "error": error})
     assert run(["report", str(path)]) == 0
@@ -224,7 +224,7 @@ def test_the_error_that_ended_a_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "Traceback\n  boom" in page_of(path)
 
 
-def test_a_real_step_stands_beside_the_ideal_one(
+def test_pipeline_shows_measured_and_ideal_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trace = made_trace(stages=2, micro_batches=4, replicas=2, late_s=0.5, reduce_s=1.0)
@@ -238,14 +238,14 @@ def test_a_real_step_stands_beside_the_ideal_one(
     assert "reduce (below)" in text
 
 
-def test_a_trace_that_makes_no_sense_does_not_hide_the_rest(tmp_path: Path) -> None:
+def test_invalid_trace_is_reported_on_the_page(tmp_path: Path) -> None:
     path = made_run(tmp_path, [step(0)], trace=made_trace() | {"stages": 1})
     assert run(["report", str(path)]) == 0
     assert "makes no sense: an event of stage 1" in page_of(path)
     assert not (path / "pipeline_perfetto.json").exists()
 
 
-def test_a_step_for_perfetto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_writes_perfetto_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = made_run(tmp_path, [step(0)], trace=made_trace(late_s=0.5, reduce_s=1.0))
     assert run(["report", str(path)]) == 0
     assert str(path / "pipeline_perfetto.json") in capsys.readouterr().out
@@ -255,19 +255,21 @@ def test_a_step_for_perfetto(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert {e["cat"] for e in events if e["ph"] == "X"} == {"F", "B", "reduce"}
 
 
-def test_a_trace_of_nothing_is_no_error(tmp_path: Path) -> None:
+def test_empty_trace(tmp_path: Path) -> None:
     path = made_run(tmp_path, [step(0)], trace=made_trace() | {"events": []})
     assert run(["report", str(path)]) == 0
     page_of(path)
 
 
-def test_a_pipeline_without_a_trace_says_so(tmp_path: Path) -> None:
+def test_pipeline_without_trace(tmp_path: Path) -> None:
     path = made_run(tmp_path, [step(0)], job="strategy: {name: hybrid, pipeline: 2}")
     assert run(["report", str(path)]) == 0
     assert "there is no pipeline_trace.json" in page_of(path)
 
 
-def test_damage_is_said_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_result_is_reported_on_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = made_run(tmp_path, [step(0)])
     (path / "result.json").write_text("{")
     assert run(["report", str(path)]) == 0
@@ -275,15 +277,13 @@ def test_damage_is_said_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "result.json is damaged" in page_of(path)
 
 
-def test_no_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rejects_folders_without_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["report", str(tmp_path / "nothing")]) == 2
     assert run(["report", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
 
 
-def test_a_place_that_cannot_be_written_is_an_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_failed_write_exits_with_5(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = made_run(tmp_path, [step(0)])
     (path / "report.html").mkdir()
     assert run(["report", str(path)]) == 5

@@ -1,4 +1,4 @@
-"""`distplat submit ... -- COMMAND`: which command line is one, and what it refuses."""
+"""`distplat submit ... -- COMMAND`: parsing, rejected options, upload and output."""
 
 import errno
 import io
@@ -30,12 +30,12 @@ from distplat.platform.errors import Interrupted
         ("", ""),
     ],
 )
-def test_what_stands_behind_two_dashes_is_a_command(args: str, expected: str) -> None:
+def test_routes_commands_after_two_dashes(args: str, expected: str) -> None:
     assert routed(args.split()) == expected.split()
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         ("-- job.yaml", "leave the -- out: distplat submit job.yaml"),
         ("--name A_b -- python t.py", "--name: must be lower-case letters, digits and '-'"),
@@ -44,75 +44,75 @@ def test_what_stands_behind_two_dashes_is_a_command(args: str, expected: str) ->
         ("--address local --runtime-env-json {} -- t.py", "--runtime-env: has effect on a cluster"),
     ],
 )
-def test_refused_before_anything_starts(
+def test_rejects_invalid_options_before_the_start(
     args: str,
-    told: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(["submit", *args.split()]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["driver", "here"])
+@pytest.mark.parametrize("target_kind", ["driver", "here"])
 @pytest.mark.parametrize(
-    ("folder", "named", "refused"),
+    ("folder", "is_named", "is_rejected"),
     [(".", False, True), ("..", False, True), ("job", False, False), (".", True, False)],
 )
-def test_a_home_directory_is_shipped_only_if_it_was_named(
-    kind: Any,
+def test_uploads_home_directory_only_if_named(
+    target_kind: Any,
     folder: str,
-    named: bool,
-    refused: bool,
+    is_named: bool,
+    is_rejected: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """To several nodes, also of a Ray that nobody named."""
+    """Also for a Ray that was found without `--address`."""
     home = tmp_path / "home"
     (home / "job").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(home / folder)
-    shipped: list[Package] = []
+    packages: list[Package] = []
 
     def connection(target: Target, folder: Path, *args: Any) -> AbstractContextManager[None]:
-        shipped.append(Package(folder, 1, 1, "", frozenset({home.resolve() / "notes"})))
-        args[-1](shipped[0])
-        raise Interrupted(2)  # far enough
+        packages.append(Package(folder, 1, 1, "", frozenset({home.resolve() / "notes"})))
+        args[-1](packages[0])
+        raise Interrupted(2)  # stop here
 
-    target = Target(kind, "HOST:6379", "--address")
+    target = Target(target_kind, "HOST:6379", "--address")
     monkeypatch.setattr(submit, "choose_target", lambda *args, **more: target)
     monkeypatch.setattr(submit, "connection", connection)
-    options = ["--working-dir", "."] if named else []
+    options = ["--working-dir", "."] if is_named else []
     code = run(["submit", *options, "--", "python", "x.py"])
-    assert shipped[0].folder == (home / folder).resolve()
-    assert code == (2 if refused else 130)
+    assert packages[0].folder == (home / folder).resolve()
+    assert code == (2 if is_rejected else 130)
 
 
-class Closed(io.StringIO):
-    """A pipe that nobody reads."""
+class ClosedPipe(io.StringIO):
+    """A pipe without a reader."""
 
     def write(self, text: str) -> int:
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
 
-def test_lines_say_whose_they_are_and_a_closed_pipe_is_left_alone() -> None:
+def test_lines_have_a_rank_prefix_and_a_closed_pipe_is_ignored() -> None:
     out = io.StringIO()
     several = RankOutput(out, 2, quiet=False)
     several.line(1, "loss 0.5")
     several.notice("starting anew")
-    RankOutput(out, 1, quiet=False).line(0, "alone")
-    RankOutput(out, 2, quiet=True).line(0, "unheard")
-    assert out.getvalue() == "[1] loss 0.5\ndistplat: starting anew\nalone\n"
-    closed = RankOutput(Closed(), 2, quiet=False)
-    closed.line(0, "once")
-    closed.line(0, "and again")
+    RankOutput(out, 1, quiet=False).line(0, "one rank")
+    RankOutput(out, 2, quiet=True).line(0, "hidden")
+    assert out.getvalue() == "[1] loss 0.5\ndistplat: starting anew\none rank\n"
+    closed = RankOutput(ClosedPipe(), 2, quiet=False)
+    closed.line(0, "first")
+    closed.line(0, "second")
 
 
 @pytest.mark.parametrize(("args", "seconds"), [([], 120.0), (["--start-timeout", "600"], 600.0)])
-def test_the_time_that_a_start_may_take_is_an_option(
+def test_start_timeout_is_an_option(
     args: list[str], seconds: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     jobs: list[script_run.ScriptJob] = []
@@ -121,7 +121,7 @@ def test_the_time_that_a_start_may_take_is_an_option(
         jobs.append(job)
         return script_run.ScriptResult(tmp_path, 0, 1.0)
 
-    monkeypatch.setattr(script, "_ray", lambda *given, **options: nullcontext())
+    monkeypatch.setattr(script, "_ray", lambda *args, **options: nullcontext())
     monkeypatch.setattr(script_run, "train_script", train)
     assert run(["submit", *args, "--", "python", "train.py"]) == 0
     assert [job.start_timeout_s for job in jobs] == [seconds]

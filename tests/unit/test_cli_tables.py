@@ -1,4 +1,4 @@
-"""Tables on a terminal and in a pipe."""
+"""Tables on a terminal and in a pipe, with and without colors."""
 
 import io
 import re
@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def shown(monkeypatch: pytest.MonkeyPatch, columns: int = 60, **environ: str) -> str:
+def terminal_output(monkeypatch: pytest.MonkeyPatch, columns: int = 60, **environ: str) -> str:
     out = Terminal()
     for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM"):
         monkeypatch.delenv(name, raising=False)
@@ -31,7 +31,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, columns: int = 60, **environ: str) ->
     return out.getvalue()
 
 
-def test_without_a_terminal_it_is_aligned_text(
+def test_prints_aligned_text_without_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "20")
@@ -50,7 +50,7 @@ def test_without_a_terminal_it_is_aligned_text(
 
 
 @pytest.mark.parametrize(
-    ("environ", "colored"),
+    ("environ", "has_color"),
     [
         ({"FORCE_COLOR": "1"}, True),
         ({"FORCE_COLOR": ""}, False),
@@ -58,9 +58,9 @@ def test_without_a_terminal_it_is_aligned_text(
         ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
     ],
 )
-def test_who_wants_colours_in_a_pipe_gets_them_in_lines_as_they_are(
+def test_force_color_adds_colors_in_a_pipe_without_wrapping(
     environ: dict[str, str],
-    colored: bool,
+    has_color: bool,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -72,48 +72,48 @@ def test_who_wants_colours_in_a_pipe_gets_them_in_lines_as_they_are(
     print_pairs([("path", "/x" * 400)])
     assert run(["schedule", "1f1b", "--stages", "2", "--micro-batches", "40"]) == 0
     text = capsys.readouterr().out
-    assert ("\x1b[1mNAME" in text, "\x1b[31mlonger" in text) == (colored, colored)
-    assert ("\x1b" in text) == colored
+    assert ("\x1b[1mNAME" in text, "\x1b[31mlonger" in text) == (has_color, has_color)
+    assert ("\x1b" in text) == has_color
     lines = text.splitlines()
     assert len([line for line in lines if "/x" * 400 in line]) == 1
     [first] = [line for line in lines if "stage 0" in line]
     assert re.sub("\x1b[^m]*m", "", first).count("F") == 40
 
 
-@pytest.mark.parametrize("forced", [None, "", "1"])
-def test_a_terminal_has_colours_and_a_bar_whatever_forces_them(
-    forced: str | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("force_color", [None, "", "1"])
+def test_terminal_has_colors_and_a_progress_bar_with_any_force_color(
+    force_color: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An empty FORCE_COLOR says nothing; for rich alone it makes a terminal none."""
-    given: dict[str, Any] = {} if forced is None else {"FORCE_COLOR": forced}
-    assert "\x1b[1mNAME" in shown(monkeypatch, **given)
+    """An empty FORCE_COLOR has no effect; rich by itself would treat it as no terminal."""
+    environ: dict[str, Any] = {} if force_color is None else {"FORCE_COLOR": force_color}
+    assert "\x1b[1mNAME" in terminal_output(monkeypatch, **environ)
     assert has_colors(sys.stdout)
     view = View(Terminal())
     assert view._progress is not None and view._progress.console.is_terminal
 
 
-def test_a_table_without_rows_is_its_heads(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_without_rows_has_headers(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(("ID", "NAME"), [])
     assert capsys.readouterr().out == "ID  NAME\n"
 
 
-def test_a_terminal_has_bold_heads_and_coloured_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = shown(monkeypatch)
+def test_terminal_has_bold_headers_and_colored_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = terminal_output(monkeypatch)
     assert "\x1b[1mNAME" in text
     assert "\x1b[31m" in text
-    assert "[red]x[/red]" in text  # text, no markup
-    assert text.count("/x") == 40  # folded, nothing is cut
+    assert "[red]x[/red]" in text  # not interpreted as markup
+    assert text.count("/x") == 40  # wrapped, not truncated
     assert max(map(len, text.replace("\x1b[1m", "").replace("\x1b[0m", "").split("\n"))) < 80
 
 
-def test_no_color_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "\x1b[31m" not in shown(monkeypatch, NO_COLOR="1")
+def test_no_color_disables_colors(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "\x1b[31m" not in terminal_output(monkeypatch, NO_COLOR="1")
 
 
-def test_a_dumb_terminal_has_no_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "\x1b" not in shown(monkeypatch, TERM="dumb")
+def test_dumb_terminal_has_no_escape_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "\x1b" not in terminal_output(monkeypatch, TERM="dumb")
 
 
-def test_wide_letters_are_aligned() -> None:
+def test_aligns_wide_characters() -> None:
     lines = table_lines(("A", "B"), [("训练", "1"), ("ab", "2")])
     assert lines == ["A     B", "训练  1", "ab    2"]
