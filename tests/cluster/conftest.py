@@ -1,4 +1,4 @@
-"""One local Ray for many modules, and a census after every test: nothing of a run may be left."""
+"""One local Ray for many modules, and a leak check after every test."""
 
 import gc
 import os
@@ -14,49 +14,49 @@ import signal_defaults
 import torch
 from ray.experimental.internal_kv import _internal_kv_list
 
-GONE_WITHIN_S = 30.0
-MOST_S = 240
-"""A process of Ray is there in three seconds, on a busy machine in thirty; some tests start ten."""
+CLEANUP_TIMEOUT_S = 30.0
+TIMEOUT_S = 240
+"""A process of Ray starts in 3 s, on a busy machine in 30 s; some tests start ten processes."""
 MARK = "TESTED_BY"
-"""Variable of the environment of all that tests start: `<pid>:<module>`, or `<pid>:local_ray`."""
+"""Environment variable of the tests' child processes: `<pid>:<module>`, or `<pid>:local_ray`."""
 LOCAL_RAY = f"{os.getpid()}:local_ray"
 
-torch.set_num_threads(1)  # as in a worker: what a test computes beside a run has the run's bits
+torch.set_num_threads(1)  # as in a worker: references computed by a test are bit-identical
 
 signal_defaults.reset()
 
-# Actors import the helpers beside the tests; a raylet hands its environment on to them.
+# Actors import the helper modules; they inherit the environment of the raylet.
 _HERE = Path(__file__).parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(_HERE), str(_HERE.parent / "support")])
 
-# Ray gives an actor that is to be killed 5 s to die by itself; one that a test froze never does.
+# Ray waits 5 s for the exit of a killed actor; an actor that a test has frozen does not exit.
 os.environ["RAY_kill_worker_timeout_milliseconds"] = "500"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
-    Put first the modules that share a Ray: one that has its own ends theirs.
+    Run the modules that share a Ray first: a module with its own Ray ends the shared one.
 
-    Of the others the longest comes first: else one process is alone with it at the end.
+    The longest of the other modules runs next, so that one process is not left with it at the end.
     """
     for item in items:
         if item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(MOST_S))
+            item.add_marker(pytest.mark.timeout(TIMEOUT_S))
     items.sort(
-        key=lambda one: (
-            "local_ray" not in getattr(one, "fixturenames", ()),
-            "test_jobs.py" not in one.nodeid,
+        key=lambda item: (
+            "local_ray" not in getattr(item, "fixturenames", ()),
+            "test_jobs.py" not in item.nodeid,
         )
     )
 
 
 @pytest.fixture(scope="module")
 def local_ray(mark: None) -> None:
-    """A local Ray with more CPUs than the machine has cores; modules in a row share it."""
+    """Start a local Ray with more CPUs than the machine has cores; consecutive modules share it."""
     if ray.is_initialized():
         return
     module, os.environ[MARK] = os.environ[MARK], LOCAL_RAY
-    os.environ["PYTHONHASHSEED"] = "0"  # as for a run's own Ray, so that workers start at once
+    os.environ["PYTHONHASHSEED"] = "0"  # as for a private Ray, so that workers start at once
     ray.init(
         address="local",
         include_dashboard=False,
@@ -69,67 +69,69 @@ def local_ray(mark: None) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def mark(request: pytest.FixtureRequest) -> None:
-    """Say whose the processes are that a module starts; no Ray of another one is beside them."""
+    """Mark the processes that a module starts; end the shared Ray if the module has its own."""
     module = request.module.__name__
     os.environ[MARK] = f"{os.getpid()}:{module}"
-    tests = [one for one in request.session.items if one.getparent(pytest.Module) is request.node]
-    if not all("local_ray" in getattr(one, "fixturenames", ()) for one in tests):
+    tests = [
+        test for test in request.session.items if test.getparent(pytest.Module) is request.node
+    ]
+    if not all("local_ray" in getattr(test, "fixturenames", ()) for test in tests):
         ray.shutdown()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_ray_is_left() -> Iterator[None]:
-    """The last module's Ray ends with the session."""
+def shut_down_ray() -> Iterator[None]:
+    """End the last module's Ray with the session."""
     yield
     ray.shutdown()
 
 
-def ours() -> list[psutil.Process]:
-    """This process, those that come from it, and orphans that this module's tests have started."""
+def own_processes() -> list[psutil.Process]:
+    """Return this process, its descendants, and orphans that this module's tests have started."""
     me, marks = psutil.Process(), {os.environ.get(MARK, ""), LOCAL_RAY}
-    mine = [me, *me.children(recursive=True)]
+    own = [me, *me.children(recursive=True)]
     for process in psutil.process_iter():
         try:
             if process.ppid() == 1 and process.environ().get(MARK) in marks:
-                mine += [process, *process.children(recursive=True)]
-        except psutil.Error:  # it has ended meanwhile, or is somebody else's
+                own += [process, *process.children(recursive=True)]
+        except psutil.Error:  # it has ended, or belongs to another user
             continue
-    return mine
+    return own
 
 
-def segments() -> set[str]:
-    """Processes of ours that still map one of our memory segments; other runs' are their affair."""
+def mapped_segments() -> set[str]:
+    """Return the tests' processes that still map a memory segment of distplat."""
     found = set()
-    for process in ours():
+    for process in own_processes():
         try:
             maps = Path(f"/proc/{process.pid}/maps").read_text()
             name = process.name()
-        except (OSError, psutil.Error):  # it has ended meanwhile
+        except (OSError, psutil.Error):  # it has ended
             continue
         if "memfd:distplat" in maps:
             found.add(f"{process.pid} {name}")
     return found
 
 
-def orphans() -> set[str]:
-    """Processes that ours have started by themselves, for loading, and that outlived them."""
+def orphaned_loaders() -> set[str]:
+    """Return loader processes that have outlived their workers."""
     found = set()
-    for process in ours():
+    for process in own_processes():
         try:
             if process.ppid() == 1 and "multiprocessing" in " ".join(process.cmdline()):
                 found.add(f"{process.pid} {process.cmdline()}")
-        except psutil.Error:  # it has ended meanwhile
+        except psutil.Error:  # it has ended
             continue
     return found
 
 
-def files(before: set[str]) -> set[str]:
-    """What has come into /dev/shm since; what a process that is not ours maps is that one's."""
+def new_shm_files(before: set[str]) -> set[str]:
+    """Return new files in /dev/shm, except those mapped by processes of other programs."""
     found = {name for name in os.listdir("/dev/shm") if not name.startswith("plasma")} - before
     if not found:
         return found
-    mine = {process.pid for process in ours()}
-    for pid in set(psutil.pids()) - mine:
+    own = {process.pid for process in own_processes()}
+    for pid in set(psutil.pids()) - own:
         with suppress(OSError):
             maps = Path(f"/proc/{pid}/maps").read_text()
             found = {name for name in found if f"/dev/shm/{name}" not in maps}
@@ -137,28 +139,28 @@ def files(before: set[str]) -> set[str]:
 
 
 def leftovers(shm_before: set[str]) -> dict[str, object]:
-    """What is still there of the runs of this test."""
+    """Return the remaining actors, segments, processes, files and keys of this test's runs."""
     actors = ray.util.list_named_actors(all_namespaces=True) if ray.is_initialized() else []
     keys = _internal_kv_list(b"distplat/") if ray.is_initialized() else []
     found = {
         "actors": actors,
-        "segments": segments(),
-        "orphans": orphans(),
-        "shm": files(shm_before),
+        "segments": mapped_segments(),
+        "orphans": orphaned_loaders(),
+        "shm": new_shm_files(shm_before),
         "keys": keys,
     }
-    return {kind: things for kind, things in found.items() if things}
+    return {resource: left for resource, left in found.items() if left}
 
 
 @pytest.fixture(autouse=True)
-def census() -> Iterator[None]:
-    """No actor, segment, loader process, file in /dev/shm or key of ours outlives a test."""
+def leak_check() -> Iterator[None]:
+    """Fail if an actor, segment, loader process, file in /dev/shm or key outlives a test."""
     before = set(os.listdir("/dev/shm"))
     yield
-    deadline = time.monotonic() + GONE_WITHIN_S
+    deadline = time.monotonic() + CLEANUP_TIMEOUT_S
     while left := leftovers(before):
         if time.monotonic() > deadline:
-            ray.shutdown()  # the next module begins with another one
+            ray.shutdown()  # the next module starts a new one
             pytest.fail(f"left behind: {left}")
         time.sleep(0.2)
-        gc.collect()  # what is left of servers that were threads of this process
+        gc.collect()  # servers of this process free their memory

@@ -1,4 +1,4 @@
-"""Train functions that the cluster tests run by name."""
+"""Train functions of the cluster tests, imported by name."""
 
 import os
 import signal
@@ -27,13 +27,14 @@ def model_of() -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
     with torch.no_grad():
-        for one in model.parameters():
-            one.copy_(torch.randn(one.shape, generator=generator, dtype=torch.float64))
+        for parameter in model.parameters():
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(values)
     return model
 
 
 def train(config: dict[str, Any]) -> None:
-    """Train four epochs; before `kill_in` rank 1 ends, once, and before `wait_in` all wait."""
+    """Train four epochs; kill rank 1 before epoch `kill_in`; wait before `wait_in` for the kill."""
     model = model_of()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     batch = config["batch_size"] // distplat.get_context().get_world_size()
@@ -46,7 +47,7 @@ def train(config: dict[str, Any]) -> None:
         first = saved["epoch"]
     for epoch in range(first, 4):
         if epoch == config.get("kill_in") and distplat.get_context().get_world_rank() == 1:
-            _die_once(Path(config["folder"]))
+            _kill_once(Path(config["folder"]))
         while epoch == config.get("wait_in") and not (Path(config["folder"]) / "killed").exists():
             time.sleep(0.05)
         loader.set_epoch(epoch)
@@ -68,8 +69,8 @@ class Rows(IterableDataset[Any]):
 
 
 def streamed(config: dict[str, Any]) -> None:
-    """Train two epochs on a stream, a checkpoint after each batch; before `kill_in` as above."""
-    model, made = model_of(), 0
+    """Train two epochs on a stream; rank 1 is killed before step `kill_in`. Saves every step."""
+    model, step = model_of(), 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     batch = config["batch_size"] // distplat.get_context().get_world_size()
     loader = DataLoader(Rows(), batch_size=batch, num_workers=config.get("loaders", 0))
@@ -79,23 +80,25 @@ def streamed(config: dict[str, Any]) -> None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         loader.load_state_dict(saved["loader"])
-        first, made = saved["epoch"], saved["made"]
-    began = made
+        first, step = saved["epoch"], saved["step"]
+    start_step = step
     for epoch in range(first, 2):
         for inputs, targets in loader:
-            if made == config.get("kill_in") and distplat.get_context().get_world_rank() == 1:
-                _die_once(Path(config["folder"]))
+            if step == config.get("kill_in") and distplat.get_context().get_world_rank() == 1:
+                _kill_once(Path(config["folder"]))
             loss = (model(inputs) - targets).square().mean()
             backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-            made += 1
+            step += 1
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            place = {"loader": loader.state_dict(), "epoch": epoch, "made": made}
-            distplat.report({"loss": loss, "began_with": began}, checkpoint={**state, **place})
+            position = {"loader": loader.state_dict(), "epoch": epoch, "step": step}
+            distplat.report(
+                {"loss": loss, "began_with": start_step}, checkpoint={**state, **position}
+            )
 
 
-def _die_once(folder: Path) -> None:
+def _kill_once(folder: Path) -> None:
     marker = folder / "killed"
     if marker.exists():
         return
@@ -109,7 +112,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", -1))
 
 
 def script(batch_size: int, folder: str, *, kill_in: int = -1, raise_in: int = -1) -> None:
-    """Be a script of DDP's, two lines of it changed; rank 1 ends in an epoch, once."""
+    """Train as a DDP script with two changed lines; rank 1 is killed once, or raises an error."""
     dist.init_process_group("gloo")
     rank = int(os.environ["RANK"])
     assert (rank, LOCAL_RANK) == (dist.get_rank(), int(os.environ["LOCAL_RANK"]))
@@ -117,7 +120,7 @@ def script(batch_size: int, folder: str, *, kill_in: int = -1, raise_in: int = -
     inner = model_of()
     optimizer = torch.optim.AdamW(inner.parameters(), lr=0.05)
     model = DistributedDataParallel(inner)
-    distplat.prepare(model, optimizer)  # one; the import is the other
+    distplat.prepare(model, optimizer)  # the second changed line; the first is the import
     sampler: DistributedSampler[Any] = DistributedSampler(data_of(), seed=0)
     loader = DataLoader(data_of(), batch_size // dist.get_world_size(), sampler=sampler)
     for epoch in range(4):
@@ -138,14 +141,14 @@ def script(batch_size: int, folder: str, *, kill_in: int = -1, raise_in: int = -
         distplat.report({"loss": total[0] / total[1], "batches": total[1]})
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, {"rank": rank})
-    assert found == [{"rank": one} for one in range(len(found))]
+    assert found == [{"rank": number} for number in range(len(found))]
     if rank == 0:
         torch.save(model.module.state_dict(), Path(folder) / "model.pt")
     dist.destroy_process_group()
 
 
 def parting(config: dict[str, Any]) -> None:
-    """Rank 1 stops after the sixth epoch, as its own loss may have it."""
+    """Train eight epochs; rank 1 returns after the sixth."""
     if config.get("reduces"):
         dist.init_process_group("gloo")
     model = model_of()

@@ -1,4 +1,4 @@
-"""Heads of one node, a user's folder and the command itself, for tests of the command line."""
+"""Clusters of one node, a user's folder and the command line, as processes."""
 
 import os
 import shutil
@@ -49,7 +49,7 @@ class Line(distplat.Task):
     def loss(self, outputs, targets):
         time.sleep(self.pause)
         if self.fail:
-            raise ValueError("as asked")
+            raise ValueError("as requested")
         return nn.functional.mse_loss(outputs, targets)
 """
 JOB = """\
@@ -65,7 +65,7 @@ global_batch_size: 16
 
 @dataclass
 class Head:
-    """A cluster of one node, and how to talk to it."""
+    """A cluster of one node, and the environment of its clients."""
 
     home: Path
     environ: dict[str, str]
@@ -77,7 +77,7 @@ class Head:
 
 
 def make_folder(path: Path) -> Path:
-    """Write a task, a job file, and a file that must not travel."""
+    """Write a task, a job file, and a file that must not be uploaded."""
     (path / "line.py").write_text(TASK)
     (path / "job.yaml").write_text(JOB)
     (path / ".env").write_text("SECRET=1")
@@ -85,69 +85,69 @@ def make_folder(path: Path) -> Path:
 
 
 def clean_environ(home: Path, mode: str) -> dict[str, str]:
-    """An environment without a trace of other clusters; Ray's default folder is `home` too."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "DISTPLAT_"))}
+    """Return an environment without settings of other clusters; `home` is also Ray's folder."""
+    base = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "DISTPLAT_"))}
     for name in ("PYTHONPATH", "FORCE_COLOR"):
-        kept.pop(name, None)
-    path = f"{BIN}{os.pathsep}{kept['PATH']}"  # the job's `python` is to be this one
+        base.pop(name, None)
+    path = f"{BIN}{os.pathsep}{base['PATH']}"  # the job's `python` is this one
     token = home / "token"
     token.write_text(TOKEN)
-    ours = {"HOME": str(home), "PATH": path, "RAY_AUTH_MODE": mode, "RAY_TMPDIR": str(home)}
-    return {**kept, **ours, "RAY_AUTH_TOKEN_PATH": str(token)}
+    changes = {"HOME": str(home), "PATH": path, "RAY_AUTH_MODE": mode, "RAY_TMPDIR": str(home)}
+    return {**base, **changes, "RAY_AUTH_TOKEN_PATH": str(token)}
 
 
 def script_environ(home: Path) -> dict[str, str]:
     """
-    The same for scripts under DistributedDataParallel: they take their time to exit.
+    Return a `clean_environ` for scripts with DistributedDataParallel: they sleep before they exit.
 
-    torch 2.13 keeps gloo's threads beyond `destroy_process_group` once DDP has used them. One that
-    wants the GIL while the interpreter ends is unwound, and the process aborts: without this pause,
-    in which it gets the GIL, every third run of a script did, under torchrun alone.
+    torch 2.13 keeps gloo's threads after `destroy_process_group` once DDP has used them. If such a
+    thread requests the GIL while the interpreter ends, the process aborts: under plain torchrun,
+    every third script aborted without this sleep.
     """
     site = home / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text("import atexit, time\natexit.register(time.sleep, 0.2)")
-    # torchrun leaves a folder for logs where temporary files are.
-    ours = {"PYTHONPATH": str(site), "TMPDIR": str(home)}
-    return {**clean_environ(home, "disabled"), **ours}
+    # torchrun leaves a folder for logs among the temporary files.
+    changes = {"PYTHONPATH": str(site), "TMPDIR": str(home)}
+    return {**clean_environ(home, "disabled"), **changes}
 
 
 def short_folder() -> Path:
-    """Make a folder for Ray, whose sockets allow no long path; pytest's own are too long."""
+    """Create a folder for Ray: the paths of pytest's folders are too long for its sockets."""
     return Path(tempfile.mkdtemp(prefix="dp", dir="/tmp"))
 
 
 def free_ports(count: int) -> list[int]:
-    taken = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in taken]
-    for one in taken:
-        one.close()
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
     return ports
 
 
-def wait_for_head(url: str, noted: Path, head: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Wait for the dashboard, and for the file in which Ray notes the address: it comes later."""
+def wait_for_head(url: str, address_file: Path, head: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Wait for the dashboard, and for the file with the address, which Ray writes later."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         assert head.poll() is None, log.read_text()
-        if answers(url) and noted.exists():
+        if dashboard_answers(url) and address_file.exists():
             return
         time.sleep(0.2)
-    raise AssertionError(f"no dashboard at {url}, or no {noted}: {log.read_text()}")
+    raise AssertionError(f"no dashboard at {url}, or no {address_file}: {log.read_text()}")
 
 
-def answers(url: str) -> bool:
-    """Say whether a dashboard is there."""
+def dashboard_answers(url: str) -> bool:
+    """Return whether a dashboard answers."""
     try:
         urllib.request.urlopen(f"{url}/api/version", timeout=2)
-    except urllib.error.HTTPError:  # it wants a token, so it is there
+    except urllib.error.HTTPError:  # it requires a token
         return True
     except OSError:
         return False
     return True
 
 
-def running_head(mode: str) -> Iterator[Head]:
+def run_head(mode: str) -> Iterator[Head]:
     home = short_folder()
     environ = clean_environ(home, mode)
     dashboard, client = free_ports(2)
@@ -167,22 +167,22 @@ def running_head(mode: str) -> Iterator[Head]:
         wait_for_head(url, home / "ray" / "ray_current_cluster", process, log)
         yield Head(home, environ, url)
     finally:
-        end(process)
+        kill_tree(process)
         shutil.rmtree(home, ignore_errors=True)
 
 
-def end(process: "subprocess.Popen[bytes]") -> None:
-    """End a head and all it started, and nothing else: other clusters may run here."""
+def kill_tree(process: "subprocess.Popen[bytes]") -> None:
+    """End a head and its child processes only: other clusters may run on this machine."""
     family = psutil.Process(process.pid).children(recursive=True)
-    process.kill()  # a gentle end would drain the node first, for seconds
+    process.kill()  # SIGTERM would drain the node first, for seconds
     process.wait(30)
-    for one in family:
+    for child in family:
         with suppress(psutil.NoSuchProcess):
-            one.kill()
+            child.kill()
     psutil.wait_procs(family, timeout=30)
 
 
-def distplat(
+def run_distplat(
     *args: str, environ: dict[str, str], cwd: Path, timeout: float = 200
 ) -> "subprocess.CompletedProcess[str]":
     command = [str(BIN / "distplat"), *args]
@@ -192,7 +192,7 @@ def distplat(
 
 
 def read_until(process: "subprocess.Popen[str]", text: str, seconds: float = 90) -> list[str]:
-    """Read stderr until a line has `text`; the deadline kills what does not get there."""
+    """Read stderr until a line contains `text`; kill the process at the deadline."""
     timer = threading.Timer(seconds, process.kill)
     timer.start()
     lines = []
@@ -206,7 +206,7 @@ def read_until(process: "subprocess.Popen[str]", text: str, seconds: float = 90)
     raise AssertionError(f"no {text!r} in: {''.join(lines)}")
 
 
-def start(args: list[str], environ: dict[str, str], cwd: Path) -> "subprocess.Popen[str]":
+def start_distplat(args: list[str], environ: dict[str, str], cwd: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [str(BIN / "distplat"), *args],
         env=environ,
@@ -218,4 +218,4 @@ def start(args: list[str], environ: dict[str, str], cwd: Path) -> "subprocess.Po
     )
 
 
-SLOW = ["--set", "task_args.pause=0.05", "--set", "steps=5000"]
+SLOW_JOB = ["--set", "task_args.pause=0.05", "--set", "steps=5000"]

@@ -1,4 +1,4 @@
-"""`ring` that leaves word where it is: `<pid> in <step>` while it exchanges, else `<pid> out`."""
+"""A `ring` that writes to a file: `<pid> in <step>` during an exchange, else `<pid> out`."""
 
 import os
 from pathlib import Path
@@ -11,14 +11,14 @@ from distplat.strategies.worker_strategy import Context
 
 
 class MarkedOptions(RingOptions):
-    """Options of `ring`, and a place for the marks."""
+    """Options of `ring`, and the folder of the files."""
 
     folder: str
-    """Each rank writes into a file of its number."""
+    """Each rank writes to the file named by its number."""
 
 
 class MarkedWorker(RingWorker):
-    """Sum gradients, and say so."""
+    """Records the start and end of each exchange."""
 
     def setup(self, context: Context) -> int:
         assert isinstance(self.options, MarkedOptions)
@@ -37,7 +37,7 @@ class MarkedWorker(RingWorker):
 
 @strategies.register("marked-ring")
 class MarkedRing(Ring):
-    """`ring` with another worker."""
+    """`ring` with `MarkedWorker`."""
 
     summary = "ring with marks"
     options_type = MarkedOptions

@@ -1,4 +1,4 @@
-"""Server nodes that are lost while a run goes on, and the result without a loss."""
+"""Losses of server nodes during a run, and the model of the same run without a loss."""
 
 import os
 import threading
@@ -14,16 +14,16 @@ from distplat.platform.progress import StepSummary
 from distplat.platform.server_group import ShardAssignment
 
 STEPS = 200
-MOST_S = 60.0
+TIMEOUT_S = 60.0
 
 
-class Losing(Callback, threading.Thread):
+class PrimaryKiller(Callback, threading.Thread):
     """
-    Sends signals to the primaries of shard 0, each when all backups are ready. A `Callback`.
+    Sends signals to the primaries of shard 0, once all backups are ready. A `Callback`.
 
     Args:
-        done: a file to be made afterwards: the run may hurry.
-        signals: one for each loss.
+        done: file to create afterwards, for `Paced`.
+        signals: one per loss.
     """
 
     def __init__(self, done: Path, *signals: int) -> None:
@@ -44,7 +44,7 @@ class Losing(Callback, threading.Thread):
         self.training.set()
 
     def run(self) -> None:
-        assert self.training.wait(MOST_S)
+        assert self.training.wait(TIMEOUT_S)
         self.lose()
         self.done.touch()
 
@@ -53,32 +53,34 @@ class Losing(Callback, threading.Thread):
         manager = ray.get_actor(manager_name, namespace=self.run_name)
         for number in self.signals:
             self.lost.append(self._ready_assignment(manager).primary)
-            address = ray.get(manager.follow.remote(0, 0, 0, 1.0), timeout=MOST_S).parameters[0]
+            address = ray.get(manager.follow.remote(0, 0, 0, 1.0), timeout=TIMEOUT_S).parameters[0]
             self.nodes.append(address.node)
-            began = time.monotonic()
+            start = time.monotonic()
             os.kill(address.pid, number)
-            self._standstill(began)
+            self._measure_standstill(start)
 
     def _ready_assignment(self, manager: Any) -> ShardAssignment:
-        until = time.monotonic() + MOST_S
+        deadline = time.monotonic() + TIMEOUT_S
         while True:
             assignments: list[ShardAssignment] = ray.get(
-                manager.assignments.remote(), timeout=MOST_S
+                manager.assignments.remote(), timeout=TIMEOUT_S
             )
             if all(
                 assignment.ready and assignment.primary not in self.lost
                 for assignment in assignments
             ):
                 return assignments[0]
-            assert time.monotonic() < until, assignments
+            assert time.monotonic() < deadline, assignments
             time.sleep(0.05)
 
-    def _standstill(self, began: float) -> None:
-        until = time.monotonic() + MOST_S
-        while time.monotonic() < until:
-            later = [at for at in self._steps if at > began + 0.6]  # reported twice a second
+    def _measure_standstill(self, start: float) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline:
+            later = [
+                time_s for time_s in self._steps if time_s > start + 0.6
+            ]  # two reports a second
             if later:
-                self.standstills.append(later[0] - began)
+                self.standstills.append(later[0] - start)
                 return
             time.sleep(0.02)
 
@@ -91,7 +93,8 @@ def long_job(
     return job({"replication": 2, **strategy}, 2, **fields, **task, **more)
 
 
-def undisturbed(spec: dict[str, Any], task: type[Task] | None = None) -> bytes:
+def unfailed_weights(spec: dict[str, Any], task: type[Task] | None = None) -> bytes:
+    """Train in memory without a failure; return the bytes of the model."""
     from local_run import train as train_in_memory
     from tasks_for_tests import Blobs
 

@@ -1,4 +1,4 @@
-"""Helpers of the cluster tests: make a job, run it, compare models."""
+"""Small jobs, their runs, and the comparison of models."""
 
 import threading
 from pathlib import Path
@@ -14,11 +14,11 @@ from distplat.platform.progress import FailureEvent, Recovery, StepSummary
 
 HERE = Path(__file__).parent
 FAILURE = {"step_timeout_s": 30, "heartbeat_timeout_s": 20}
-"""Deadlines of a run that notices a loss within a test's time."""
+"""Deadlines within which a run detects a loss during a test."""
 
 
 def job(strategy: Any, workers: int, **more: Any) -> dict[str, Any]:
-    """Make the mapping of a small job; `more` replaces fields."""
+    """Return the fields of a small job; `more` replaces fields."""
     fields = {
         "name": "small",
         "task": "tasks_for_tests:Blobs",
@@ -32,28 +32,28 @@ def job(strategy: Any, workers: int, **more: Any) -> dict[str, Any]:
 
 
 def train(spec: dict[str, Any], storage: Path, **more: Any) -> Result:
-    """Run a job to its end."""
+    """Run a job to the end."""
     return Trainer({**spec, "storage_path": str(storage)}, working_dir=HERE, **more).fit()
 
 
 def weights(result: Result) -> NDArray[np.float32]:
-    """Give the trained model as one vector, tensors in the order of their names."""
+    """Return the trained model as one vector, tensors in the order of their names."""
     assert result.checkpoint is not None
     state = load_file(result.checkpoint)
     return np.concatenate([state[name].ravel() for name in sorted(state)])
 
 
 def distance(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """Give the relative distance of two vectors."""
+    """Return the relative distance of two vectors."""
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 class BesideTraining(Callback, threading.Thread):
-    """A `Callback` whose thread starts with a run; `run` waits for `training` with a deadline."""
+    """A `Callback` whose thread starts with the run; `run` should wait for `training`."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.training = threading.Event()  #: a step was made
+        self.training = threading.Event()  #: set by the first step
         self.run_name = ""
 
     def on_start(self, job: object, run: str, path: Path) -> None:
@@ -64,8 +64,8 @@ class BesideTraining(Callback, threading.Thread):
         self.training.set()
 
 
-class Watch(Callback):
-    """Notes what disturbed a run. A `Callback`."""
+class FailureRecorder(Callback):
+    """Records the failures and recoveries of a run. A `Callback`."""
 
     def __init__(self) -> None:
         self.failures: list[FailureEvent] = []

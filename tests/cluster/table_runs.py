@@ -1,4 +1,4 @@
-"""Runs with embeddings on servers: make a job, read its tables."""
+"""Jobs with embeddings on servers, and the tables of their runs."""
 
 import json
 from typing import Any
@@ -10,13 +10,13 @@ from small_runs import job
 from distplat import Result
 
 
-def words(strategy: Any, workers: int, servers: int = 2, **more: Any) -> dict[str, Any]:
+def words_job(strategy: Any, workers: int, servers: int = 2, **more: Any) -> dict[str, Any]:
     embeddings = {"servers": servers, "optimizer": {"name": "Adagrad", "lr": 0.2}}
     return job(strategy, workers, **{"task": "words:Words", "embeddings": embeddings, **more})
 
 
-def tables(result: Result) -> dict[str, np.ndarray[Any, Any]]:
-    """Give ids and rows of all tables, put together from their files, in the order of ids."""
+def read_tables(result: Result) -> dict[str, np.ndarray[Any, Any]]:
+    """Return ids and rows of all tables, in the order of ids."""
     found = {}
     for table in json.loads((result.path / "embeddings.json").read_text())["tables"]:
         parts = [load_file(result.path / name) for name in table["files"]]

@@ -1,4 +1,4 @@
-"""Tasks that the cluster tests train, importable by the workers."""
+"""Tasks of the cluster tests, imported by name in the workers."""
 
 import os
 import random
@@ -19,7 +19,7 @@ from distplat import Task
 
 
 class Blobs(Task):
-    """37 samples in 5 dimensions, 3 classes: a last batch that is short, parts that are uneven."""
+    """37 samples in 5 dimensions, 3 classes: the last batch is short, and parts are uneven."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
@@ -40,7 +40,7 @@ class Blobs(Task):
 
 
 class Spread:
-    """Metric with state: the standard deviation of all outputs, which is no mean over batches."""
+    """A metric with state: the standard deviation of all outputs is not a mean over batches."""
 
     def __init__(self) -> None:
         self.reset()
@@ -59,7 +59,7 @@ class Spread:
 
 
 class Tuned(Blobs):
-    """With a first layer that is not trained, and a metric with state."""
+    """A frozen first layer, and a metric with state."""
 
     def __init__(self) -> None:
         self.spread = Spread()
@@ -74,8 +74,8 @@ class Tuned(Blobs):
         return {"spread": self.spread}
 
 
-def first_to_come(marker: str) -> bool:
-    """Say whether no other process has asked yet."""
+def create_marker(marker: str) -> bool:
+    """Create the marker file; return False if another process has created it."""
     try:
         os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
@@ -85,13 +85,13 @@ def first_to_come(marker: str) -> bool:
 
 class Paced(Blobs):
     """
-    Takes its time over each step until a file is there, so that something can happen before.
+    Sleeps in each step until a file exists, so that tests can act during the run.
 
-    More of it in later steps: however slow the machine, the run has steps left by then.
+    Later steps sleep longer: even on a slow machine steps remain.
 
     Args:
         until: the file.
-        seconds: for each of the first hundred losses.
+        seconds: duration of each of the first hundred sleeps.
     """
 
     def __init__(self, until: str, seconds: float = 0.04) -> None:
@@ -105,13 +105,13 @@ class Paced(Blobs):
 
 
 class SlowStart(Blobs):
-    """Takes its time over the data, in the process that gets there first."""
+    """Sleeps in `train_data`, in the first process that calls it."""
 
     def __init__(self, marker: str, seconds: float) -> None:
         self.marker, self.seconds = marker, seconds
 
     def train_data(self) -> Dataset[Any]:
-        if first_to_come(self.marker):
+        if create_marker(self.marker):
             time.sleep(self.seconds)
         return super().train_data()
 
@@ -121,11 +121,12 @@ class SlowStart(Blobs):
 
 class Misbehaving(Blobs):
     """
-    Does something at its call number `at` of `loss`, in the process that gets there first.
+    Runs a deed in call number `at` of `loss`, in the first process that reaches it.
 
     Args:
         deed: `raise`, `exit`, `kill`, `stop` or `hang`; empty: none.
-        marker: a file that the first process creates, so that only one rank misbehaves.
+        marker: file that the first process creates: only one rank misbehaves.
+        at: number of the call.
     """
 
     def __init__(self, deed: str = "", marker: str = "", at: int = 5) -> None:
@@ -134,8 +135,8 @@ class Misbehaving(Blobs):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         self.calls += 1
-        time.sleep(0.05)  # so that the controller hears of some steps
-        if self.deed and self.calls == self.at and first_to_come(self.marker):
+        time.sleep(0.05)  # the controller receives reports of some steps
+        if self.deed and self.calls == self.at and create_marker(self.marker):
             self._misbehave()
         return super().loss(outputs, targets)
 
@@ -150,25 +151,25 @@ class Misbehaving(Blobs):
 
 
 class Rows(IterableDataset[Any]):
-    """Samples one after the other, and the position after them."""
+    """A stream of samples, with its position as state."""
 
     def __init__(self, *columns: Tensor) -> None:
-        self.columns, self.place = columns, 0
+        self.columns, self.position = columns, 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"place": self.place}
+        return {"place": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.place = state["place"]
+        self.position = state["place"]
 
     def __iter__(self) -> Iterator[Any]:
-        for place in range(self.place, len(self.columns[0])):
-            self.place = place + 1
-            yield tuple(column[place] for column in self.columns)
+        for position in range(self.position, len(self.columns[0])):
+            self.position = position + 1
+            yield tuple(column[position] for column in self.columns)
 
 
 class Streamed(Misbehaving):
-    """The same samples as a stream."""
+    """Reads the samples from a stream."""
 
     def train_data(self) -> Dataset[Any]:
         data = super().train_data()
@@ -180,15 +181,14 @@ class Streamed(Misbehaving):
 
 
 class OfRayData(Blobs):
-    """The same samples as a Ray Dataset of several blocks, each column doubled and halved."""
+    """Reads the samples from a Ray Dataset of several blocks; inputs are doubled, then halved."""
 
     def train_data(self) -> Any:
         data = super().train_data()
         assert isinstance(data, TensorDataset)
         inputs, targets = (column.numpy() for column in data.tensors)
         rows = [{"inputs": x, "targets": y} for x, y in zip(inputs, targets, strict=True)]
-        doubled = ray.data.from_items(rows, override_num_blocks=5).map_batches(_doubled)
-        return doubled
+        return ray.data.from_items(rows, override_num_blocks=5).map_batches(_double_inputs)
 
     def forward(self, model: nn.Module, batch: Any) -> Tensor:
         outputs: Tensor = model(batch["inputs"] / 2)
@@ -202,58 +202,58 @@ class OfRayData(Blobs):
 
 
 class OfTerms(Misbehaving):
-    """With a loss of two terms, each a mean of its own."""
+    """A loss of two terms, each with a separate weight."""
 
     def weights(self, batch: Any) -> dict[str, Any]:
         first = batch[1] == 0
         return {"first": first.sum(), "others": (~first).sum()}
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Any:
-        super().loss(outputs, targets)  # counts, and may misbehave
+        super().loss(outputs, targets)  # counts the call, and may run the deed
         each = nn.functional.cross_entropy(outputs, targets, reduction="none")
         return {"first": each[targets == 0].sum(), "others": each[targets != 0].sum()}
 
 
 class WithOptimizers(OfTerms):
-    """The same, with two optimizers of its own."""
+    """The same loss; the task creates two optimizers."""
 
     def optimizer(
         self, named_parameters: list[tuple[str, nn.Parameter]]
     ) -> list[torch.optim.Optimizer]:
-        matrices = [one for _, one in named_parameters if one.ndim == 2]
-        rest = [one for _, one in named_parameters if one.ndim < 2]
+        matrices = [p for _, p in named_parameters if p.ndim == 2]
+        rest = [p for _, p in named_parameters if p.ndim < 2]
         return [
             torch.optim.Adafactor(matrices, lr=0.05),
             torch.optim.SGD(rest, lr=0.1, momentum=0.9),
         ]
 
 
-def _doubled(rows: dict[str, Any]) -> dict[str, Any]:
+def _double_inputs(rows: dict[str, Any]) -> dict[str, Any]:
     return {**rows, "inputs": rows["inputs"] * 2}
 
 
 class Elastic(Blobs):
     """
-    Loses processes at given moments. With batch norm and dropout: both must come out the same.
+    Kills or freezes processes in given steps. The model has batch norm and dropout.
 
     Args:
-        folder: where deeds leave their marks, so that each is done once.
-        deeds: `kill 1 at 6`: rank 1, in its seventh step; `stop` freezes, `start` instead of a
-            number: while it builds the model, but only in a process that replaces another. A class
-            of actors instead of `kill`: one of them is killed, by that rank.
-        pause: seconds that each forward takes at least.
-        saved: folder of runs; a deed waits until a checkpoint of one is there. Empty: for nothing.
+        folder: for the markers of deeds: each deed is done once.
+        deeds: `kill 1 at 6` kills rank 1 in its seventh step; `stop` freezes it. `start` instead of
+            a step: while a replacement builds the model. An actor class instead of `kill`: that
+            rank kills one of these actors.
+        pause: minimum duration of each forward, in seconds.
+        saved: folder of runs; deeds wait for a checkpoint in it. Empty: deeds do not wait.
     """
 
     def __init__(self, folder: str, deeds: list[str], pause: float = 0.02, saved: str = "") -> None:
         self.folder, self.deeds = folder, [deed.split() for deed in deeds]
         self.pause, self.saved = pause, saved
         self.rank = int(str(ray.get_runtime_context().get_actor_name()).split("/")[1].split("-")[1])
-        self.renewed = "attempt" in str(ray.get_runtime_context().get_actor_name())
+        self.is_replacement = "attempt" in str(ray.get_runtime_context().get_actor_name())
         self.at: int | str = "start"
 
     def model(self) -> nn.Module:
-        if self.renewed:
+        if self.is_replacement:
             self._act()
         parts = [nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, 3)]
         return Counting(self, *parts)
@@ -262,7 +262,7 @@ class Elastic(Blobs):
         for number, (deed, rank, _, step) in enumerate(self.deeds):
             mine = rank in ("all", str(self.rank)) and step == str(self.at)
             name = f"{number}-{self.rank}" if rank == "all" else str(number)
-            if mine and first_to_come(os.path.join(self.folder, name)):
+            if mine and create_marker(os.path.join(self.folder, name)):
                 self._wait_for_a_checkpoint()
                 victim = os.getpid() if deed in ("kill", "stop") else process_of(deed)
                 os.kill(victim, signal.SIGSTOP if deed == "stop" else signal.SIGKILL)
@@ -283,7 +283,7 @@ def process_of(role: str) -> int:
 
 
 class Counting(nn.Sequential):
-    """Tells its task in which step it is, from a buffer that counts forwards in training."""
+    """Sets the step of its task, from a buffer that counts forwards in training."""
 
     def __init__(self, task: Elastic, *parts: nn.Module) -> None:
         super().__init__(*parts)
@@ -304,7 +304,7 @@ class Counting(nn.Sequential):
 
 
 class Vast(Blobs):
-    """16 Mi parameters, few of them used: a step is its all-reduce of 64 MB, and little else."""
+    """16 Mi parameters, mostly unused: an all-reduce of 64 MB takes most of a step."""
 
     def model(self) -> nn.Module:
         return Slice(16 * 2**20)
@@ -324,7 +324,7 @@ class Slice(nn.Module):
 
 
 class Big(Blobs):
-    """A million parameters: its shards are cut inside one tensor."""
+    """A million parameters: a tensor is split over several shards."""
 
     width = 1000
 
@@ -335,13 +335,13 @@ class Big(Blobs):
 
 
 class Huge(Big):
-    """Of 64 MB: two of its gradients do not fit into the object store of a node of the tests."""
+    """64 MB: two gradients do not fit into the object store of a test node."""
 
     width = 4000
 
 
 class Deep(Blobs):
-    """Layers enough for several stages."""
+    """Enough layers for several stages."""
 
     def model(self) -> nn.Module:
         blocks = [nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4)]
@@ -349,7 +349,7 @@ class Deep(Blobs):
 
 
 class Drop(Blobs):
-    """Dropout and batch norm: what a replay must seed and keep by rank."""
+    """Dropout and batch norm: a replay must restore both per rank."""
 
     def model(self) -> nn.Module:
         parts = [nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 3)]
@@ -357,7 +357,7 @@ class Drop(Blobs):
 
 
 class SlowFirst(Blobs):
-    """Rank 0 takes `seconds` over each batch."""
+    """Rank 0 sleeps in each loss."""
 
     def __init__(self, seconds: float) -> None:
         name = str(ray.get_runtime_context().get_actor_name())
@@ -372,7 +372,7 @@ class SlowFirst(Blobs):
 
 
 class Jittered(Dataset[Any]):
-    """Draws for each sample from all global generators."""
+    """Draws from all global generators for each sample."""
 
     def __init__(self, data: Dataset[Any]) -> None:
         self.data = data
@@ -386,15 +386,15 @@ class Jittered(Dataset[Any]):
 
 
 class Chance(Blobs):
-    """A model and data that are what the generators give, and the order of a set of strings."""
+    """A model and data that depend on the global generators and on the hash seed."""
 
     def __init__(self) -> None:
-        self.made = float(np.random.rand()) + random.random()
+        self.offset = float(np.random.rand()) + random.random()
 
     def model(self) -> nn.Module:
         first = nn.Linear(5, 8)
         order = "".join({"a", "b", "c", "d", "e", "f", "g"})
-        first.weight.data += self.made + random.Random(order).random()
+        first.weight.data += self.offset + random.Random(order).random()
         return nn.Sequential(first.requires_grad_(False), nn.Tanh(), nn.Linear(8, 3))
 
     def train_data(self) -> Dataset[Any]:
@@ -402,17 +402,17 @@ class Chance(Blobs):
 
 
 class Hungry(Blobs):
-    """Takes memory without end in a step, in the process that gets there first."""
+    """Allocates memory in a step, in the first process that reaches it."""
 
-    def __init__(self, marker: str, most_gib: int = 10) -> None:
-        self.marker, self.most_gib = marker, most_gib
+    def __init__(self, marker: str, max_gib: int = 10) -> None:
+        self.marker, self.max_gib = marker, max_gib
         self.calls = 0
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         self.calls += 1
-        if self.calls == 5 and first_to_come(self.marker):
-            held = []
-            for _ in range(8 * self.most_gib):  # 128 MiB, written to
-                held.append(np.ones(16 * 2**20))
+        if self.calls == 5 and create_marker(self.marker):
+            arrays = []
+            for _ in range(8 * self.max_gib):  # 128 MiB, written to
+                arrays.append(np.ones(16 * 2**20))
                 time.sleep(0.02)
         return super().loss(outputs, targets)

@@ -1,4 +1,4 @@
-"""`ps-async` on Ray: every gradient counts once, and runs made again."""
+"""`ps-async` on Ray: every gradient counts once, runs replay, and lost processes are named."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from killed_runs import Killer, misbehaving
+from killed_runs import Killer, misbehaving_job
 from leads import largest_lead
 from marks import slow
 from safetensors.numpy import load_file, save_file
@@ -43,11 +43,11 @@ def replay(path: Path) -> int:
         ),
     ],
 )
-def test_a_run_is_made_again_from_its_log(
+def test_replay_from_log_is_bit_identical(
     strategy: dict[str, Any], workers: int, tmp_path: Path
 ) -> None:
-    """With dropout and batch norm: both are a rank's own. An evaluation refreshes in between."""
-    more = {"clip_norm": 1.0, "data": {"drop_last": True}}  # batch norm wants more than one sample
+    """Dropout and batch norm are per rank. Evaluations pull parameters between steps."""
+    more = {"clip_norm": 1.0, "data": {"drop_last": True}}  # batch norm needs more than one sample
     result = train(job(strategy, workers, task="tasks_for_tests:Drop", **more), tmp_path)
     assert [s.step for s in result.history] == list(range(1, 13))
     assert [e.step for e in result.evaluations] == [4, 8, 12]
@@ -59,7 +59,7 @@ def test_a_run_is_made_again_from_its_log(
     assert replay(result.path) == 0
 
 
-def test_a_replay_says_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_replay_reports_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = train(job("ps-async", 0), tmp_path).path
     assert replay(path) == 0
     assert "the same bits" in capsys.readouterr().out
@@ -76,16 +76,14 @@ def test_a_replay_says_what_differs(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert FILE_NAME in capsys.readouterr().err
 
 
-def test_a_synchronous_run_has_nothing_to_replay(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_replay_refuses_synchronous_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = train(job("ps-sync", 0), tmp_path).path
     assert not (path / FILE_NAME).exists()
     assert replay(path) == 2
     assert "run `ps-sync` again" in capsys.readouterr().err
 
 
-def test_a_log_of_another_run_is_refused(
+def test_replay_refuses_log_of_another_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long, short = (train(job("ps-async", 0, epochs=n), tmp_path).path for n in (2, 1))
@@ -95,46 +93,46 @@ def test_a_log_of_another_run_is_refused(
 
 
 @pytest.mark.slow
-def test_killed_worker(tmp_path: Path) -> None:
-    began = time.monotonic()
+def test_killed_worker_is_named(tmp_path: Path) -> None:
+    start = time.monotonic()
     with pytest.raises(ActorLost, match=r"worker-\d was lost"):
-        train(misbehaving("ps-async", "kill", tmp_path), tmp_path)
-    assert time.monotonic() - began < 60
+        train(misbehaving_job("ps-async", "kill", tmp_path), tmp_path)
+    assert time.monotonic() - start < 60
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bound", ["unbounded", 2])
 def test_frozen_worker_is_named(bound: object, tmp_path: Path) -> None:
-    """Under a bound the others wait at the servers; without one only the controller notices."""
+    """With a bound other ranks wait at the servers; without, only the controller detects it."""
     failure = {"step_timeout_s": 3, "heartbeat_timeout_s": 4}
     strategy = {"name": "ps-async", "staleness": bound}
     with pytest.raises((ActorLost, DeadlineExceeded)) as caught:
-        train(misbehaving(strategy, "stop", tmp_path, failure=failure), tmp_path)
+        train(misbehaving_job(strategy, "stop", tmp_path, failure=failure), tmp_path)
     assert "worker-" in str(caught.value)
 
 
 @pytest.mark.slow
-def test_frozen_at_the_end_is_named(tmp_path: Path) -> None:
-    """The others have made all their steps and wait for its last push."""
+def test_worker_frozen_at_the_end_is_named(tmp_path: Path) -> None:
+    """Other ranks have finished their steps and wait for its last push."""
     failure = {"step_timeout_s": 3, "heartbeat_timeout_s": 60, "max_failures": 0}
-    spec = misbehaving("ps-async", "stop", tmp_path, failure=failure)
+    spec = misbehaving_job("ps-async", "stop", tmp_path, failure=failure)
     with pytest.raises(DeadlineExceeded, match=r"missing: worker-\d"):
         train({**spec, "steps": 8}, tmp_path)
 
 
 @pytest.mark.slow
-def test_killed_server(tmp_path: Path) -> None:
+def test_killed_server_is_named(tmp_path: Path) -> None:
     killer = Killer("ServerNode", signal.SIGKILL)
-    spec = misbehaving({"name": "ps-async", "num_servers": 2}, "none", tmp_path)
+    spec = misbehaving_job({"name": "ps-async", "num_servers": 2}, "none", tmp_path)
     spec["task_args"]["at"] = 10**9
     with pytest.raises(ActorLost, match="server"):
         train(spec, tmp_path, callbacks=(killer,))
-    assert time.monotonic() - killer.done_at < 15
+    assert time.monotonic() - killer.killed_at < 15
 
 
 @pytest.mark.slow
-def test_a_slow_worker_at_the_end_is_waited_for(tmp_path: Path) -> None:
-    """Twice as long as a step may take, but it moves."""
+def test_run_waits_for_slow_worker_at_the_end(tmp_path: Path) -> None:
+    """The wait is twice `step_timeout_s`, but the worker makes progress."""
     args = {"seconds": 0.35}
     more = {"task": "tasks_for_tests:SlowFirst", "task_args": args, "steps": 12, "epochs": None}
     spec = job("ps-async", 2, failure={"step_timeout_s": 2}, **more)

@@ -1,4 +1,4 @@
-"""When a part fails: a typed error that names it, within its deadline, never a hang."""
+"""A failure raises a typed error that names the failed role, within its deadline."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from killed_runs import LONG, Killer, misbehaving
+from killed_runs import LONG_STEPS, Killer, misbehaving_job
 from marks import slow
 from small_runs import HERE, job, train
 
@@ -32,9 +32,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.mark.parametrize("strategy", ["ring", slow("ps-sync")])
-def test_user_exception_on_one_rank(strategy: str, tmp_path: Path) -> None:
+def test_user_exception_on_one_rank_ends_the_run(strategy: str, tmp_path: Path) -> None:
     with pytest.raises(UserCodeError) as caught:
-        train(misbehaving(strategy, "raise", tmp_path), tmp_path)
+        train(misbehaving_job(strategy, "raise", tmp_path), tmp_path)
     error = caught.value
     assert error.step == 6
     assert error.rank in (0, 1)
@@ -47,86 +47,88 @@ def test_user_exception_on_one_rank(strategy: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_user_exit_is_not_success(tmp_path: Path) -> None:
     with pytest.raises(UserCodeError, match="SystemExit"):
-        train(misbehaving("ring", "exit", tmp_path), tmp_path)
+        train(misbehaving_job("ring", "exit", tmp_path), tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_killed_worker(strategy: str, tmp_path: Path) -> None:
-    began = time.monotonic()
+def test_killed_worker_is_named(strategy: str, tmp_path: Path) -> None:
+    start = time.monotonic()
     with pytest.raises(ActorLost, match=r"worker-\d was lost after step \d+"):
-        train(misbehaving(strategy, "kill", tmp_path), tmp_path)
-    assert time.monotonic() - began < 60
+        train(misbehaving_job(strategy, "kill", tmp_path), tmp_path)
+    assert time.monotonic() - start < 60
 
 
 @pytest.mark.slow
-def test_killed_server(tmp_path: Path) -> None:
+def test_killed_server_is_named(tmp_path: Path) -> None:
     killer = Killer("ServerNode", signal.SIGKILL)
-    spec = job({"name": "ps-sync", "num_servers": 2}, 2, **LONG)
+    spec = job({"name": "ps-sync", "num_servers": 2}, 2, **LONG_STEPS)
     with pytest.raises(ActorLost, match="server"):
         train(spec, tmp_path, callbacks=(killer,))
-    assert time.monotonic() - killer.done_at < 15
+    assert time.monotonic() - killer.killed_at < 15
 
 
 @pytest.mark.slow
-def test_killed_controller(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The census finds what it leaves: its actors and the driver's are all to be gone."""
+def test_killed_controller_ends_the_run_and_can_be_resumed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All actors of controller and driver end; the leak check finds remaining ones."""
 
-    def two_checkpoints() -> bool:  # of which the first one is whole
+    def two_checkpoints() -> bool:  # the first one is complete
         return len(list(tmp_path.rglob("checkpoints/*/model.safetensors"))) > 1
 
     killer = Killer("ControllerActor", signal.SIGKILL, two_checkpoints)
-    spec = job("ps-sync", 2, checkpoint={"every_steps": 5}, **LONG)
+    spec = job("ps-sync", 2, checkpoint={"every_steps": 5}, **LONG_STEPS)
     with pytest.raises(ActorLost, match=r"controller was lost after step \d+.*--resume") as caught:
         train(spec, tmp_path, callbacks=(killer,))
     assert caught.value.exit_code == 4
-    logs = [one.args for one in caplog.records if str(one.msg).startswith("Ray's own logs are in")]
+    logs = [r.args for r in caplog.records if str(r.msg).startswith("Ray's own logs are in")]
     assert [Path(*map(str, folder), "raylet.out").is_file() for folder in logs if folder] == [True]
     (folder,) = tmp_path.rglob("checkpoints")
-    saved = Catalogue(folder).newest(lambda *said: None)
+    saved = Catalogue(folder).newest(lambda *message: None)
     assert saved is not None and saved.step > 0
     resumed = train({**spec, "steps": saved.step + 3}, tmp_path, resume=folder.parent)
     assert [summary.step for summary in resumed.history][-1] == saved.step + 3
 
 
-def test_killed_driver(tmp_path: Path) -> None:
-    """All actors end with it, the one too that the controller has made; the census looks."""
-    spec = misbehaving("ring", "kill", tmp_path, failure={"max_failures": 1})
+def test_killed_driver_ends_all_actors(tmp_path: Path) -> None:
+    """Also the actor created by the controller; the leak check finds remaining ones."""
+    spec = misbehaving_job("ring", "kill", tmp_path, failure={"max_failures": 1})
     (tmp_path / "job.yaml").write_text(json.dumps({**spec, "storage_path": str(tmp_path)}))
     address = ray.get_runtime_context().gcs_address
     submit = ["-m", "distplat.cli.main", "submit", str(tmp_path / "job.yaml"), "--working-dir"]
     driver = subprocess.Popen([sys.executable, *submit, str(HERE), "--address", address])
-    until = time.monotonic() + 90
+    deadline = time.monotonic() + 90
     while not any("recovery" in file.read_text() for file in tmp_path.rglob("metrics.jsonl")):
         assert driver.poll() is None
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     driver.kill()
     assert driver.wait(10) == -signal.SIGKILL
     (folder,) = (file.parent for file in tmp_path.rglob("metrics.jsonl"))
-    ray_compat.delete_all(rendezvous_key(folder.name))  # the driver would have done that
+    ray_compat.delete_all(rendezvous_key(folder.name))  # as the driver does at the end of a run
 
 
 @pytest.mark.parametrize("strategy", [{"name": "ring", "timeout_s": 2}, slow("ps-sync")])
 def test_frozen_worker_is_named(strategy: object, tmp_path: Path) -> None:
     failure = {"step_timeout_s": 3, "heartbeat_timeout_s": 60}
     with pytest.raises((CollectiveError, DeadlineExceeded)) as caught:
-        train(misbehaving(strategy, "stop", tmp_path, failure=failure), tmp_path)
+        train(misbehaving_job(strategy, "stop", tmp_path, failure=failure), tmp_path)
     error = caught.value
     assert isinstance(error, CollectiveError | DeadlineExceeded)
     assert error.missing in ((0,), (1,), ("worker-0",), ("worker-1",))
 
 
 @pytest.mark.slow
-def test_frozen_worker_answers_no_poll(tmp_path: Path) -> None:
+def test_worker_that_does_not_answer_polls_is_lost(tmp_path: Path) -> None:
     failure = {"step_timeout_s": 60, "heartbeat_timeout_s": 2}
     with pytest.raises(ActorLost, match=r"worker-\d was lost.*not answered for \d s"):
-        train(misbehaving("ps-sync", "stop", tmp_path, failure=failure), tmp_path)
+        train(misbehaving_job("ps-sync", "stop", tmp_path, failure=failure), tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", [{"name": "ring", "timeout_s": 4}, "ps-sync"])
-def test_a_slow_start_is_no_failure(strategy: object, tmp_path: Path) -> None:
+def test_slow_start_is_not_a_failure(strategy: object, tmp_path: Path) -> None:
     args = {"marker": str(tmp_path / "done"), "seconds": 6}
     spec = job(strategy, 2, task="tasks_for_tests:SlowStart", task_args=args)
     result = train({**spec, "failure": {"step_timeout_s": 4}}, tmp_path)
@@ -134,14 +136,14 @@ def test_a_slow_start_is_no_failure(strategy: object, tmp_path: Path) -> None:
 
 
 class Hog:
-    """Holds the cluster's CPUs until it is killed."""
+    """Reserves the cluster's CPUs until it is killed."""
 
     def ping(self) -> None:
         pass
 
 
 @pytest.mark.slow
-def test_a_busy_cluster_is_waited_for(tmp_path: Path) -> None:
+def test_run_waits_for_free_cpus(tmp_path: Path) -> None:
     hog = ray.remote(Hog).options(num_cpus=8).remote()
     ray.get(hog.ping.remote(), timeout=30)
     release = threading.Timer(5, ray.kill, [hog])
@@ -153,7 +155,7 @@ def test_a_busy_cluster_is_waited_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nobody_comes(tmp_path: Path) -> None:
+def test_missing_workers_are_named(tmp_path: Path) -> None:
     hog = ray.remote(Hog).options(num_cpus=8).remote()
     ray.get(hog.ping.remote(), timeout=30)
     with pytest.raises(DeadlineExceeded, match=r"missing: worker-0, worker-1; .*start_timeout_s"):
@@ -163,7 +165,7 @@ def test_nobody_comes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_endless_user_code_is_named(tmp_path: Path) -> None:
-    spec = misbehaving("ring", "hang", tmp_path, failure={"step_timeout_s": 2})
+    spec = misbehaving_job("ring", "hang", tmp_path, failure={"step_timeout_s": 2})
     spec["scaling"] = {"num_workers": 1}
     with pytest.raises(DeadlineExceeded, match="worker-0"):
         train(spec, tmp_path)
@@ -181,8 +183,8 @@ class Signaller(Callback):
             self.number = 0
 
 
-class Impatient(Killer):
-    """Freezes the controller, so that an orderly end takes long; then Ctrl-C, and once more."""
+class DoubleInterrupt(Killer):
+    """Freezes the controller, so that the shutdown hangs; then sends SIGINT twice."""
 
     def __init__(self) -> None:
         super().__init__("ControllerActor", signal.SIGSTOP)
@@ -192,15 +194,15 @@ class Impatient(Killer):
         for _ in range(2):
             time.sleep(1)
             os.kill(os.getpid(), signal.SIGINT)
-        self.done_at = time.monotonic()
+        self.killed_at = time.monotonic()
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
-    """On a Ray that stays, as in a notebook; the census looks for actors."""
-    impatient = Impatient()
+def test_second_ctrl_c_does_not_wait_for_shutdown(tmp_path: Path) -> None:
+    """Ray keeps running, as in a notebook; the leak check finds remaining actors."""
+    interrupt = DoubleInterrupt()
     with pytest.raises(Interrupted) as caught:
-        train(job("ring", 2, **LONG), tmp_path, callbacks=(impatient,))
-    assert time.monotonic() - impatient.done_at < 5
+        train(job("ring", 2, **LONG_STEPS), tmp_path, callbacks=(interrupt,))
+    assert time.monotonic() - interrupt.killed_at < 5
     assert caught.value.exit_code == 130
     assert "STOPPED" in next(tmp_path.rglob("result.json")).read_text()
 
@@ -212,6 +214,6 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
 )
 def test_signal_ends_the_run(number: int, code: int, tmp_path: Path) -> None:
     with pytest.raises(Interrupted) as caught:
-        train(job("ps-sync", 2, **LONG), tmp_path, callbacks=(Signaller(number),))
+        train(job("ps-sync", 2, **LONG_STEPS), tmp_path, callbacks=(Signaller(number),))
     assert caught.value.exit_code == code
     assert "STOPPED" in next(tmp_path.rglob("result.json")).read_text()

@@ -1,4 +1,4 @@
-"""A train function on real actors: the loop's result, a lost worker, an error of the user's."""
+"""Train functions on real actors: results, lost workers and servers, user errors."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from distplat.platform.errors import UserCodeError
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
 
-LEFT = r"rank 0, in step 7: waited for rank 1, whose function returned after step 6"
+EARLY_RETURN = r"rank 0, in step 7: waited for rank 1, whose function returned after step 6"
 
 
 def fit(
@@ -52,8 +52,8 @@ def state_of(result: Result) -> Mapping[str, Tensor]:
     return load_file(result.checkpoint)
 
 
-def plain() -> Mapping[str, Tensor]:
-    """The same loop in one process."""
+def train_plain() -> Mapping[str, Tensor]:
+    """Train in a plain torch loop in one process; return the model."""
     model = model_of()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     sampler: DistributedSampler[Any] = DistributedSampler(data_of(), 1, 0, seed=0)
@@ -68,87 +68,85 @@ def plain() -> Mapping[str, Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ring", {"name": "ps-sync", "num_servers": 2}])
-def test_a_lost_worker_costs_the_epochs_since_the_checkpoint_and_no_bit(
-    strategy: Any, tmp_path: Path
-) -> None:
+def test_lost_worker_resumes_from_checkpoint(strategy: Any, tmp_path: Path) -> None:
     killed = fit(2, tmp_path, strategy=strategy, kill_in=2)
     assert len(killed.failures) == 1
-    assert killed.metrics["began_with"] in (1, 2), "not from the first epoch"
-    assert [one.step for one in killed.history] == [1, 2, 3, 4]
-    assert [one.samples for one in killed.history] == [24] * 4
+    assert killed.metrics["began_with"] in (1, 2), "resumed from a checkpoint"
+    assert [s.step for s in killed.history] == [1, 2, 3, 4]
+    assert [s.samples for s in killed.history] == [24] * 4
     found = state_of(killed)
-    undisturbed = call_on_ranks(lambda config: train({"batch_size": 12}), 2).trained[0]
-    for name, value in plain().items():
-        assert torch.equal(found[name], undisturbed[name]), name
+    unfailed = call_on_ranks(lambda config: train({"batch_size": 12}), 2).trained[0]
+    for name, value in train_plain().items():
+        assert torch.equal(found[name], unfailed[name]), name
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("strategy", ["ring", slow({"name": "ps-sync", "num_servers": 2})])
-def test_a_script_of_ddp_calls_torch_distributed_as_it_did(strategy: Any, tmp_path: Path) -> None:
-    """Rank 1 ends while rank 0 waits for it in `dist.all_reduce`: all begin anew."""
+def test_ddp_script_restarts_after_a_lost_rank(strategy: Any, tmp_path: Path) -> None:
+    """Rank 1 dies while rank 0 waits in `dist.all_reduce`: all ranks restart."""
     result = fit(2, tmp_path, "script", strategy=strategy, kill_in=2)
     assert len(result.failures) == 1
-    assert [one.step for one in result.history][-4:] == [1, 2, 3, 4]
+    assert [s.step for s in result.history][-4:] == [1, 2, 3, 4]
     assert result.metrics["batches"] == 4
     saved = torch.load(tmp_path / "model.pt")
-    for name, value in plain().items():
+    for name, value in train_plain().items():
         torch.testing.assert_close(saved[name], value, rtol=1e-10, atol=1e-10)
         assert torch.equal(saved[name], state_of(result)[name])
 
 
-def test_an_error_of_one_rank_is_told_not_what_it_does_to_the_others(tmp_path: Path) -> None:
+def test_reports_the_root_cause_of_failed_ranks(tmp_path: Path) -> None:
     with pytest.raises(UserCodeError) as caught:
         fit(2, tmp_path, "script", raise_in=2)
     assert (caught.value.rank, caught.value.step) == (1, 3)
     assert "no such column" in caught.value.summary
     lines = [line for line in caught.value.traceback.splitlines() if line.startswith('  File "')]
-    assert len(lines) == 1, "none of distplat's own"
+    assert len(lines) == 1, "no frame of distplat"
     assert "functions_for_tests.py" in lines[0]
 
 
 @pytest.mark.slow
-def test_a_loop_that_ends_earlier_than_others_is_named_by_gloo_too(tmp_path: Path) -> None:
+def test_early_return_is_reported_with_gloo(tmp_path: Path) -> None:
     strategy = {"name": "ring", "backend": "gloo", "timeout_s": 3}
-    with pytest.raises(UserCodeError, match=LEFT) as raised:
+    with pytest.raises(UserCodeError, match=EARLY_RETURN) as caught:
         fit(2, tmp_path, "parting", strategy=strategy)
-    assert "backward((model(inputs) - targets)" in raised.value.frames
+    assert "backward((model(inputs) - targets)" in caught.value.frames
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ring", "ps-async"])
-def test_who_waits_in_torch_distributed_for_a_rank_that_has_left_is_told(
+def test_early_return_is_reported_to_ranks_in_torch_distributed(
     strategy: str, tmp_path: Path
 ) -> None:
-    """gloo tells nobody that a rank has destroyed its group, and waits for half an hour."""
-    with pytest.raises(UserCodeError, match=LEFT) as raised:
+    """gloo does not detect that a rank has destroyed its group, and waits for half an hour."""
+    with pytest.raises(UserCodeError, match=EARLY_RETURN) as caught:
         fit(2, tmp_path, "parting", strategy=strategy, failure={"step_timeout_s": 10}, reduces=True)
-    assert "dist.all_reduce(torch.ones(1))" in raised.value.frames
+    assert "dist.all_reduce(torch.ones(1))" in caught.value.frames
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_a_stream_goes_on_in_the_middle_of_an_epoch(strategy: str, tmp_path: Path) -> None:
-    """Twelve steps of two epochs; a worker is lost in the eleventh, with its loader process."""
+def test_stream_resumes_within_an_epoch(strategy: str, tmp_path: Path) -> None:
+    """Two epochs of six steps; a worker is lost in the eleventh step, with its loader process."""
     killed = fit(2, tmp_path, "streamed", strategy=strategy, batch_size=4, loaders=1, kill_in=10)
     assert len(killed.failures) == 1
-    assert killed.metrics["began_with"] >= 1, "not from the start"
-    assert [one.step for one in killed.history] == [*range(1, 13)]
-    undisturbed = call_on_ranks(lambda config: streamed({"batch_size": 4}), 2).trained[0]
+    assert killed.metrics["began_with"] >= 1, "resumed from a checkpoint"
+    assert [s.step for s in killed.history] == [*range(1, 13)]
+    unfailed = call_on_ranks(lambda config: streamed({"batch_size": 4}), 2).trained[0]
     found = state_of(killed)
-    assert all(torch.equal(found[name], value) for name, value in undisturbed.items())
+    assert all(torch.equal(found[name], value) for name, value in unfailed.items())
 
 
 @pytest.mark.slow
-def test_a_lost_worker_of_ps_async_takes_all_back_to_the_last_checkpoint(tmp_path: Path) -> None:
-    lost = fit(2, tmp_path, strategy="ps-async", kill_in=2)
-    assert len(lost.failures) == 1
-    assert "worker-1" in lost.failures[0].cause
-    assert lost.history[-1].step == 4
-    assert state_of(lost).keys() == plain().keys()
+def test_ps_async_rolls_back_after_a_lost_worker(tmp_path: Path) -> None:
+    result = fit(2, tmp_path, strategy="ps-async", kill_in=2)
+    assert len(result.failures) == 1
+    assert "worker-1" in result.failures[0].cause
+    assert result.history[-1].step == 4
+    assert state_of(result).keys() == train_plain().keys()
 
 
 @pytest.mark.slow
-def test_a_lost_server_of_ps_async_takes_all_back_to_the_last_checkpoint(tmp_path: Path) -> None:
+def test_ps_async_rolls_back_after_a_lost_server(tmp_path: Path) -> None:
     class Killer(Callback):
         def on_start(self, job: Any, run: str, path: Path) -> None:
             self.run_name = run
@@ -159,9 +157,9 @@ def test_a_lost_server_of_ps_async_takes_all_back_to_the_last_checkpoint(tmp_pat
                 (tmp_path / "killed").touch()
 
     strategy = {"name": "ps-async", "staleness": 4}
-    lost = fit(2, tmp_path, strategy=strategy, callbacks=[Killer()], wait_in=2)
-    assert len(lost.failures) == 1
-    assert "server-0" in lost.failures[0].cause
-    assert [one.step for one in lost.history] == [1, 2, 3, 4]
-    assert lost.metrics["began_with"] in (1, 2)
-    assert state_of(lost).keys() == plain().keys()
+    result = fit(2, tmp_path, strategy=strategy, callbacks=[Killer()], wait_in=2)
+    assert len(result.failures) == 1
+    assert "server-0" in result.failures[0].cause
+    assert [s.step for s in result.history] == [1, 2, 3, 4]
+    assert result.metrics["began_with"] in (1, 2)
+    assert state_of(result).keys() == train_plain().keys()

@@ -1,4 +1,4 @@
-"""Groups over two Ray nodes (on one host): the contract, what is chosen, what fails and how."""
+"""Groups on two Ray nodes of one host: contract, backend choice, lost and mismatched ranks."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import pytest
 import ray
 from collective_contract import CHECKS, FAILURES
 from marks import slow
-from members import FAR_S, TIMEOUT_S, Pool, everybody, join
+from members import LONG_TIMEOUT_S, TIMEOUT_S, Pool, call_all, join
 from ray.cluster_utils import Cluster
 from ray.experimental.internal_kv import _internal_kv_del
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture(scope="module", autouse=True)
 def two_nodes() -> Iterator[None]:
-    """Place for four members on each node."""
+    """Start two nodes with resources for four members each."""
     node: dict[str, Any] = {"num_cpus": 4, "object_store_memory": 100 * 2**20}
     head = {**node, "resources": {"left": 4}, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -40,16 +40,18 @@ def pools(two_nodes: None) -> dict[str, Pool]:
 
 @pytest.fixture
 def members(pools: dict[str, Pool]) -> Iterator[Callable[[str], list[Any]]]:
-    """Give members by their nodes: `lrl` are ranks 0 and 2 on the left, rank 1 on the right."""
+    """Return a function of the members' nodes: `lrl` is ranks 0 and 2 left, rank 1 right."""
 
     def take(nodes: str) -> list[Any]:
-        waiting = {side: iter(pools[side].take(nodes.count(side))) for side in pools}
-        return [next(waiting[side]) for side in nodes]
+        available = {side: iter(pools[side].take(nodes.count(side))) for side in pools}
+        return [next(available[side]) for side in nodes]
 
     yield take
     for pool in pools.values():
         pool.give_back()
-    _internal_kv_del(rendezvous_key(""), del_by_prefix=True)  # as a run's driver does at its end
+    _internal_kv_del(
+        rendezvous_key(""), del_by_prefix=True
+    )  # as the driver does at the end of a run
 
 
 Take = Callable[[str], list[Any]]
@@ -63,10 +65,10 @@ Take = Callable[[str], list[Any]]
         ("lrl", "hierarchical: 3 workers are on 2 nodes, some on the same"),
     ],
 )
-def test_auto_chooses_by_where_the_ranks_are(nodes: str, choice: str, members: Take) -> None:
+def test_auto_selects_backend_by_placement(nodes: str, choice: str, members: Take) -> None:
     actors = members(nodes)
     assert join(actors, f"auto-{nodes}", "auto") == [choice] * len(nodes)
-    everybody(actors, "check", "all_reduce-sum")
+    call_all(actors, "check", "all_reduce-sum")
 
 
 @pytest.mark.parametrize(
@@ -76,22 +78,22 @@ def test_contract(backend: str, nodes: str, members: Take) -> None:
     actors = members(nodes)
     join(actors, f"contract-{nodes}", backend)
     for name in CHECKS:
-        everybody(actors, "check", name)
-    everybody(actors, "many_under_way", 5, 50_000)
-    everybody(actors, "check", "place")
+        call_all(actors, "check", name)
+    call_all(actors, "start_many", 5, 50_000)
+    call_all(actors, "check", "place")
 
 
-def test_large_vectors_go_in_blocks_and_give_the_same_bits_again(members: Take) -> None:
+def test_sum_of_large_vectors_is_reproducible(members: Take) -> None:
     actors = members("llrr")
     digests = set()
     for number in range(2):
         join(actors, f"bits-{number}", "hierarchical")
-        digests.update(everybody(actors, "digest_of_sum", 5_000_000))
-        everybody(actors, "leave")
+        digests.update(call_all(actors, "digest_of_sum", 5_000_000))
+        call_all(actors, "leave")
     assert len(digests) == 1
 
 
-def test_memory_cannot_reach_another_node(members: Take) -> None:
+def test_shm_refuses_ranks_on_several_nodes(members: Take) -> None:
     actors = members("lrl")
     nodes = ray.get([a.node.remote() for a in actors], timeout=20)
     calls = [a.join.remote("far", rank, 3, "shm") for rank, a in enumerate(actors)]
@@ -107,10 +109,10 @@ def test_memory_cannot_reach_another_node(members: Take) -> None:
 def test_late_rank_is_named(failure: str, members: Take) -> None:
     actors = members("lrr")
     join(actors, failure, "hierarchical", False, TIMEOUT_S)
-    everybody(actors, "fail", failure)
+    call_all(actors, "fail", failure)
 
 
-@pytest.mark.parametrize(  # 0 and 1 lead their nodes, 0 keeps the store
+@pytest.mark.parametrize(  # ranks 0 and 1 lead their nodes, rank 0 has the store
     ("victim", "number"),
     [
         (0, signal.SIGKILL),
@@ -121,51 +123,54 @@ def test_late_rank_is_named(failure: str, members: Take) -> None:
 )
 def test_lost_rank_is_named(victim: int, number: int, members: Take) -> None:
     actors = members("lrlr")
-    deadline = FAR_S if number == signal.SIGKILL else TIMEOUT_S
+    deadline = LONG_TIMEOUT_S if number == signal.SIGKILL else TIMEOUT_S
     join(actors, f"lost-{victim}-{number}", "hierarchical", False, deadline)
-    everybody(actors, "repeat", "all_reduce", 21)  # past the comparisons
+    call_all(actors, "repeat", "all_reduce", 21)  # operations are compared up to here
     pid = ray.get(actors[victim].pid.remote(), timeout=60)
-    calls = [a.all_reduce_for_ever.remote() for a in actors]
+    calls = [a.all_reduce_until_error.remote() for a in actors]
     time.sleep(0.5)
     os.kill(pid, number)
-    began = time.monotonic()
+    start = time.monotonic()
     for rank in set(range(4)) - {victim}:
         with pytest.raises(CollectiveError) as caught:
             ray.get(calls[rank], timeout=60)
         assert caught.value.missing == (victim,)
-    assert time.monotonic() - began < FAR_S / 2
+    assert time.monotonic() - start < LONG_TIMEOUT_S / 2
     ray.kill(actors[victim])
 
 
-@pytest.mark.parametrize("confused", [1, 2])
-def test_ranks_in_different_operations_are_named(confused: int, members: Take) -> None:
+@pytest.mark.parametrize("mismatched", [1, 2])
+def test_ranks_in_different_operations_are_named(mismatched: int, members: Take) -> None:
     actors = members("lrl")
-    join(actors, f"confused-{confused}", "hierarchical", True)
-    everybody(actors, "repeat", "all_reduce", 21)
-    calls = [a.act.remote("all_reduce", 8 if r == confused else 7) for r, a in enumerate(actors)]
+    join(actors, f"confused-{mismatched}", "hierarchical", True)
+    call_all(actors, "repeat", "all_reduce", 21)
+    calls = [
+        a.run_operation.remote("all_reduce", 8 if r == mismatched else 7)
+        for r, a in enumerate(actors)
+    ]
     for call in calls:
-        with pytest.raises(MismatchError, match=f"rank {confused} in all_reduce of 8") as caught:
+        with pytest.raises(MismatchError, match=f"rank {mismatched} in all_reduce of 8") as caught:
             ray.get(call, timeout=60)
-        assert caught.value.missing == (confused,)
+        assert caught.value.missing == (mismatched,)
 
 
-def test_memory_compares_every_operation_and_counts_ranks_from_outside(members: Take) -> None:
+def test_shm_mismatch_names_ranks_of_the_whole_group(members: Take) -> None:
     actors = members("lrl")
-    join(actors, "confused", "hierarchical", False, FAR_S)
-    everybody(actors, "repeat", "all_reduce", 21)  # the group of all compares no more
-    calls = [a.act.remote("all_reduce", 8 if r == 2 else 7) for r, a in enumerate(actors)]
+    join(actors, "confused", "hierarchical", False, LONG_TIMEOUT_S)
+    call_all(actors, "repeat", "all_reduce", 21)  # the whole group no longer compares operations
+    calls = [a.run_operation.remote("all_reduce", 8 if r == 2 else 7) for r, a in enumerate(actors)]
     for rank in (0, 2):
         with pytest.raises(MismatchError, match=r"ranks \[0, 2\]") as caught:
             ray.get(calls[rank], timeout=10)
         assert set(caught.value.missing) <= {0, 2}
-    with pytest.raises(CollectiveError):  # it waits for its leader, who does not come
+    with pytest.raises(CollectiveError):  # waits for its leader, which does not arrive
         ray.get(calls[1], timeout=10)
 
 
 def test_traffic_of_all_reduce_counts_memory_and_network(members: Take) -> None:
-    """Rank 0 takes its neighbour's vector, rings with the other leader, and gives the sum back."""
+    """Rank 0 reduces with rank 1 through memory, and with rank 2 over the network."""
     actors = members("llr")
     join(actors, "traffic", "hierarchical")
     size = 4 * 10_000
-    traffic = [t[:2] for t in everybody(actors, "traffic_of", "all_reduce", 10_000)]
+    traffic = [t[:2] for t in call_all(actors, "traffic_of", "all_reduce", 10_000)]
     assert traffic == [(2 * size, 2 * size), (size, size), (size, size)]

@@ -1,4 +1,4 @@
-"""Jobs on a real head, with and without tokens: `submit`, and looking after what was submitted."""
+"""Jobs on a real head, with and without tokens: `submit`, and the other commands."""
 
 import json
 import os
@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 from heads import (
-    SLOW,
+    SLOW_JOB,
     TOKEN,
     Head,
     clean_environ,
-    distplat,
-    end,
+    kill_tree,
     make_folder,
     read_until,
-    running_head,
-    start,
+    run_distplat,
+    run_head,
+    start_distplat,
 )
 from marks import slow
 
@@ -38,74 +38,72 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def open_head() -> Iterator[Head]:
-    yield from running_head("disabled")
+    yield from run_head("disabled")
 
 
 @pytest.fixture(scope="module")
 def token_head() -> Iterator[Head]:
-    yield from running_head("token")
+    yield from run_head("token")
 
 
 @pytest.mark.parametrize(
     ("head_name", "strategy"), [slow("open_head", "ps-sync"), ("token_head", "ring")]
 )
-def test_a_remote_job_is_followed_to_its_result(
+def test_remote_job_is_followed_to_its_result(
     head_name: str, strategy: str, folder: Path, request: pytest.FixtureRequest
 ) -> None:
     head: Head = request.getfixturevalue(head_name)
     job_id = f"first-{strategy}"
     args = ["--strategy", strategy, "--submission-id", job_id, "-o", "json"]
-    done = distplat(
+    completed = run_distplat(
         "submit", "job.yaml", "--address", head.url, *args, environ=head.environ, cwd=folder
     )
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout)
+    assert completed.returncode == 0, completed.stderr
+    facts = json.loads(completed.stdout)
     assert (facts["id"], facts["strategy"], facts["steps"]) == (job_id, strategy, 40)
     assert facts["metrics"]["loss"] < 1.0
-    runs = head.home / "distplat" / "runs"  # relative: below the driver's home
+    runs = head.home / "distplat" / "runs"  # a relative path starts at the driver's home
     assert Path(facts["model"]).parent.parent == runs
     assert Path(facts["model"]).is_file()
-    assert "step 40/40" in done.stderr
-    assert "py_modules_files" in done.stderr  # the client's distplat, not one installed there
-    assert "'line.py'" in done.stderr
-    assert "'.env'" not in done.stderr
+    assert "step 40/40" in completed.stderr
+    assert "py_modules_files" in completed.stderr  # the client's distplat, not an installed one
+    assert "'line.py'" in completed.stderr
+    assert "'.env'" not in completed.stderr
     assert not (folder / "runs").exists()
 
-    def ask(*command: str) -> str:
-        answer = distplat(*command, "--address", head.url, environ=head.environ, cwd=folder)
+    def run_command(*command: str) -> str:
+        answer = run_distplat(*command, "--address", head.url, environ=head.environ, cwd=folder)
         assert answer.returncode == 0, answer.stderr
         return answer.stdout
 
-    listed = json.loads(ask("list", "-o", "json", "--status", "succeeded"))
+    listed = json.loads(run_command("list", "-o", "json", "--status", "succeeded"))
     assert [job["id"] for job in listed["jobs"]] == [job_id]
-    assert re.search(rf"{job_id} +line +SUCCEEDED +{strategy} +1 +\d+s\n", ask("list"))
-    assert "status     SUCCEEDED\n" in ask("status", job_id)
-    log = ask("logs", job_id)
+    assert re.search(rf"{job_id} +line +SUCCEEDED +{strategy} +1 +\d+s\n", run_command("list"))
+    assert "status     SUCCEEDED\n" in run_command("status", job_id)
+    log = run_command("logs", job_id)
     assert "step 40/40" in log
     assert "distplat-result" not in log
     assert f"strategy       {strategy}\n" in log
-    assert ask("stop", job_id) == f"{job_id}: already SUCCEEDED\n"
+    assert run_command("stop", job_id) == f"{job_id}: already SUCCEEDED\n"
 
 
-def test_a_failing_task_shows_its_own_traceback(token_head: Head, folder: Path) -> None:
-    done = distplat(
+def test_failing_task_prints_traceback_of_user_code(token_head: Head, folder: Path) -> None:
+    completed = run_distplat(
         *("submit", "job.yaml", "--address", token_head.url, "--set", "task_args.fail=true"),
         environ=token_head.environ,
         cwd=folder,
     )
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert re.search(r'line\.py", line \d+, in loss\n    raise ValueError', done.stderr)
-    assert "error: your task failed on rank 0, in step 1: ValueError" in done.stderr
-    assert done.stderr.count("  File ") == 1  # none of the platform's own
+    assert completed.returncode == 1
+    assert completed.stdout == ""
+    assert re.search(r'line\.py", line \d+, in loss\n    raise ValueError', completed.stderr)
+    assert "error: your task failed on rank 0, in step 1: ValueError" in completed.stderr
+    assert completed.stderr.count("  File ") == 1  # no frame of distplat
 
 
-def test_ctrl_c_leaves_a_remote_job_running_until_it_is_stopped(
-    token_head: Head, folder: Path
-) -> None:
+def test_ctrl_c_detaches_from_remote_job(token_head: Head, folder: Path) -> None:
     head = token_head
-    args = ["submit", "job.yaml", "--address", head.url, "--submission-id", "slow", *SLOW]
-    process = start(args, head.environ, folder)
+    args = ["submit", "job.yaml", "--address", head.url, "--submission-id", "slow", *SLOW_JOB]
+    process = start_distplat(args, head.environ, folder)
     read_until(process, "step 1/5000")
     os.killpg(process.pid, signal.SIGINT)
     _, printed = process.communicate(timeout=90)
@@ -115,23 +113,23 @@ def test_ctrl_c_leaves_a_remote_job_running_until_it_is_stopped(
     stop = re.search(r"stop:   distplat (.*)", printed)
     assert follow and stop
 
-    def ask(command: str) -> "subprocess.CompletedProcess[str]":
-        return distplat(*command.split(), environ=head.environ, cwd=folder)
+    def run_command(command: str) -> "subprocess.CompletedProcess[str]":
+        return run_distplat(*command.split(), environ=head.environ, cwd=folder)
 
-    assert "status    RUNNING\n" in ask(f"status slow --address {head.url}").stdout
+    assert "status    RUNNING\n" in run_command(f"status slow --address {head.url}").stdout
     plain = {name: value for name, value in head.environ.items() if name != "RAY_AUTH_MODE"}
-    joined = distplat(
+    joined = run_distplat(
         *f"scale nobody --workers 1 --address {head.gcs}".split(), environ=plain, cwd=folder
     )
     assert (joined.returncode, "'nobody' is running" in joined.stderr) == (2, True), joined.stderr
-    assert ask(stop[1]).stdout == "slow: STOPPED\n"
-    again = ask(stop[1])
+    assert run_command(stop[1]).stdout == "slow: STOPPED\n"
+    again = run_command(stop[1])
     assert (again.returncode, again.stdout) == (0, "slow: already STOPPED\n")
-    followed = ask(follow[1])
+    followed = run_command(follow[1])
     assert followed.returncode == 4
     assert "step 1/5000" in followed.stdout
-    assert "the run is asked to stop" in followed.stdout, "its controller was called"
-    unknown = ask(f"status slwo --address {head.url}")
+    assert "the run is asked to stop" in followed.stdout, "`stop` calls the controller"
+    unknown = run_command(f"status slwo --address {head.url}")
     assert unknown.returncode == 2
     assert "did you mean 'slow'?" in unknown.stderr
 
@@ -139,35 +137,35 @@ def test_ctrl_c_leaves_a_remote_job_running_until_it_is_stopped(
 @pytest.mark.parametrize(
     ("changes", "code", "shown"),
     [
-        slow({}, 0, "ID"),  # as the tests above have it
+        slow({}, 0, "ID"),  # as in the tests above
         ({"RAY_AUTH_MODE": None}, 0, "ID"),
         ({"RAY_AUTH_MODE": "disabled"}, 3, "requires a token: set RAY_AUTH_TOKEN, or "),
         slow({"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN_PATH": "/none"}, 3, "requires a token: "),
         ({"RAY_AUTH_TOKEN": f"not-{TOKEN}"}, 3, "does not accept our token; set RAY_AUTH_TOKEN"),
     ],
 )
-def test_a_token_is_found_and_never_echoed(
+def test_token_is_found_and_never_printed(
     token_head: Head, changes: dict[str, str | None], code: int, shown: str, folder: Path
 ) -> None:
-    environ = {**token_head.environ, **changes}
-    given = {name: value for name, value in environ.items() if value is not None}
-    done = distplat("list", "--address", token_head.url, environ=given, cwd=folder)
-    assert done.returncode == code
-    assert shown in done.stdout + done.stderr
-    assert TOKEN not in done.stdout + done.stderr
+    changed = {**token_head.environ, **changes}
+    environ = {name: value for name, value in changed.items() if value is not None}
+    completed = run_distplat("list", "--address", token_head.url, environ=environ, cwd=folder)
+    assert completed.returncode == code
+    assert shown in completed.stdout + completed.stderr
+    assert TOKEN not in completed.stdout + completed.stderr
 
 
-def test_a_driver_with_another_token_is_told_so_at_once(token_head: Head, folder: Path) -> None:
+def test_driver_with_wrong_token_fails_at_once(token_head: Head, folder: Path) -> None:
     environ = {**token_head.environ, "RAY_AUTH_TOKEN": f"not-{TOKEN}"}
-    done = distplat("submit", "job.yaml", environ=environ, cwd=folder)
-    assert done.returncode == 3
-    assert f"cannot join Ray at {token_head.gcs}: it requires a token" in done.stderr
-    assert "`submit --address local` needs none" in done.stderr
-    assert TOKEN not in done.stderr
+    completed = run_distplat("submit", "job.yaml", environ=environ, cwd=folder)
+    assert completed.returncode == 3
+    assert f"cannot join Ray at {token_head.gcs}: it requires a token" in completed.stderr
+    assert "`submit --address local` needs none" in completed.stderr
+    assert TOKEN not in completed.stderr
 
 
-def test_no_file_of_the_cluster_holds_the_token(token_head: Head) -> None:
-    """After all jobs above: neither logs nor run directories."""
+def test_no_file_of_the_cluster_contains_the_token(token_head: Head) -> None:
+    """Logs and run directories of all jobs above."""
     files = [path for path in token_head.home.rglob("*") if path.is_file()]
     assert any(path.name == "result.json" for path in files)
     assert [p for p in files if TOKEN.encode() in p.read_bytes()] == [token_head.home / "token"]
@@ -194,129 +192,144 @@ def not_ray() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "where", [slow("http://127.0.0.1:1"), slow("http://no.such.host.invalid:1"), "web"]
+    "address", [slow("http://127.0.0.1:1"), slow("http://no.such.host.invalid:1"), "web"]
 )
-def test_a_wrong_address_is_told(where: str, not_ray: str, folder: Path, tmp_path: Path) -> None:
-    address = not_ray if where == "web" else where
+def test_wrong_address_is_reported(
+    address: str, not_ray: str, folder: Path, tmp_path: Path
+) -> None:
+    address = not_ray if address == "web" else address
     environ = clean_environ(tmp_path, "disabled")
-    done = distplat("submit", "job.yaml", "--address", address, environ=environ, cwd=folder)
-    assert done.returncode == 3
-    assert address in done.stderr
-    assert "Traceback" not in done.stderr
+    completed = run_distplat(
+        "submit", "job.yaml", "--address", address, environ=environ, cwd=folder
+    )
+    assert completed.returncode == 3
+    assert address in completed.stderr
+    assert "Traceback" not in completed.stderr
 
 
 @pytest.mark.parametrize(
     ("head_name", "given"),
-    [slow("open_head", True, id="by address"), pytest.param("token_head", False, id="found here")],
+    [
+        slow("open_head", True, id="by address"),
+        pytest.param("token_head", False, id="on this machine"),
+    ],
 )
-def test_a_driver_joins_a_cluster(
+def test_driver_joins_a_cluster(
     head_name: str, given: bool, folder: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     head: Head = request.getfixturevalue(head_name)
     address = ["--address", head.gcs] if given else []
-    done = distplat(
+    completed = run_distplat(
         *("submit", str(folder / "job.yaml"), *address), environ=head.environ, cwd=tmp_path
     )
-    assert done.returncode == 0, done.stderr
+    assert completed.returncode == 0, completed.stderr
     here = f"running on the Ray cluster of this machine, {head.gcs}\n"
     named = f"running on the Ray cluster at {head.gcs} (from --address)\n"
-    assert (named if given else here) in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # where submit was called
+    assert (named if given else here) in completed.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # in the directory of the command
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["job API", "driver"])
-def test_a_users_environment_reaches_the_workers(
-    way: str, open_head: Head, folder: Path, tmp_path: Path
+@pytest.mark.parametrize("route", ["job API", "driver"])
+def test_runtime_environment_reaches_the_workers(
+    route: str, open_head: Head, folder: Path, tmp_path: Path
 ) -> None:
     head = open_head
     environment = json.dumps({"env_vars": {"COLOUR": "red"}})
-    done = distplat(
+    completed = run_distplat(
         *("submit", str(folder / "job.yaml"), "--runtime-env-json", environment),
-        *("--address", head.url if way == "job API" else head.gcs),
+        *("--address", head.url if route == "job API" else head.gcs),
         environ=head.environ,
         cwd=tmp_path,
     )
-    assert done.returncode == 0, done.stderr
-    assert "the colour is red" in done.stderr
+    assert completed.returncode == 0, completed.stderr
+    assert "the colour is red" in completed.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["job API", "driver"])
-def test_an_environment_that_cannot_be_set_up_is_told_with_its_installers_words(
-    way: str, token_head: Head, folder: Path, tmp_path: Path
+@pytest.mark.parametrize("route", ["job API", "driver"])
+def test_failed_runtime_environment_shows_the_installers_error(
+    route: str, token_head: Head, folder: Path, tmp_path: Path
 ) -> None:
     environment = json.dumps({"conda": "no-such-environment"})
-    done = distplat(
+    completed = run_distplat(
         *("submit", str(folder / "job.yaml"), "--runtime-env-json", environment),
-        *("--address", token_head.url if way == "job API" else token_head.gcs),
+        *("--address", token_head.url if route == "job API" else token_head.gcs),
         environ=token_head.environ,
         cwd=tmp_path,
     )
-    assert done.returncode == 2, done.stderr
-    assert "ValueError: " in done.stderr  # of what Ray asks conda, or of its not being there
-    assert "no-such-environment" in done.stderr or "Could not find Conda" in done.stderr
+    assert completed.returncode == 2, completed.stderr
+    assert "ValueError: " in completed.stderr  # from conda, or because conda is missing
+    assert "no-such-environment" in completed.stderr or "Could not find Conda" in completed.stderr
 
 
 @pytest.mark.slow
-def test_roles_are_shown_and_workers_join(open_head: Head, folder: Path) -> None:
-    """By the id of a job that was handed in to the job API, and by the name of the job."""
+def test_status_shows_roles_and_scale_adds_workers(open_head: Head, folder: Path) -> None:
+    """Commands find the run by the submission id and by the job's name."""
     head = open_head
-    args = ["--submission-id", "roles", "--no-wait", "--strategy", "ps-async", *SLOW]
+    args = ["--submission-id", "roles", "--no-wait", "--strategy", "ps-async", *SLOW_JOB]
     more = ["--set", "scaling.resources_per_worker.CPU=0.1", "--name", "elastic"]
 
-    def ask(*command: str, code: int = 0) -> "subprocess.CompletedProcess[str]":
-        done = distplat(*command, environ=head.environ, cwd=folder)
-        assert done.returncode == code, done.stderr
-        return done
+    def run_command(*command: str, code: int = 0) -> "subprocess.CompletedProcess[str]":
+        completed = run_distplat(*command, environ=head.environ, cwd=folder)
+        assert completed.returncode == code, completed.stderr
+        return completed
 
-    ask("submit", "job.yaml", "--address", head.url, *args, *more)
+    run_command("submit", "job.yaml", "--address", head.url, *args, *more)
     deadline = time.monotonic() + 60
-    while "worker-0 " not in (shown := ask("status", "roles", "--address", head.url).stdout):
+    while "worker-0 " not in (
+        shown := run_command("status", "roles", "--address", head.url).stdout
+    ):
         assert time.monotonic() < deadline, shown
         time.sleep(0.5)
     assert "status    RUNNING\n" in shown
     assert re.search(r"\nserver manager +map version 1, (\d+) elements\n", shown)
     assert re.search(r"\n0 +0\.\.\d+ +server-0\n", shown)
-    scaled = ask("scale", "elastic", "--workers", "2", "--address", head.gcs).stdout
+    scaled = run_command("scale", "elastic", "--workers", "2", "--address", head.gcs).stdout
     assert re.search(r"\nworker-1 ", scaled)
-    facts = json.loads(ask("status", "elastic", "--address", head.gcs, "-o", "json").stdout)
+    facts = json.loads(run_command("status", "elastic", "--address", head.gcs, "-o", "json").stdout)
     assert [w["stats"]["rank"] for w in facts["roles"]["scheduler"]["workers"]] == [0, 1]
-    wrong = ask("scale", "elastic", "--workers", "99", "--address", head.gcs, code=2)
+    wrong = run_command("scale", "elastic", "--workers", "99", "--address", head.gcs, code=2)
     assert "error: --workers: must be 1 to 17 (got 99)" in wrong.stderr
-    unknown = ask("scale", "elastics", "--workers", "2", "--address", head.gcs, code=2)
+    unknown = run_command("scale", "elastics", "--workers", "2", "--address", head.gcs, code=2)
     assert "no run or job 'elastics' is running" in unknown.stderr
-    ask("stop", "roles", "--address", head.url)
+    run_command("stop", "roles", "--address", head.url)
 
 
 @pytest.mark.slow
-def test_a_run_that_shipped_nothing_stays_on_its_machine(
+def test_run_without_uploaded_files_stays_on_its_machine(
     token_head: Head, folder: Path, tmp_path: Path
 ) -> None:
-    """A node with another address joins, and has room: what lies there at the folder's path?"""
+    """Another node has free CPUs, but not the files of the working directory."""
     head, environ = token_head, token_head.environ
-    whole = ["--set", "scaling.resources_per_worker.CPU=2", "--strategy", "ps-sync"]
-    command = ["submit", str(folder / "job.yaml"), "--name", "stays", *whole, *SLOW]
-    process = start(command, environ, tmp_path)
+    options = ["--set", "scaling.resources_per_worker.CPU=2", "--strategy", "ps-sync"]
+    command = ["submit", str(folder / "job.yaml"), "--name", "stays", *options, *SLOW_JOB]
+    process = start_distplat(command, environ, tmp_path)
     join = f"ray start --address={head.gcs} --node-ip-address=127.0.0.2 --num-cpus=4 --block"
     scale = ["scale", "stays", "--workers", "2", "--address", head.gcs]
     nodes: list[subprocess.Popen[bytes]] = []
     reading = threading.Thread(target=process.communicate, daemon=True)
     try:
         read_until(process, "step 1/5000")
-        reading.start()  # or it would wait for a reader
+        reading.start()  # drain the pipes, or the process would block
         with (tmp_path / "node.log").open("wb") as log:
-            where: dict[str, Any] = {"env": environ, "cwd": tmp_path, "start_new_session": True}
-            nodes.append(subprocess.Popen(join.split(), stdout=log, stderr=log, **where))
-        deadline, told = time.monotonic() + 90, ""
-        while "of which 0 are free on the driver's machine, where the run stays" not in told:
-            assert time.monotonic() < deadline, told
-            scaled = distplat(*scale, environ=environ, cwd=tmp_path)
-            told = scaled.stderr
-            assert scaled.returncode == 2, scaled.stdout  # no room, before the node comes and after
+            popen_options: dict[str, Any] = {
+                "env": environ,
+                "cwd": tmp_path,
+                "start_new_session": True,
+            }
+            nodes.append(subprocess.Popen(join.split(), stdout=log, stderr=log, **popen_options))
+        deadline, message = time.monotonic() + 90, ""
+        while "of which 0 are free on the driver's machine, where the run stays" not in message:
+            assert time.monotonic() < deadline, message
+            scaled = run_distplat(*scale, environ=environ, cwd=tmp_path)
+            message = scaled.stderr
+            assert scaled.returncode == 2, (
+                scaled.stdout
+            )  # no free CPU, before and after the node joins
     finally:
-        with suppress(ProcessLookupError):  # it has ended, which is the failure to be told
+        with suppress(ProcessLookupError):  # the process has ended: an assertion above has failed
             os.killpg(process.pid, signal.SIGINT)
         process.wait(90)
         for node in nodes:
-            end(node)
+            kill_tree(node)

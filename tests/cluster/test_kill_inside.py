@@ -1,4 +1,4 @@
-"""Kills from outside, at random moments inside an all-reduce of 64 MB: no bit comes out other."""
+"""Kills at random moments inside an all-reduce of 64 MB do not change the model."""
 
 import os
 import random
@@ -23,13 +23,13 @@ WORLD, STEPS = 2, 30 + 6 * KILLS
 
 
 class Killer(Callback, threading.Thread):
-    """Kills a random rank inside an exchange, waits until all are at work, kills again."""
+    """Kills a random rank inside an exchange, waits for the recovery, and repeats."""
 
     def __init__(self, folder: Path, kills: int) -> None:
         super().__init__(daemon=True)
         self.folder, self.kills = folder, kills
         self.inside = self.outside = 0
-        self.begun = False
+        self.has_started = False
         self.working = threading.Event()
         self.over = threading.Event()
         self.random = random.Random(17)
@@ -38,8 +38,8 @@ class Killer(Callback, threading.Thread):
         self.start()
 
     def on_step(self, step: StepSummary) -> None:
-        if not self.begun:
-            self.begun = True
+        if not self.has_started:
+            self.has_started = True
             self.working.set()
 
     def on_recovery(self, recovery: Recovery) -> None:
@@ -51,12 +51,12 @@ class Killer(Callback, threading.Thread):
             self._kill(self.random.randrange(WORLD))
 
     def _kill(self, rank: int) -> None:
-        """Wait for the rank to enter an exchange, then for a part of its length."""
-        entered = self._entered(rank)
+        """Wait until the rank enters an exchange, sleep for a part of its duration, and kill it."""
+        entered = self._wait_for_exchange(rank)
         if entered is None:
             return
         pid, step = entered
-        time.sleep(self.random.uniform(0, self.length))
+        time.sleep(self.random.uniform(0, self.exchange_s))
         os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
         if self._read(rank) == (pid, step):
@@ -64,7 +64,7 @@ class Killer(Callback, threading.Thread):
         else:
             self.outside += 1
 
-    def _entered(self, rank: int) -> tuple[int, int] | None:
+    def _wait_for_exchange(self, rank: int) -> tuple[int, int] | None:
         first = self._read(rank)
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not self.over.is_set():
@@ -75,13 +75,13 @@ class Killer(Callback, threading.Thread):
         return None
 
     def _read(self, rank: int) -> tuple[int, int] | None:
-        """Give (pid, step) while the rank exchanges."""
+        """Return (pid, step) while the rank exchanges."""
         path = self.folder / str(rank)
         words = path.read_text().split() if path.exists() else []
         return (int(words[0]), int(words[2])) if len(words) == 3 else None
 
-    length = 0.03
-    """Seconds of an exchange, about: the deaths are spread over it."""
+    exchange_s = 0.03
+    """Approximate duration of an exchange in seconds; kills are spread over it."""
 
 
 def run(folder: Path, tmp_path: Path, killer: Killer | None) -> Result:
@@ -106,7 +106,7 @@ def test_kills_inside_an_all_reduce(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     unfailed = run(tmp_path / "calm", tmp_path, None)
     killer = Killer(tmp_path / "marks", KILLS)
     exchange = sorted(s.seconds["exchange"] for s in unfailed.history)
-    killer.length = exchange[STEPS // 2]
+    killer.exchange_s = exchange[STEPS // 2]
     result = run(tmp_path / "marks", tmp_path, killer)
     killer.over.set()
     killer.join(60)

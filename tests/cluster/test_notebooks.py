@@ -1,4 +1,4 @@
-"""What `__main__` and local scopes have made, as notebooks do, on workers with loaders."""
+"""Tasks and functions defined in `__main__` and local scopes, on workers with loaders."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ class Numbers(Dataset):
 
 def collate(samples):
     inputs, targets = zip(*samples)
-    return torch.stack(inputs), Target(torch.stack([one.value for one in targets]))
+    return torch.stack(inputs), Target(torch.stack([target.value for target in targets]))
 
 
 def loss_of(outputs, targets):
@@ -52,7 +52,7 @@ def loss_of(outputs, targets):
     return (outputs[:, 0] - targets.value).square().mean()
 
 
-def made_here():
+def local_task():
     class Sum(distplat.Task):
         def model(self):
             return nn.Linear(3, 1)
@@ -83,35 +83,36 @@ def loop(config):
     distplat.report({"loss": distplat.gather_for_metrics(loss).mean()})
 
 
-def loss_after(workers, what):
+def final_loss(workers, target):
     loaders = int(workers > 0)
     fields = {"task_args": {"loaders": loaders}}
-    if what is not loop:
+    if target is not loop:
         sgd = {"name": "SGD", "lr": 0.01}
         fields = {"optimizer": sgd, "global_batch_size": 4, "epochs": 1}
         fields["data"] = {"num_workers": loaders}
     scaling = {"num_workers": workers, "resources_per_worker": {"CPU": 0.5}}
     failure = {"start_timeout_s": 300, "step_timeout_s": 300, "heartbeat_timeout_s": 120}
     job = {"name": "cell", "strategy": "ps-sync", "scaling": scaling, "failure": failure}
-    return distplat.Trainer({**job, **fields}, what, progress=False).fit().metrics["loss"]
+    return distplat.Trainer({**job, **fields}, target, progress=False).fit().metrics["loss"]
 
 
 ray.init(address="local", include_dashboard=False, num_cpus=4, _temp_dir=sys.argv[1])
-kinds = {"task": made_here(), "function": loop}
-print(json.dumps({name: [loss_after(n, what) for n in (0, 2)] for name, what in kinds.items()}))
+targets = {"task": local_task(), "function": loop}
+losses = {name: [final_loss(n, target) for n in (0, 2)] for name, target in targets.items()}
+print(json.dumps(losses))
 """
 
 
 @pytest.mark.timeout(600)
-def test_a_script_without_a_file_trains_what_it_has_made(tmp_path: Path) -> None:
-    """Nobody can import it: classes, functions and constants go to workers and to their loaders."""
+def test_script_on_stdin_trains_its_task_and_function(tmp_path: Path) -> None:
+    """Workers and loaders cannot import the script: its definitions are pickled."""
     home = short_folder()
     environ = {**clean_environ(home, "disabled"), "RAY_ADDRESS": "local"}
-    given = {"input": SCRIPT, "text": True, "env": environ, "cwd": tmp_path, "timeout": 550}
+    options = {"input": SCRIPT, "text": True, "env": environ, "cwd": tmp_path, "timeout": 550}
     try:
-        done = subprocess.run([sys.executable, "-", str(home)], capture_output=True, **given)  # type: ignore[call-overload]
+        completed = subprocess.run([sys.executable, "-", str(home)], capture_output=True, **options)  # type: ignore[call-overload]
     finally:
         shutil.rmtree(home, ignore_errors=True)
-    assert done.returncode == 0, done.stderr
-    for name, (alone, distributed) in json.loads(done.stdout.splitlines()[-1]).items():
-        assert distributed == pytest.approx(alone, rel=1e-5), name
+    assert completed.returncode == 0, completed.stderr
+    for name, (one_process, distributed) in json.loads(completed.stdout.splitlines()[-1]).items():
+        assert distributed == pytest.approx(one_process, rel=1e-5), name

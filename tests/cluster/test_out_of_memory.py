@@ -1,4 +1,4 @@
-"""Ray's memory monitor kills a worker: a loss like another, whose cause is named."""
+"""A worker killed by Ray's memory monitor is replaced, and the failure names the cause."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +12,15 @@ from small_runs import job, train
 
 pytestmark = pytest.mark.cluster
 
-ROOM = 4 * 2**30
-"""What the processes of a run, and others of the machine, may take before the monitor kills."""
+HEADROOM = 4 * 2**30
+"""Memory that processes may allocate before the monitor kills one."""
 
 
 @pytest.fixture
-def watched_ray() -> Iterator[None]:
-    """A cluster whose monitor finds the machine full as soon as some gigabytes more are taken."""
+def monitored_ray() -> Iterator[None]:
+    """Start a cluster whose monitor acts once `HEADROOM` more bytes are allocated."""
     memory = psutil.virtual_memory()
-    threshold = (memory.total - memory.available + ROOM) / memory.total
+    threshold = (memory.total - memory.available + HEADROOM) / memory.total
     node: dict[str, Any] = {"num_cpus": 8, "object_store_memory": 100 * 2**20}
     node["env_vars"] = {
         "RAY_memory_usage_threshold": f"{threshold:.4f}",
@@ -35,7 +35,7 @@ def watched_ray() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_a_worker_that_is_killed_for_memory_is_replaced(watched_ray: None, tmp_path: Path) -> None:
+def test_worker_killed_by_memory_monitor_is_replaced(monitored_ray: None, tmp_path: Path) -> None:
     args = {"marker": str(tmp_path / "done")}
     spec = job("ring", 2, task="tasks_for_tests:Hungry", task_args=args)
     result = train(spec, tmp_path)

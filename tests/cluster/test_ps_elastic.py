@@ -1,4 +1,4 @@
-"""Workers of a parameter server are lost and replaced; the others keep their processes."""
+"""Lost workers of parameter servers are replaced; survivors keep their processes."""
 
 import threading
 from pathlib import Path
@@ -9,8 +9,8 @@ import pytest
 import ray
 from control_records import record_of
 from numpy.typing import NDArray
-from server_losses import undisturbed
-from small_runs import HERE, Watch, job, train, weights
+from server_losses import unfailed_weights
+from small_runs import HERE, FailureRecorder, job, train, weights
 from tasks_for_tests import Misbehaving, OfTerms, WithOptimizers
 from torch import nn
 
@@ -32,8 +32,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.
 STEPS = 40
 
 
-def losing(strategy: Any, deed: str, tmp_path: Path, **more: Any) -> dict[str, Any]:
-    """Make a job of two ranks, one of which does `deed` in its sixth step."""
+def losing_job(strategy: Any, deed: str, tmp_path: Path, **more: Any) -> dict[str, Any]:
+    """Return a job of two ranks; one of them runs `deed` in its sixth step."""
     args = {"deed": deed, "marker": str(tmp_path / "done"), "at": 6}
     fields = {"task": "tasks_for_tests:Misbehaving", "evaluation": {"every_epochs": 0}, **more}
     return job(strategy, 2, task_args=args, epochs=None, steps=STEPS, **fields)
@@ -56,27 +56,27 @@ BY_EVALUATIONS = {"lr_schedule": PLATEAU, "evaluation": {"every_steps": 3}}
     ],
     ids=["clipped", "fp16", "plateau", "terms, Adafactor", "terms, optimizers of the task"],
 )
-def test_a_killed_worker_leaves_the_bits_as_they_are(
+def test_killed_worker_does_not_change_the_model(
     strategy: Any, task: type[Task], more: dict[str, Any], tmp_path: Path
 ) -> None:
-    watch = Watch()
-    spec = losing(strategy, "kill", tmp_path, task=f"tasks_for_tests:{task.__name__}", **more)
-    result = train(spec, tmp_path, callbacks=(watch,))
-    assert [len(failure.replaced) for failure in watch.failures] == [1]
+    recorder = FailureRecorder()
+    spec = losing_job(strategy, "kill", tmp_path, task=f"tasks_for_tests:{task.__name__}", **more)
+    result = train(spec, tmp_path, callbacks=(recorder,))
+    assert [len(failure.replaced) for failure in recorder.failures] == [1]
     assert [summary.step for summary in result.history] == list(range(1, STEPS + 1))
-    assert weights(result).tobytes() == undisturbed(spec, task)
+    assert weights(result).tobytes() == unfailed_weights(spec, task)
 
 
 @pytest.mark.slow
-def test_an_asynchronous_run_goes_on_after_a_frozen_worker(tmp_path: Path) -> None:
-    """Under a bound the others wait for it at the servers. The log makes the run again."""
-    watch = Watch()
+def test_asynchronous_run_continues_after_frozen_worker(tmp_path: Path) -> None:
+    """With a bound other ranks wait for it at the servers. The run replays from its log."""
+    recorder = FailureRecorder()
     strategy = {"name": "ps-async", "staleness": 2, "delay_compensation": 0.5}
     failure = {"step_timeout_s": 3, "heartbeat_timeout_s": 4}
     result = train(
-        losing(strategy, "stop", tmp_path, failure=failure), tmp_path, callbacks=(watch,)
+        losing_job(strategy, "stop", tmp_path, failure=failure), tmp_path, callbacks=(recorder,)
     )
-    (lost,) = watch.failures
+    (lost,) = recorder.failures
     (replaced,) = lost.replaced
     assert replaced in lost.cause
     (log,) = read_logs(str(result.path / FILE_NAME))[0]
@@ -85,7 +85,7 @@ def test_an_asynchronous_run_goes_on_after_a_frozen_worker(tmp_path: Path) -> No
 
 
 class Rank:
-    """One rank without a loop: its gradient is 1 in rank 0, 2 in rank 1."""
+    """A rank without a step loop: the gradient is 1 on rank 0, 2 on rank 1."""
 
     def __init__(self) -> None:
         self.flat = FlatModel(nn.Linear(64, 1))
@@ -112,17 +112,17 @@ class Rank:
 
 
 @pytest.mark.slow
-def test_shards_that_a_loss_left_at_two_versions_come_together() -> None:
-    """Shard 0 has made step 1, shard 1 has not: all go on from 1, shard 0 makes it only once."""
+def test_shards_reach_a_common_version_after_a_loss() -> None:
+    """Shard 0 has applied step 1, shard 1 has not: ranks repeat it, shard 0 applies it once."""
     spec = job({"name": "ps-sync", "num_servers": 2}, 2, optimizer={"name": "SGD", "lr": 0.125})
-    made, run = Job.model_validate(spec), "apart"
-    cast = spawn(made, Roles(servers=2), run, 0)
+    validated, run = Job.model_validate(spec), "shards"
+    actor_group = spawn(validated, Roles(servers=2), run, 0)
     actor = ray.remote(Rank).options(num_cpus=0, max_concurrency=2)
     ranks = [actor.remote() for _ in range(2)]
 
     def connect(attempt: int) -> list[int]:
         orders = [
-            WorkOrder(made, run, attempt, rank, "", "", None, cast.manager, None)
+            WorkOrder(validated, run, attempt, rank, "", "", None, actor_group.manager, None)
             for rank in range(2)
         ]
         calls = [rank.connect.remote(order) for rank, order in zip(ranks, orders, strict=True)]
@@ -139,8 +139,8 @@ def test_shards_that_a_loss_left_at_two_versions_come_together() -> None:
         assert push(0) == [[0.625], [0.625]]  # 1 - (1 + 2) / 8
         waiting = ranks[0].push.remote(1)
         record = ray.get(ranks[1].record.remote(), timeout=60)
-        sent = cast.servers["server-0"].push.remote(PushId(run, 0, 1, 1), None, record)
-        ray.get(sent, timeout=60)
+        reply = actor_group.servers["server-0"].push.remote(PushId(run, 0, 1, 1), None, record)
+        ray.get(reply, timeout=60)
         ray.kill(ranks[1])
         ray.get(ranks[0].abandon.remote(), timeout=60)
         with pytest.raises(Abandoned):
@@ -151,6 +151,6 @@ def test_shards_that_a_loss_left_at_two_versions_come_together() -> None:
         assert push(1) == [[0.25], [0.25]]
         assert push(2) == [[-0.125], [-0.125]]
     finally:
-        cast.end()
+        actor_group.end()
         for rank in ranks:
             ray.kill(rank)

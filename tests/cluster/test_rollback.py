@@ -1,4 +1,4 @@
-"""Runs that stop and go on, and runs that lose state and go back: the bits are those of one run."""
+"""Resumed runs, and runs that roll back to a checkpoint, match a run without a failure."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ SERVERS: dict[str, Any] = {"name": "ps-sync", "num_servers": 2}
 def spec(
     tmp_path: Path, strategy: object, deeds: list[str], *, saved: bool = False, **more: Any
 ) -> dict[str, Any]:
-    """`saved`: deeds wait until a checkpoint is on the disk: not all that was given comes there."""
+    """Return the fields of a job; `saved`: deeds wait until a checkpoint is on the disk."""
     folder = tmp_path / f"marks-{len(list(tmp_path.iterdir()))}"
     folder.mkdir()
     fields: dict[str, Any] = {
@@ -49,7 +49,7 @@ _unfailed: dict[str, tuple[NDArray[np.float32], Result]] = {}
 
 
 def unfailed(tmp_path: Path, strategy: object) -> tuple[NDArray[np.float32], Result]:
-    """The run without a loss; made once, for its checkpoints too."""
+    """Return weights and result of the run without a loss, which is cached."""
     key = repr(strategy)
     if key not in _unfailed:
         result = train(spec(tmp_path, strategy, []), tmp_path)
@@ -58,67 +58,69 @@ def unfailed(tmp_path: Path, strategy: object) -> tuple[NDArray[np.float32], Res
     return _unfailed[key]
 
 
-def same(result: Result, tmp_path: Path, strategy: object) -> None:
-    """The same weights and buffers, bit for bit; every step and evaluation is told once."""
-    bits, other = unfailed(tmp_path, strategy)
-    assert np.array_equal(weights(result), bits)
+def assert_matches_unfailed(result: Result, tmp_path: Path, strategy: object) -> None:
+    """Compare weights and buffers; each step and evaluation is reported once."""
+    expected, unfailed_result = unfailed(tmp_path, strategy)
+    assert np.array_equal(weights(result), expected)
     assert [s.step for s in result.history] == list(range(1, STEPS + 1))
-    assert len(result.evaluations) == len(other.evaluations)
+    assert len(result.evaluations) == len(unfailed_result.evaluations)
     assert Catalogue(result.path / "checkpoints").steps() == [STEPS - EVERY, STEPS]
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_another_stopped(tmp_path: Path) -> None:
-    bits, whole = unfailed(tmp_path, SERVERS)
-    checkpoint = whole.path / "checkpoints" / f"step-{STEPS - EVERY:06d}"
+def test_resumed_run_continues_from_checkpoint(tmp_path: Path) -> None:
+    expected, unfailed_result = unfailed(tmp_path, SERVERS)
+    checkpoint = unfailed_result.path / "checkpoints" / f"step-{STEPS - EVERY:06d}"
     resumed = train(spec(tmp_path, SERVERS, []), tmp_path, resume=checkpoint)
-    assert np.array_equal(weights(resumed), bits)
+    assert np.array_equal(weights(resumed), expected)
     assert [s.step for s in resumed.history] == list(range(STEPS - EVERY + 1, STEPS + 1))
-    assert resumed.history[-1].loss == whole.history[-1].loss
+    assert resumed.history[-1].loss == unfailed_result.history[-1].loss
     assert json.loads((resumed.path / "result.json").read_text())["resumed_from"] == str(checkpoint)
 
 
 @pytest.mark.slow
-def test_a_lost_server_comes_back_from_the_checkpoint(tmp_path: Path) -> None:
+def test_lost_server_is_restored_from_checkpoint(tmp_path: Path) -> None:
     result = train(spec(tmp_path, SERVERS, ["ServerNode 0 at 13"], saved=True), tmp_path)
-    same(result, tmp_path, SERVERS)
+    assert_matches_unfailed(result, tmp_path, SERVERS)
     (failure,) = result.failures
     assert len(failure.replaced) == 2
-    assert failure.step >= EVERY, "what was not yet with the driver dies with who made it"
+    assert failure.step >= EVERY, "a checkpoint in flight is lost with its server"
 
 
 @pytest.mark.slow
-def test_lost_workers_come_back_from_the_checkpoint(tmp_path: Path) -> None:
-    """One that had a part of the state, then all at once."""
+def test_lost_workers_are_restored_from_checkpoint(tmp_path: Path) -> None:
+    """First a worker with a part of the sharded state, then all workers."""
     result = train(
         spec(tmp_path, SHARDED, ["kill 0 at 13", "kill all at 18"], saved=True), tmp_path
     )
-    same(result, tmp_path, SHARDED)
+    assert_matches_unfailed(result, tmp_path, SHARDED)
     first, second = result.failures
     assert len(first.replaced) == len(second.replaced) == 2
     assert EVERY <= first.step <= second.step
 
 
 @pytest.mark.slow
-def test_a_resumed_run_that_loses_a_part_goes_back_to_what_it_began_from(tmp_path: Path) -> None:
-    bits, whole = unfailed(tmp_path, SHARDED)
-    checkpoint = whole.path / "checkpoints" / f"step-{STEPS - EVERY:06d}"
+def test_resumed_run_rolls_back_to_its_first_checkpoint(tmp_path: Path) -> None:
+    expected, unfailed_result = unfailed(tmp_path, SHARDED)
+    checkpoint = unfailed_result.path / "checkpoints" / f"step-{STEPS - EVERY:06d}"
     never: dict[str, Any] = {"checkpoint": {"every_steps": 1000}}
     again = spec(tmp_path, SHARDED, ["kill 0 at 17"], **never)
     result = train(again, tmp_path, resume=checkpoint)
-    assert np.array_equal(weights(result), bits)
+    assert np.array_equal(weights(result), expected)
     assert [s.step for s in result.failures] == [STEPS - EVERY]
     assert [s.step for s in result.history] == list(range(STEPS - EVERY + 1, STEPS + 1))
-    assert result.history[-1].loss == whole.history[-1].loss
+    assert result.history[-1].loss == unfailed_result.history[-1].loss
 
 
 @pytest.mark.slow
-def test_an_asynchronous_run_goes_back_with_all_its_shards(tmp_path: Path) -> None:
+def test_asynchronous_run_rolls_back_all_shards(tmp_path: Path) -> None:
     strategy = {"name": "ps-async", "num_servers": 2, "staleness": 2}
     result = train(spec(tmp_path, strategy, ["ServerNode 0 at 13"], clip_norm=None), tmp_path)
     (failure,) = result.failures
     assert "server" in failure.cause
-    assert failure.step in (0, 5, 10, 15), "how far the other rank is by then is its own affair"
+    assert failure.step in (0, 5, 10, 15), (
+        "the newest checkpoint depends on the other rank's progress"
+    )
     assert [s.step for s in result.history] == list(range(1, STEPS + 1))
     assert Catalogue(result.path / "checkpoints").steps()[-1] == STEPS
     complete = failure.step == 0

@@ -1,4 +1,4 @@
-"""Workers join and leave a run that goes on: no other is restarted, and no sample is lost."""
+"""Workers join and leave a running job: no other worker is restarted, no sample is lost."""
 
 import os
 import signal
@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import ray
 from counting import BATCH, SAMPLES, counting
-from server_losses import undisturbed
+from server_losses import unfailed_weights
 from small_runs import HERE, distance, job, train, weights
-from table_runs import tables
+from table_runs import read_tables
 
 from distplat import Callback, Result
 from distplat.actors.overview import Overview, RunName, one_run, overview, scale
@@ -29,18 +29,18 @@ from distplat.platform.scaling import ScaleRequest, ScaleStatus
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.mark.timeout(180)]
 
 STEPS = 1000
-LASTS = 200
+SYNCHRONOUS_STEPS = 200
 """Steps of a synchronous run."""
 EPOCHS = 80  # of four steps
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 
 
-class Story(Callback, threading.Thread):
-    """Does something to a run from outside, then lets it end. A `Callback`."""
+class Scenario(Callback, threading.Thread):
+    """Runs a function in a thread while a run trains, then lets the run end. A `Callback`."""
 
-    def __init__(self, story: Callable[[RunName, "Story"], None], ends: Path) -> None:
+    def __init__(self, scenario: Callable[[RunName, "Scenario"], None], done: Path) -> None:
         super().__init__(daemon=True)
-        self.story, self.ends = story, ends
+        self.scenario, self.done = scenario, done
         self.training = threading.Event()
         self.step = 0
         self.failures: list[FailureEvent] = []
@@ -62,69 +62,70 @@ class Story(Callback, threading.Thread):
 
     def run(self) -> None:
         try:
-            assert self.training.wait(PATIENCE_S)
-            self.story(one_run("small"), self)
+            assert self.training.wait(TIMEOUT_S)
+            self.scenario(one_run("small"), self)
         except BaseException as error:
             self.errors.append(error)
         finally:
-            self.ends.touch()
+            self.done.touch()
 
 
-def wait_until(run: RunName, what: Callable[[Overview], bool]) -> Overview:
-    until = time.monotonic() + PATIENCE_S
-    while not what(seen := overview(run)):
-        assert time.monotonic() < until, role_lines(seen)
+def wait_until(run: RunName, condition: Callable[[Overview], bool]) -> Overview:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition(seen := overview(run)):
+        assert time.monotonic() < deadline, role_lines(seen)
         time.sleep(0.1)
     return seen
 
 
-def made(seen: Overview) -> dict[int, int]:
+def tasks_by_rank(seen: Overview) -> dict[int, int]:
+    """Return the number of completed tasks of each rank."""
     assert seen.scheduler is not None
     return {entry.stats.rank: entry.stats.made for entry in seen.scheduler.workers}
 
 
 @pytest.mark.slow
 def test_workers_join_leave_and_are_lost(tmp_path: Path) -> None:
-    def story(run: RunName, mine: Story) -> None:
-        before = wait_until(run, lambda seen: min(made(seen).values()) > 0)
+    def scenario(run: RunName, thread: Scenario) -> None:
+        before = wait_until(run, lambda seen: min(tasks_by_rank(seen).values()) > 0)
         assert before.servers is not None and before.servers.version == 1
         assert [assignment.primary for assignment in before.servers.assignments] == ["server-0"]
-        scale(run, 4, PATIENCE_S)
-        seen = wait_until(run, lambda seen: min(made(seen).values()) > 0)
-        assert sorted(made(seen)) == [0, 1, 2, 3]
+        scale(run, 4, TIMEOUT_S)
+        seen = wait_until(run, lambda seen: min(tasks_by_rank(seen).values()) > 0)
+        assert sorted(tasks_by_rank(seen)) == [0, 1, 2, 3]
         assert any(line.startswith("worker-3 ") for line in role_lines(seen))
         controller = run.actor("controller")
         with pytest.raises(SpecError, match="14 more workers need 7 CPU, of which"):
-            ray.get(controller.scale.remote(18), timeout=PATIENCE_S)
+            ray.get(controller.scale.remote(18), timeout=TIMEOUT_S)
         with pytest.raises(SpecError, match=r"must be 1 to 18 \(got 19\)"):
-            scale(run, 19, PATIENCE_S)
-        status = ray.get(controller.scale_status.remote(), timeout=PATIENCE_S)
-        assert status == ScaleStatus(ScaleRequest(1, 4)), "what is refused leaves no trace"
-        scale(run, 1, PATIENCE_S)
-        scale(run, 2, PATIENCE_S)
-        assert not mine.failures, "nobody was disturbed"
-        wait_until(run, lambda seen: min(made(seen).values()) > 0)
+            scale(run, 19, TIMEOUT_S)
+        status = ray.get(controller.scale_status.remote(), timeout=TIMEOUT_S)
+        assert status == ScaleStatus(ScaleRequest(1, 4)), "a refused request is not recorded"
+        scale(run, 1, TIMEOUT_S)
+        scale(run, 2, TIMEOUT_S)
+        assert not thread.failures, "no worker was lost"
+        wait_until(run, lambda seen: min(tasks_by_rank(seen).values()) > 0)
         ray.kill(run.actor("worker-4"))
-        assert mine.recovered.wait(PATIENCE_S)
-        count = made(overview(run))
-        wait_until(run, lambda seen: made(seen).get(4, 0) > count.get(4, 0) + 2)
+        assert thread.recovered.wait(TIMEOUT_S)
+        count = tasks_by_rank(overview(run))
+        wait_until(run, lambda seen: tasks_by_rank(seen).get(4, 0) > count.get(4, 0) + 2)
 
-    ends = tmp_path / "ends"
-    watch = Story(story, ends)
+    done = tmp_path / "ends"
+    thread = Scenario(scenario, done)
     spec = job(
         {"name": "ps-async", "delay_compensation": 0.1},
         2,
         task="tasks_for_tests:Paced",
-        task_args={"until": str(ends), "seconds": 0.1},
+        task_args={"until": str(done), "seconds": 0.1},
         optimizer={"name": "SGD", "lr": 1e-3},
         epochs=None,
         steps=STEPS,
         evaluation={"every_epochs": 0},
     )
-    result = train(spec, tmp_path, callbacks=(watch,))
-    watch.join(10)
-    assert not watch.errors, watch.errors
-    assert [failure.replaced for failure in watch.failures] == [("worker-4",)]
+    result = train(spec, tmp_path, callbacks=(thread,))
+    thread.join(10)
+    assert not thread.errors, thread.errors
+    assert [failure.replaced for failure in thread.failures] == [("worker-4",)]
     steps = [summary.step for summary in result.history]
     assert (
         steps == sorted(set(steps)) and len(steps) > 0.9 * STEPS
@@ -136,50 +137,52 @@ def test_workers_join_leave_and_are_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_whoever_comes_and_goes_each_task_is_in_the_tables_once(tmp_path: Path) -> None:
-    """The trained model counts gradients: of each sample one an epoch, in its row and elsewhere."""
+def test_each_task_is_applied_to_the_tables_once(tmp_path: Path) -> None:
+    """The model counts one gradient per sample and epoch, in tables and parameters."""
 
-    def story(run: RunName, mine: Story) -> None:
-        wait_until(run, lambda seen: min(made(seen).values()) > 0)
-        scale(run, 3, PATIENCE_S)
-        wait_until(run, lambda seen: made(seen).get(2, 0) > 0)
-        assert not mine.failures, "nobody was disturbed"
+    def scenario(run: RunName, thread: Scenario) -> None:
+        wait_until(run, lambda seen: min(tasks_by_rank(seen).values()) > 0)
+        scale(run, 3, TIMEOUT_S)
+        wait_until(run, lambda seen: tasks_by_rank(seen).get(2, 0) > 0)
+        assert not thread.failures, "no worker was lost"
         for role in ("worker-1", "task-scheduler"):
             ray.kill(run.actor(role))
-        assert mine.recovered.wait(PATIENCE_S)
-        wait_until(run, lambda seen: seen.scheduler is not None and made(seen).get(1, 0) > 0)
-        scale(run, 1, PATIENCE_S)
+        assert thread.recovered.wait(TIMEOUT_S)
+        wait_until(
+            run, lambda seen: seen.scheduler is not None and tasks_by_rank(seen).get(1, 0) > 0
+        )
+        scale(run, 1, TIMEOUT_S)
 
-    ends = tmp_path / "ends"
-    watch = Story(story, ends)
-    given = {"until": str(ends), "seconds": 0.05}
-    spec = counting(name="small", task="counting:Counting", task_args=given, epochs=100)
+    done = tmp_path / "ends"
+    thread = Scenario(scenario, done)
+    task_args = {"until": str(done), "seconds": 0.05}
+    spec = counting(name="small", task="counting:Counting", task_args=task_args, epochs=100)
     spec["scaling"]["resources_per_worker"] = {"CPU": 0.5}
-    result = train(spec, tmp_path, callbacks=(watch,))
-    watch.join(10)
-    assert not watch.errors, watch.errors
-    lost = {role for failure in watch.failures for role in failure.replaced}
+    result = train(spec, tmp_path, callbacks=(thread,))
+    thread.join(10)
+    assert not thread.errors, thread.errors
+    lost = {role for failure in thread.failures for role in failure.replaced}
     assert lost == {"worker-1", "task-scheduler"}
     assert weights(result)[:SAMPLES].tolist() == [-100] * SAMPLES
-    rows = tables(result)["rows"]
+    rows = read_tables(result)["rows"]
     assert rows[:, 0].tolist() == list(range(SAMPLES))
     assert set(rows[:, 1:].ravel()) == {-100}
 
 
-def goes_on(mine: Story, run: RunName, workers: int) -> Overview:
-    """Wait until some more steps are made, by so many workers."""
-    step, until = mine.step, time.monotonic() + PATIENCE_S
-    while mine.step < step + 5:
-        assert time.monotonic() < until, role_lines(overview(run))
+def wait_for_progress(thread: Scenario, run: RunName, workers: int) -> Overview:
+    """Wait until `workers` workers have computed five more steps."""
+    step, deadline = thread.step, time.monotonic() + TIMEOUT_S
+    while thread.step < step + 5:
+        assert time.monotonic() < deadline, role_lines(overview(run))
         time.sleep(0.05)
     seen = overview(run)
     assert seen.scheduler is not None
-    assert (sorted(made(seen)), seen.scheduler.parts) == ([*range(workers)], workers)
+    assert (sorted(tasks_by_rank(seen)), seen.scheduler.parts) == ([*range(workers)], workers)
     return seen
 
 
 def kill_server(run: RunName, shard: int) -> None:
-    """Kill the server of a shard; where it is kept twice, once its backup may take over."""
+    """Kill the server of a shard; with replication, once its backup is ready."""
 
     def may_be_lost(seen: Overview) -> bool:
         assert seen.servers is not None
@@ -189,143 +192,143 @@ def kill_server(run: RunName, shard: int) -> None:
     assert seen.servers is not None
     manager = run.actor("server-manager")
     if seen.servers.replicated:
-        joined = ray.get(manager.follow.remote(0, 0, 0, 1.0), timeout=PATIENCE_S)
+        joined = ray.get(manager.follow.remote(0, 0, 0, 1.0), timeout=TIMEOUT_S)
         os.kill(joined.parameters[shard].pid, signal.SIGKILL)
     else:
         ray.kill(run.actor(seen.servers.assignments[shard].primary))
 
 
-def synchronous(ends: Path, strategy: dict[str, Any], **more: Any) -> dict[str, Any]:
+def synchronous_job(done: Path, strategy: dict[str, Any], **more: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "task": "tasks_for_tests:Paced",
-        "task_args": {"until": str(ends), "seconds": 0.04},
+        "task_args": {"until": str(done), "seconds": 0.04},
         "optimizer": {"name": "SGD", "lr": 0.02},
         "global_batch_size": 32,
         "clip_norm": 0.5,
         "epochs": None,
-        "steps": LASTS,
+        "steps": SYNCHRONOUS_STEPS,
         "evaluation": {"every_epochs": 100},
     }
     return job({"name": "ps-sync", **strategy}, 2, **{**fields, **more})
 
 
-def resized(
-    tmp_path: Path, story: Callable[[RunName, Story], None], **strategy: Any
-) -> tuple[Result, Story]:
-    """Train while the story goes on: every step is made once, and the model is the same."""
-    ends = tmp_path / "ends"
-    watch = Story(story, ends)
-    spec = synchronous(ends, {"num_servers": 2, **strategy})
-    result = train(spec, tmp_path, callbacks=(watch,))
-    watch.join(10)
-    assert not watch.errors, watch.errors
-    assert [summary.step for summary in result.history] == list(range(1, LASTS + 1))
-    # Sums are of other parts, so bits differ; and that is all.
-    other = np.frombuffer(undisturbed(spec), np.float32)
+def train_resized(
+    tmp_path: Path, scenario: Callable[[RunName, Scenario], None], **strategy: Any
+) -> tuple[Result, Scenario]:
+    """Train during a scenario; assert that each step is reported once, and compare the model."""
+    done = tmp_path / "ends"
+    thread = Scenario(scenario, done)
+    spec = synchronous_job(done, {"num_servers": 2, **strategy})
+    result = train(spec, tmp_path, callbacks=(thread,))
+    thread.join(10)
+    assert not thread.errors, thread.errors
+    assert [summary.step for summary in result.history] == list(range(1, SYNCHRONOUS_STEPS + 1))
+    # Gradients are sums of other parts, so only the last bits differ.
+    other = np.frombuffer(unfailed_weights(spec), np.float32)
     assert distance(weights(result), other) < 1e-5
-    return result, watch
+    return result, thread
 
 
 def short_steps(result: Result) -> set[int]:
-    """Give the steps that have fewer samples than their batch."""
+    """Return the steps with fewer samples than their batch."""
     size = Sampler(37, 32, 1).batch_size
-    return {one.step for one in result.history if one.samples != size(one.step - 1)}
+    return {s.step for s in result.history if s.samples != size(s.step - 1)}
 
 
-def test_a_synchronous_run_goes_on_with_more_and_fewer(tmp_path: Path) -> None:
-    def story(run: RunName, mine: Story) -> None:
+def test_synchronous_run_grows_and_shrinks(tmp_path: Path) -> None:
+    def scenario(run: RunName, thread: Scenario) -> None:
         first = run.actor("worker-0")
-        scale(run, 3, PATIENCE_S)
-        goes_on(mine, run, 3)
-        scale(run, 1, PATIENCE_S)
-        goes_on(mine, run, 1)
+        scale(run, 3, TIMEOUT_S)
+        wait_for_progress(thread, run, 3)
+        scale(run, 1, TIMEOUT_S)
+        wait_for_progress(thread, run, 1)
         assert run.actor("worker-0") == first
 
-    result, watch = resized(tmp_path, story)
-    assert not watch.failures, "nobody was disturbed"
-    assert [(one.before, one.workers) for one in result.resizes] == [(2, 3), (3, 1)]
+    result, thread = train_resized(tmp_path, scenario)
+    assert not thread.failures, "no worker was lost"
+    assert [(r.before, r.workers) for r in result.resizes] == [(2, 3), (3, 1)]
     assert not short_steps(result)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_resized_loses_a_worker_and_a_server(tmp_path: Path) -> None:
-    def story(run: RunName, mine: Story) -> None:
+def test_resized_run_loses_a_worker_and_a_server(tmp_path: Path) -> None:
+    def scenario(run: RunName, thread: Scenario) -> None:
         first = [run.actor(f"worker-{rank}") for rank in range(2)]
-        scale(run, 5, 0)  # and thought better of it
-        scale(run, 4, PATIENCE_S)
-        goes_on(mine, run, 4)
+        scale(run, 5, 0)  # replaced by the next request
+        scale(run, 4, TIMEOUT_S)
+        wait_for_progress(thread, run, 4)
         with pytest.raises(SpecError, match="14 more workers need 7 CPU, of which"):
-            scale(run, 18, PATIENCE_S)
-        scale(run, 3, PATIENCE_S)
-        goes_on(mine, run, 3)
-        assert not mine.failures
+            scale(run, 18, TIMEOUT_S)
+        scale(run, 3, TIMEOUT_S)
+        wait_for_progress(thread, run, 3)
+        assert not thread.failures
         ray.kill(run.actor("worker-2"))
-        assert mine.recovered.wait(PATIENCE_S)
+        assert thread.recovered.wait(TIMEOUT_S)
         kill_server(run, 0)
-        goes_on(mine, run, 3)
+        wait_for_progress(thread, run, 3)
         assert [run.actor(f"worker-{rank}") for rank in range(2)] == first
-        scale(run, 1, PATIENCE_S)
-        scale(run, 1, PATIENCE_S)
-        goes_on(mine, run, 1)
+        scale(run, 1, TIMEOUT_S)
+        scale(run, 1, TIMEOUT_S)
+        wait_for_progress(thread, run, 1)
         assert run.actor("worker-0") == first[0]
 
-    result, watch = resized(tmp_path, story, replication=2)
-    assert [failure.replaced for failure in watch.failures] == [("worker-2",)]
-    assert [(one.before, one.workers) for one in result.resizes] == [(2, 4), (4, 3), (3, 1)]
-    lost = watch.failures[0].step
-    told = set(range(lost - 19, lost + 1))
-    assert short_steps(result) <= told, "but what a lost worker had not told"
+    result, thread = train_resized(tmp_path, scenario, replication=2)
+    assert [failure.replaced for failure in thread.failures] == [("worker-2",)]
+    assert [(r.before, r.workers) for r in result.resizes] == [(2, 4), (4, 3), (3, 1)]
+    lost = thread.failures[0].step
+    unreported = set(range(lost - 19, lost + 1))
+    assert short_steps(result) <= unreported, "only reports of the lost worker are missing"
 
 
 @pytest.mark.slow
-def test_after_going_back_there_are_as_many_workers_as_before(tmp_path: Path) -> None:
-    def story(run: RunName, mine: Story) -> None:
-        scale(run, 3, PATIENCE_S)
-        goes_on(mine, run, 3)
+def test_rollback_keeps_the_number_of_workers(tmp_path: Path) -> None:
+    def scenario(run: RunName, thread: Scenario) -> None:
+        scale(run, 3, TIMEOUT_S)
+        wait_for_progress(thread, run, 3)
         kill_server(run, 0)
-        assert mine.recovered.wait(PATIENCE_S)
-        goes_on(mine, run, 3)
+        assert thread.recovered.wait(TIMEOUT_S)
+        wait_for_progress(thread, run, 3)
 
-    ends = tmp_path / "ends"
-    watch = Story(story, ends)
-    spec = synchronous(ends, {}, checkpoint={"every_steps": 5})
-    result = train(spec, tmp_path, callbacks=(watch,))
-    watch.join(10)
-    assert not watch.errors, watch.errors
-    assert [s.replaced for s in watch.failures] == [("worker-0", "worker-1", "worker-2")]
-    assert watch.failures[0].step >= 5
-    assert [summary.step for summary in result.history] == list(range(1, LASTS + 1))
-    assert distance(weights(result), np.frombuffer(undisturbed(spec), np.float32)) < 1e-5
+    done = tmp_path / "ends"
+    thread = Scenario(scenario, done)
+    spec = synchronous_job(done, {}, checkpoint={"every_steps": 5})
+    result = train(spec, tmp_path, callbacks=(thread,))
+    thread.join(10)
+    assert not thread.errors, thread.errors
+    assert [s.replaced for s in thread.failures] == [("worker-0", "worker-1", "worker-2")]
+    assert thread.failures[0].step >= 5
+    assert [summary.step for summary in result.history] == list(range(1, SYNCHRONOUS_STEPS + 1))
+    assert distance(weights(result), np.frombuffer(unfailed_weights(spec), np.float32)) < 1e-5
 
 
 @pytest.mark.slow
-def test_embedding_tables_follow_a_synchronous_run(tmp_path: Path) -> None:
-    def story(run: RunName, mine: Story) -> None:
-        scale(run, 3, PATIENCE_S)
-        goes_on(mine, run, 3)
+def test_embedding_tables_of_a_resized_synchronous_run(tmp_path: Path) -> None:
+    def scenario(run: RunName, thread: Scenario) -> None:
+        scale(run, 3, TIMEOUT_S)
+        wait_for_progress(thread, run, 3)
         ray.kill(run.actor("worker-1"))
-        assert mine.recovered.wait(PATIENCE_S)
-        goes_on(mine, run, 3)
-        scale(run, 1, PATIENCE_S)
-        goes_on(mine, run, 1)
+        assert thread.recovered.wait(TIMEOUT_S)
+        wait_for_progress(thread, run, 3)
+        scale(run, 1, TIMEOUT_S)
+        wait_for_progress(thread, run, 1)
 
-    ends = tmp_path / "ends"
-    watch = Story(story, ends)
-    rule = {"name": "SGD", "lr": float(BATCH)}
+    done = tmp_path / "ends"
+    thread = Scenario(scenario, done)
+    optimizer = {"name": "SGD", "lr": float(BATCH)}
     spec = job("ps-sync", 2) | counting(
         task="counting:Counting",
-        task_args={"until": str(ends), "seconds": 0.03},
+        task_args={"until": str(done), "seconds": 0.03},
         strategy="ps-sync",
         scaling=job("ps-sync", 2)["scaling"],
-        optimizer=rule,
-        embeddings={"servers": 2, "optimizer": rule},
+        optimizer=optimizer,
+        embeddings={"servers": 2, "optimizer": optimizer},
         epochs=EPOCHS,
         name="small",
     )
-    result = train(spec, tmp_path, callbacks=(watch,))
-    watch.join(10)
-    assert not watch.errors, watch.errors
-    assert [failure.replaced for failure in watch.failures] == [("worker-1",)]
-    assert [(one.before, one.workers) for one in result.resizes] == [(2, 3), (3, 1)]
-    assert (tables(result)["rows"][:, 1:] == -EPOCHS).all()
+    result = train(spec, tmp_path, callbacks=(thread,))
+    thread.join(10)
+    assert not thread.errors, thread.errors
+    assert [failure.replaced for failure in thread.failures] == [("worker-1",)]
+    assert [(r.before, r.workers) for r in result.resizes] == [(2, 3), (3, 1)]
+    assert (read_tables(result)["rows"][:, 1:] == -EPOCHS).all()
     assert (weights(result) == -EPOCHS).all()

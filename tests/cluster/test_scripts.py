@@ -1,4 +1,4 @@
-"""`distplat submit -- COMMAND`: a script runs as under torchrun, and ends with its run."""
+"""`distplat submit -- COMMAND` runs a script as torchrun does; scripts end with the run."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from heads import BIN, distplat, script_environ, short_folder, start
+from heads import BIN, run_distplat, script_environ, short_folder, start_distplat
 
 pytestmark = pytest.mark.cluster
 
@@ -31,36 +31,36 @@ def environ() -> Iterator[dict[str, str]]:
 
 
 def pids(process: "subprocess.Popen[str]", count: int) -> list[int]:
-    """Read the script's own lines until so many processes have said who they are."""
+    """Read the scripts' output until `count` processes have printed their pid."""
     assert process.stdout is not None
     found: list[int] = []
     while len(found) < count:
         words = process.stdout.readline().split()
-        assert words, "the run has ended"
+        assert words, "the run ended early"
         found += [int(words[-1])] if "pid" in words else []
     return found
 
 
-def test_a_ddp_script_prints_what_it_prints_under_torchrun(
+def test_ddp_script_prints_the_same_as_under_torchrun(
     environ: dict[str, str], tmp_path: Path
 ) -> None:
     command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
-    theirs = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=90)
-    assert theirs.returncode == 0, theirs.stderr
-    given = ("submit", "--num-workers", "2", "-o", "json", "--", "python", str(SCRIPT))
-    ours = distplat(*given, environ=environ, cwd=tmp_path)
-    assert ours.returncode == 0, ours.stderr
-    facts = json.loads(ours.stdout)
+    torchrun = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=90)
+    assert torchrun.returncode == 0, torchrun.stderr
+    args = ("submit", "--num-workers", "2", "-o", "json", "--", "python", str(SCRIPT))
+    submit = run_distplat(*args, environ=environ, cwd=tmp_path)
+    assert submit.returncode == 0, submit.stderr
+    facts = json.loads(submit.stdout)
     log = Path(facts["run_directory"], "rank-0.log").read_text()
-    assert log == theirs.stdout
+    assert log == torchrun.stdout
     assert log.count("epoch") == 5
-    assert all(f"[0] {line}" in ours.stderr.splitlines() for line in log.splitlines())
+    assert all(f"[0] {line}" in submit.stderr.splitlines() for line in log.splitlines())
 
 
 def test_ctrl_c_ends_all_processes(environ: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "wait.py").write_text(WAITING)
-    given = ["submit", "--num-workers", "2", "--", "python", "wait.py"]
-    process = start(given, environ, tmp_path)
+    args = ["submit", "--num-workers", "2", "--", "python", "wait.py"]
+    process = start_distplat(args, environ, tmp_path)
     scripts = [psutil.Process(pid) for pid in pids(process, 2)]
     family = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
@@ -72,42 +72,42 @@ def test_ctrl_c_ends_all_processes(environ: dict[str, str], tmp_path: Path) -> N
     assert json.loads((run / "result.json").read_text())["status"] == "STOPPED"
 
 
-def family_of(pid: int) -> list[psutil.Process]:
-    """Give a process and all that it has started."""
+def process_tree(pid: int) -> list[psutil.Process]:
+    """Return a process and its descendants."""
     first = psutil.Process(pid)
     return [first, *first.children(recursive=True)]
 
 
 def actor_of(pid: int) -> psutil.Process:
-    """Give the process of the actor that has started a script."""
-    return next(one for one in psutil.Process(pid).parents() if "ScriptProcess" in one.name())
+    """Return the process of the actor that has started a script."""
+    return next(p for p in psutil.Process(pid).parents() if "ScriptProcess" in p.name())
 
 
-def test_a_killed_actor_takes_all_of_its_script_along_and_all_begin_anew(
+def test_killed_actor_ends_its_script_and_all_restart(
     environ: dict[str, str], tmp_path: Path
 ) -> None:
-    """The script is a shell's child, as under many launchers."""
+    """The script is a child of a shell, as with many launchers."""
     (tmp_path / "wait.py").write_text(WAITING)
     (tmp_path / "run.sh").write_text("python wait.py\nexit $?\n")
-    given = ["submit", "--num-workers", "2", "--max-restarts", "1", "--", "bash", "run.sh"]
-    process = start(given, environ, tmp_path)
+    args = ["submit", "--num-workers", "2", "--max-restarts", "1", "--", "bash", "run.sh"]
+    process = start_distplat(args, environ, tmp_path)
     scripts = [psutil.Process(pid) for pid in pids(process, 2)]
     actor_of(scripts[0].pid).kill()
-    rest, _ = process.communicate(timeout=90)
-    assert process.returncode == 0, rest
-    assert "restart 1 of 1" in rest
-    assert rest.count("pid") == 2
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, output
+    assert "restart 1 of 1" in output
+    assert output.count("pid") == 2
     _, alive = psutil.wait_procs(scripts, timeout=30)
     assert alive == []
 
 
-def test_a_killed_driver_leaves_nothing_that_does_not_hear_sigterm(
+def test_killed_driver_ends_scripts_that_ignore_sigterm(
     environ: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "run.sh").write_text('trap "" TERM\nsleep 999 &\necho pid $$\nwait\n')
-    process = start(["submit", "--", "bash", "run.sh"], environ, tmp_path)
+    process = start_distplat(["submit", "--", "bash", "run.sh"], environ, tmp_path)
     [shell] = pids(process, 1)
-    scripts = family_of(shell)
+    scripts = process_tree(shell)
     assert len(scripts) == 2
     process.kill()
     process.communicate(timeout=90)

@@ -1,4 +1,4 @@
-"""A spare worker takes a lost one's place: the same bits, and the world outside sees the rank."""
+"""A spare worker replaces a lost worker, and clients find the rank."""
 
 import threading
 import time
@@ -22,12 +22,12 @@ from distplat.strategies.catalog import make_job
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
 
-class Replacing(BesideTraining):
-    """Ends rank 0 once a spare is up; notes who is there when all go on. A `Callback`."""
+class RankKiller(BesideTraining):
+    """Kills rank 0 once a spare is ready; records the actors after the recovery. A `Callback`."""
 
-    def __init__(self, goes_on: Path) -> None:
+    def __init__(self, done: Path) -> None:
         super().__init__()
-        self.goes_on = goes_on
+        self.done = done
         self.recovered = threading.Event()
         self.names: list[str] = []
         self.snapshot: WeightsSnapshot | None = None
@@ -38,9 +38,9 @@ class Replacing(BesideTraining):
     def run(self) -> None:
         try:
             assert self.training.wait(60)
-            until = time.monotonic() + 60
-            while "small/spare-0" not in self._there():
-                assert time.monotonic() < until
+            deadline = time.monotonic() + 60
+            while "small/spare-0" not in self._actor_names():
+                assert time.monotonic() < deadline
                 time.sleep(0.05)
             spare, worker = (
                 ray.get_actor(name, namespace=self.run_name)
@@ -49,31 +49,31 @@ class Replacing(BesideTraining):
             ray.get(spare.ping.remote(), timeout=60)
             ray.kill(worker)
             assert self.recovered.wait(60)
-            self.names = self._there()
+            self.names = self._actor_names()
             self.snapshot = distplat.weights("small").latest(timeout_s=30)
         finally:
-            self.goes_on.touch()
+            self.done.touch()
 
-    def _there(self) -> list[str]:
+    def _actor_names(self) -> list[str]:
         return named_actors().get(self.run_name, [])
 
 
-def test_a_spare_takes_the_place_of_a_lost_worker(tmp_path: Path) -> None:
-    goes_on = tmp_path / "goes_on"
+def test_spare_replaces_lost_worker(tmp_path: Path) -> None:
+    done = tmp_path / "goes_on"
     fields: dict[str, Any] = {"epochs": None, "steps": 300, "evaluation": {"every_epochs": 0}}
-    paced = {"task": "tasks_for_tests:Paced", "task_args": {"until": str(goes_on)}}
-    replacing = Replacing(goes_on)
+    paced = {"task": "tasks_for_tests:Paced", "task_args": {"until": str(done)}}
+    killer = RankKiller(done)
     spec = job("ring", 2, **fields, **paced, failure={"spare_workers": True})
-    result = train(spec, tmp_path, callbacks=(replacing,))
-    replacing.join(60)
-    assert "small/spare-0" in replacing.names
-    assert not [name for name in replacing.names if name.startswith("small/worker-0")]
-    assert replacing.snapshot is not None, "rank 0 is found, though Ray calls it a spare"
+    result = train(spec, tmp_path, callbacks=(killer,))
+    killer.join(60)
+    assert "small/spare-0" in killer.names
+    assert not [name for name in killer.names if name.startswith("small/worker-0")]
+    assert killer.snapshot is not None, "clients find rank 0, whose actor is named spare"
     assert result.checkpoint is not None
-    found, whole = (
+    found, in_memory = (
         load_file(result.checkpoint),
         train_in_memory(make_job(job("ring", 2, **fields)), Blobs),
     )
-    (expected, *_) = whole.trained
+    (expected, *_) = in_memory.trained
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)

@@ -1,4 +1,4 @@
-"""Streams on real processes: a worker killed between two samples, and Ray Data."""
+"""Streams on real processes: a killed worker, and Ray Data."""
 
 from pathlib import Path
 from typing import Any
@@ -20,16 +20,16 @@ DETACHED = (
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
 
-def numbered(spec: dict[str, Any]) -> NDArray[np.float32]:
-    """Give the model of the same samples, taken by number, of as many ranks in memory."""
+def weights_of_indexed_data(spec: dict[str, Any]) -> NDArray[np.float32]:
+    """Train in memory on the same samples, read by index; return the model."""
     fields = {**spec, "task_args": {}, "data": {"shuffle": False}}
     state = train_in_memory(make_job(fields), Blobs).parameters()
     return np.concatenate([state[name].numpy().ravel() for name in sorted(state)])
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_no_sample(tmp_path: Path) -> None:
-    """Its stream is read by loaders; the one in its place reads on from a checkpoint's position."""
+def test_killed_worker_loses_no_sample(tmp_path: Path) -> None:
+    """The replacement's loaders continue at the position in the checkpoint."""
     spec = job(
         "ring",
         2,
@@ -41,14 +41,14 @@ def test_a_killed_worker_costs_no_sample(tmp_path: Path) -> None:
     result = train(spec, tmp_path)
     assert (tmp_path / "killed").exists()
     assert result.failures
-    assert sorted(one.step for one in result.history) == [*range(1, 16)]
-    assert weights(result).tobytes() == numbered(spec).tobytes()
+    assert sorted(step.step for step in result.history) == [*range(1, 16)]
+    assert weights(result).tobytes() == weights_of_indexed_data(spec).tobytes()
 
 
 @pytest.mark.slow
-def test_ray_data_is_a_stream_in_an_order_of_its_own(tmp_path: Path) -> None:
+def test_ray_dataset_matches_indexed_dataset(tmp_path: Path) -> None:
     spec = job("ring", 2, task="tasks_for_tests:OfRayData", steps=4, epochs=None)
     result = train(spec, tmp_path)
-    for name, namespace in DETACHED:  # Ray Data leaves them to the cluster
+    for name, namespace in DETACHED:  # detached actors of Ray Data
         ray.kill(ray.get_actor(name, namespace))
-    assert distance(weights(result), numbered(spec)) < 1e-6
+    assert distance(weights(result), weights_of_indexed_data(spec)) < 1e-6

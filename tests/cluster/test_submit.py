@@ -1,4 +1,4 @@
-"""`distplat submit` without a cluster: a Ray of its own, which ends with the run."""
+"""`distplat submit` without a cluster: starts a private Ray, which ends with the run."""
 
 import json
 import os
@@ -11,7 +11,15 @@ from pathlib import Path
 
 import psutil
 import pytest
-from heads import SLOW, clean_environ, distplat, make_folder, read_until, short_folder, start
+from heads import (
+    SLOW_JOB,
+    clean_environ,
+    make_folder,
+    read_until,
+    run_distplat,
+    short_folder,
+    start_distplat,
+)
 from marks import slow
 
 pytestmark = pytest.mark.cluster
@@ -29,19 +37,19 @@ def home() -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def test_a_run_of_its_own_prints_progress_and_leaves_a_directory(
+def test_private_run_prints_progress_and_writes_run_directory(
     folder: Path, home: Path, tmp_path: Path
 ) -> None:
     environ = clean_environ(home, "disabled")
     (home / "ray").mkdir()
-    (home / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")  # of a cluster that is gone
-    done = distplat("submit", str(folder / "job.yaml"), environ=environ, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "running on a local Ray, for this run only\n" in done.stderr
-    assert re.search(r"step 1/40  epoch 1  loss [\d.]+  \d+ samples/s\n", done.stderr)
-    assert "evaluation after step 40  loss" in done.stderr
-    assert "distplat is" in done.stderr  # what the task prints is no result
-    names = [re.split(r"  +", line)[0] for line in done.stdout.splitlines()]
+    (home / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")  # of a cluster that has ended
+    completed = run_distplat("submit", str(folder / "job.yaml"), environ=environ, cwd=tmp_path)
+    assert completed.returncode == 0, completed.stderr
+    assert "running on a local Ray, for this run only\n" in completed.stderr
+    assert re.search(r"step 1/40  epoch 1  loss [\d.]+  \d+ samples/s\n", completed.stderr)
+    assert "evaluation after step 40  loss" in completed.stderr
+    assert "distplat is" in completed.stderr  # output of the task is not on stdout
+    names = [re.split(r"  +", line)[0] for line in completed.stdout.splitlines()]
     rows = "strategy,workers,steps,final loss,evaluation,speed,time,took,run directory,model"
     assert names == rows.split(",")
     (run,) = (tmp_path / "runs").iterdir()
@@ -51,20 +59,20 @@ def test_a_run_of_its_own_prints_progress_and_leaves_a_directory(
 
 
 @pytest.mark.parametrize(
-    ("line", "later_s", "name", "code"),
+    ("line", "delay_s", "name", "code"),
     [
         slow("starting", 1.0, "SIGTERM", 143),
         slow("starting", 1.0, "SIGINT", 130),
         ("step 1/5000", 0.0, "SIGINT", 130),
     ],
 )
-def test_a_signal_ends_a_run_of_its_own_and_all_its_processes(
-    line: str, later_s: float, name: str, code: int, folder: Path, home: Path, tmp_path: Path
+def test_signal_ends_private_run_and_all_processes(
+    line: str, delay_s: float, name: str, code: int, folder: Path, home: Path, tmp_path: Path
 ) -> None:
     environ = clean_environ(home, "disabled")
-    process = start(["submit", str(folder / "job.yaml"), *SLOW], environ, tmp_path)
+    process = start_distplat(["submit", str(folder / "job.yaml"), *SLOW_JOB], environ, tmp_path)
     read_until(process, line)
-    time.sleep(later_s)  # into the start of Ray, which must not be cut off
+    time.sleep(delay_s)  # during the start of Ray, which must not be interrupted
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
     os.killpg(process.pid, getattr(signal, name))
@@ -77,27 +85,27 @@ def test_a_signal_ends_a_run_of_its_own_and_all_its_processes(
 
 
 def private_ray(driver: int) -> str:
-    """Give the address of the Ray that a driver has started."""
+    """Return the address of the Ray that a driver has started."""
     for process in psutil.Process(driver).children(recursive=True):
         for argument in process.cmdline():
             if argument.startswith("--gcs-address="):
                 return argument.partition("=")[2]
-    raise AssertionError("it has started none")
+    raise AssertionError("the driver has started no Ray")
 
 
 @pytest.mark.slow
-def test_stop_ends_a_run_that_no_job_api_knows(folder: Path, home: Path, tmp_path: Path) -> None:
+def test_stop_ends_private_run(folder: Path, home: Path, tmp_path: Path) -> None:
     environ = clean_environ(home, "disabled")
-    process = start(["submit", str(folder / "job.yaml"), *SLOW], environ, tmp_path)
+    process = start_distplat(["submit", str(folder / "job.yaml"), *SLOW_JOB], environ, tmp_path)
     read_until(process, "step 1/5000")
-    # Other tests' Rays run beside it, and without an address one of them may be asked.
-    named = "stop", "line", "--address", private_ray(process.pid)
-    stopped = distplat(*named, environ=environ, cwd=tmp_path)
+    # Without an address, `stop` may find the Ray of another test.
+    command = "stop", "line", "--address", private_ray(process.pid)
+    stopped = run_distplat(*command, environ=environ, cwd=tmp_path)
     assert (stopped.returncode, stopped.stdout) == (0, "line: STOPPED\n"), stopped.stderr
     _, printed = process.communicate(timeout=90)
     assert process.returncode == 143
     assert "the run is asked to stop" in printed
     (run,) = (tmp_path / "runs").iterdir()
     assert json.loads((run / "result.json").read_text())["status"] == "STOPPED"
-    again = distplat(*named, environ=environ, cwd=tmp_path)
+    again = run_distplat(*command, environ=environ, cwd=tmp_path)
     assert again.returncode != 0

@@ -1,4 +1,4 @@
-"""Split modules in processes of their own: the same bits everywhere and again, with dropout."""
+"""Tensor-parallel modules in separate processes are bit-identical on all ranks and repeat."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ import pytest
 import ray
 import torch
 from marks import slow
-from members import Member, everybody, join
+from members import Member, call_all, join
 from torch import nn
 
 from distplat.strategies.tensor.parallelize import parallelize
@@ -22,12 +22,12 @@ PLAN = {
     "1.linear2": "rowwise",
     "2": "colwise_gather",
 }
-"""Dropout inside the splits and outside."""
+"""Dropout is inside and outside of the split layers."""
 
 
 class SplitMember(Member):
     def train(self, dropout: float) -> tuple[str, str, float]:
-        """Give digests of the outputs and of what is not split, and the last loss."""
+        """Return digests of the outputs and of the replicated parameters, and the last loss."""
         torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(24, 3, 37, dropout, batch_first=True)
         model = nn.Sequential(nn.Embedding(11, 24), layer, nn.Linear(24, 11))
@@ -52,20 +52,20 @@ def _digest(tensors: Sequence[torch.Tensor]) -> str:
 
 @pytest.fixture(scope="module")
 def actors(local_ray: None) -> Iterator[list[Any]]:
-    made = [ray.remote(SplitMember).options(num_cpus=0.5).remote() for _ in range(2)]
-    yield made
-    for actor in made:
+    members = [ray.remote(SplitMember).options(num_cpus=0.5).remote() for _ in range(2)]
+    yield members
+    for actor in members:
         ray.kill(actor)
 
 
 @pytest.mark.parametrize("backend", ["shm", slow("gloo")])
 def test_ranks_agree_and_repeat(backend: str, actors: list[Any]) -> None:
     join(actors, f"split-{backend}", backend)
-    first, second = everybody(actors, "train", 0.3), everybody(actors, "train", 0.3)
+    first, second = call_all(actors, "train", 0.3), call_all(actors, "train", 0.3)
     assert first[0] == first[1] == second[0] == second[1]
-    split = everybody(actors, "train", 0.0)
-    everybody(actors, "leave")
+    split = call_all(actors, "train", 0.0)
+    call_all(actors, "leave")
     join(actors[:1], "alone")
     _, _, whole = ray.get(actors[0].train.remote(0.0), timeout=60)
-    everybody(actors[:1], "leave")
+    call_all(actors[:1], "leave")
     assert split[0][2] == pytest.approx(whole, rel=1e-5)

@@ -1,4 +1,4 @@
-"""The same task under every strategy, through real actors: the same model."""
+"""A task trains to the same model under every strategy, on real actors."""
 
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from distplat.strategies.catalog import make_job, strategies
 
 pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
-HARD: dict[str, Any] = {
+ADAMW_CLIPPED: dict[str, Any] = {
     "optimizer": {"name": "AdamW", "lr": 0.01},
     "gradient_accumulation": 2,
     "clip_norm": 0.5,
@@ -29,14 +29,14 @@ HARD: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray[Any, Any]:
-    """The model of one rank in one process, without Ray."""
-    return weights(train(job("ring", 0, **HARD), tmp_path_factory.mktemp("alone")))
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray[Any, Any]:
+    """Train one rank in this process, without Ray; return the model."""
+    return weights(train(job("ring", 0, **ADAMW_CLIPPED), tmp_path_factory.mktemp("alone")))
 
 
-def equals_one_process(strategy: object, alone: np.ndarray[Any, Any], folder: Path) -> Result:
-    result = train(job(strategy, 3, **HARD), folder)
-    assert distance(weights(result), alone) < 1e-5
+def train_and_compare(strategy: object, one_process: np.ndarray[Any, Any], folder: Path) -> Result:
+    result = train(job(strategy, 3, **ADAMW_CLIPPED), folder)
+    assert distance(weights(result), one_process) < 1e-5
     assert [s.step for s in result.history] == list(range(1, 16))
     assert [e.step for e in result.evaluations] == [5, 10, 15]
     assert sum(s.samples for s in result.history) == 3 * 37
@@ -45,19 +45,21 @@ def equals_one_process(strategy: object, alone: np.ndarray[Any, Any], folder: Pa
 
 
 @pytest.mark.slow
-def test_ring_equals_one_process(alone: np.ndarray[Any, Any], tmp_path: Path) -> None:
-    equals_one_process("ring", alone, tmp_path)
+def test_ring_matches_one_process(one_process: np.ndarray[Any, Any], tmp_path: Path) -> None:
+    train_and_compare("ring", one_process, tmp_path)
 
 
 @pytest.mark.slow
-def test_servers_equal_one_process_and_repeat(alone: np.ndarray[Any, Any], tmp_path: Path) -> None:
+def test_servers_match_one_process_and_repeat(
+    one_process: np.ndarray[Any, Any], tmp_path: Path
+) -> None:
     strategy = {"name": "ps-sync", "num_servers": 2}
-    first, second = (equals_one_process(strategy, alone, tmp_path) for _ in range(2))
+    first, second = (train_and_compare(strategy, one_process, tmp_path) for _ in range(2))
     assert weights(first).tobytes() == weights(second).tobytes()
 
 
-def test_a_frozen_layer_from_a_file_float16_and_a_metric_with_state(tmp_path: Path) -> None:
-    """What of it goes over Ray: the file, the checkpoint, and the workers' own group."""
+def test_initial_weights_fp16_and_stateful_metric(tmp_path: Path) -> None:
+    """A frozen layer from a file, `trained_only` checkpoints, and metrics over the worker group."""
     base = train_in_memory(make_job(job("ring", 1, steps=2, epochs=None)), Blobs).parameters()
     torch.save(base, tmp_path / "base.pt")
     fields: dict[str, Any] = {
@@ -78,15 +80,15 @@ def test_a_frozen_layer_from_a_file_float16_and_a_metric_with_state(tmp_path: Pa
     model = in_memory.ranks[0].prepared.flat.model.eval()
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         data: Any = Tuned().train_data()
-        inputs = torch.stack([one[0] for one in data])
+        inputs = torch.stack([sample[0] for sample in data])
         spread = float(model(inputs).float().std())
     assert again.evaluations[-1].metrics["spread"] == pytest.approx(spread, rel=1e-2)
     assert torch.equal(expected["0.weight"], base["0.weight"])
 
 
 @pytest.mark.slow
-def test_the_bits_do_not_depend_on_how_shards_are_cut(tmp_path: Path) -> None:
-    """Inside a tensor, by the servers' speeds here and evenly in memory."""
+def test_model_does_not_depend_on_shard_sizes(tmp_path: Path) -> None:
+    """Split by server speed here, evenly in memory; both split a tensor."""
     strategy = {"name": "ps-sync", "num_servers": 2, "split": "load"}
     spec = job(strategy, 3, task="tasks_for_tests:Big", steps=6, epochs=None)
     result = train(spec, tmp_path)
@@ -95,21 +97,21 @@ def test_the_bits_do_not_depend_on_how_shards_are_cut(tmp_path: Path) -> None:
     assert weights(result).tobytes() == expected.tobytes()
 
 
-def test_loader_processes_change_nothing(tmp_path: Path) -> None:
+def test_loader_processes_do_not_change_the_model(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"steps": 6, "epochs": None}
-    plain = weights(train(job("ring", 0, **fields), tmp_path))
-    loaded = weights(train(job("ring", 1, data={"num_workers": 2}, **fields), tmp_path))
-    assert plain.tobytes() == loaded.tobytes()
+    without_loaders = weights(train(job("ring", 0, **fields), tmp_path))
+    with_loaders = weights(train(job("ring", 1, data={"num_workers": 2}, **fields), tmp_path))
+    assert without_loaders.tobytes() == with_loaders.tobytes()
 
 
 @pytest.mark.slow
-def test_what_is_drawn_does_not_depend_on_workers_and_loaders(tmp_path: Path) -> None:
+def test_random_draws_do_not_depend_on_workers_and_loaders(tmp_path: Path) -> None:
     spec = job("ring", 2, task="tasks_for_tests:Chance")
-    alone = {**job("ring", 1, task="tasks_for_tests:Chance"), "data": {"num_workers": 2}}
-    assert distance(weights(train(spec, tmp_path)), weights(train(alone, tmp_path))) < 1e-5
+    one_process = {**job("ring", 1, task="tasks_for_tests:Chance"), "data": {"num_workers": 2}}
+    assert distance(weights(train(spec, tmp_path)), weights(train(one_process, tmp_path))) < 1e-5
 
 
-def test_a_strategy_of_ones_own_reaches_the_workers(tmp_path: Path) -> None:
+def test_strategy_file_reaches_the_workers(tmp_path: Path) -> None:
     file = HERE.parents[1] / "examples" / "own_strategy.py"
     spec = job({"name": "local-sgd", "period": 2}, 2, optimizer={"name": "SGD", "lr": 0.1})
     try:
@@ -120,14 +122,14 @@ def test_a_strategy_of_ones_own_reaches_the_workers(tmp_path: Path) -> None:
     assert result.history[-1].loss < result.history[0].loss
 
 
-def test_asks_for_more_than_the_cluster_has(tmp_path: Path) -> None:
-    greedy = job("ring", 2, scaling={"num_workers": 2, "resources_per_worker": {"CPU": 64}})
+def test_refuses_more_resources_than_the_cluster_has(tmp_path: Path) -> None:
+    spec = job("ring", 2, scaling={"num_workers": 2, "resources_per_worker": {"CPU": 64}})
     with pytest.raises(SpecError, match="needs 128 CPU; the cluster has 8 CPU"):
-        train(greedy, tmp_path)
+        train(spec, tmp_path)
 
 
-class Enough(Callback):
-    """Wants the run to end once three checkpoints are on the disk."""
+class StopAfterThree(Callback):
+    """Stops the run once three checkpoints are on the disk."""
 
     saved = 0
 
@@ -135,12 +137,12 @@ class Enough(Callback):
         self.saved += 1
 
     def should_stop(self) -> bool | str:
-        return "three checkpoints are there" if self.saved >= 3 else False
+        return "three checkpoints" if self.saved >= 3 else False
 
 
 @pytest.mark.parametrize("strategy", ["ring", slow("ps-sync"), slow("ps-async")])
-def test_a_run_that_a_callback_ends_is_one_of_so_many_steps(strategy: str, tmp_path: Path) -> None:
-    """Nothing makes its steps come to an end but the callback; the best checkpoint stays."""
+def test_run_stopped_by_callback_matches_a_shorter_run(strategy: str, tmp_path: Path) -> None:
+    """The run has 100,000 steps. The best checkpoint is kept."""
     best = {"metric": "accuracy", "mode": "max"}
     fields = {
         "epochs": None,
@@ -149,18 +151,22 @@ def test_a_run_that_a_callback_ends_is_one_of_so_many_steps(strategy: str, tmp_p
         "task": "tasks_for_tests:Paced",
         "task_args": {"until": str(tmp_path / "never")},
     }
-    result = train(job(strategy, 2, steps=100_000, **fields), tmp_path, callbacks=[Enough()])
-    made = result.totals.steps
-    assert result.stopped == "three checkpoints are there"
-    assert [one.step for one in result.history] == list(range(1, made + 1))
-    assert max(one.step for one in result.evaluations) == made
-    figures = {one.step: one.metrics["accuracy"] for one in result.evaluations}
+    result = train(
+        job(strategy, 2, steps=100_000, **fields), tmp_path, callbacks=[StopAfterThree()]
+    )
+    steps = result.totals.steps
+    assert result.stopped == "three checkpoints"
+    assert [s.step for s in result.history] == list(range(1, steps + 1))
+    assert max(e.step for e in result.evaluations) == steps
+    accuracy = {e.step: e.metrics["accuracy"] for e in result.evaluations}
     catalogue = Catalogue(result.path / "checkpoints")
-    step = max((one.step for one in result.checkpoints), key=lambda one: (figures[one], -one))
-    assert result.best_checkpoint == catalogue.path(step) and not flaws(catalogue.path(step))
-    assert catalogue.steps() == sorted({step, result.checkpoints[-1].step})
+    best_step = max((c.step for c in result.checkpoints), key=lambda n: (accuracy[n], -n))
+    assert result.best_checkpoint == catalogue.path(best_step) and not flaws(
+        catalogue.path(best_step)
+    )
+    assert catalogue.steps() == sorted({best_step, result.checkpoints[-1].step})
     if strategy != "ps-async":
-        spec = make_job({**job(strategy, 2, steps=made, epochs=None)})
+        spec = make_job({**job(strategy, 2, steps=steps, epochs=None)})
         parameters = train_in_memory(spec, Blobs).parameters()
         expected = np.concatenate([parameters[name].numpy().ravel() for name in sorted(parameters)])
         assert weights(result).tobytes() == expected.tobytes()

@@ -1,4 +1,4 @@
-"""`distplat verify` on real processes: tasks that draw random numbers, one that hides a fault."""
+"""`distplat verify` on real processes: tasks with random numbers, and a task without a seed."""
 
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray")]
 
 def rows(task: str, *strategies: str, **more: Any) -> dict[tuple[str, str], Row]:
     spec = make_job({**job("ring", 2), "task": f"verified_tasks:{task}", **more})
-    wanted = VerifyRequest(spec, HERE, strategies, steps=6)
-    return {(row.strategy, row.check): row for row in verify(wanted, print)}
+    request = VerifyRequest(spec, HERE, strategies, steps=6)
+    return {(row.strategy, row.check): row for row in verify(request, print)}
 
 
 @pytest.mark.slow
-def test_dropout_and_samples_that_draw_repeat_and_are_those_of_a_plain_loop() -> None:
+def test_dropout_and_random_samples_match_plain_loop() -> None:
     found = rows("Drawing", "ring", "ps-sync")
     for strategy in ("ring", "ps-sync"):
         assert found[strategy, "plain loop"].verdict == EQUAL
@@ -30,7 +30,7 @@ def test_dropout_and_samples_that_draw_repeat_and_are_those_of_a_plain_loop() ->
 
 
 @pytest.mark.slow
-def test_strategies_are_chosen_by_what_the_task_can_do() -> None:
+def test_unsupported_comparisons_are_reported() -> None:
     found = rows("WholeBatch", "ring", "ps-async")
     assert found["ps-async", "loss curve"].verdict == NOT_COMPARED
     assert "staleness" in found["ps-async", "loss curve"].reason
@@ -38,26 +38,26 @@ def test_strategies_are_chosen_by_what_the_task_can_do() -> None:
 
 
 @pytest.mark.slow
-def test_numbers_that_no_seed_reaches_are_found() -> None:
+def test_unseeded_samples_are_refused() -> None:
     (row,) = rows("Unseeded", "ring").values()
     assert row.failed and row.verdict == REFUSED and "samples" in row.reason
 
 
 @pytest.fixture
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder for temporary files, for this test alone."""
+def temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Set a separate folder for temporary files."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     return tmp_path
 
 
-def test_a_task_that_fails_by_itself_says_so_and_leaves_nothing(temporary: Path) -> None:
+def test_failing_task_raises_its_error_and_leaves_no_files(temporary_folder: Path) -> None:
     with pytest.raises(UserCodeError, match="no samples today"):
         rows("Failing", "ring")
-    assert not [*temporary.glob("distplat*")]
+    assert not [*temporary_folder.glob("distplat*")]
 
 
 @pytest.mark.slow
-def test_nothing_is_left_on_the_disk(temporary: Path) -> None:
+def test_temporary_files_are_removed(temporary_folder: Path) -> None:
     rows("WholeBatch", "ring")
-    assert not [*temporary.glob("distplat*")]
+    assert not [*temporary_folder.glob("distplat*")]

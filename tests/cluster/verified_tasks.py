@@ -11,7 +11,7 @@ from distplat import Task
 
 
 class WholeBatch(Task):
-    """A model that nothing says how to cut."""
+    """A model that is not a sequence of layers: only whole-batch strategies apply."""
 
     def model(self) -> nn.Module:
         class Net(nn.Module):
@@ -54,7 +54,7 @@ class _Noisy(Dataset[Any]):
 
 
 class Unseeded(WholeBatch):
-    """Every process has samples of its own."""
+    """Each process draws different samples."""
 
     def train_data(self) -> Dataset[Any]:
         noise = int.from_bytes(os.urandom(2), "little") / 65536

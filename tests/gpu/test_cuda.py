@@ -1,4 +1,4 @@
-"""The same model on a CUDA device: several workers share one GPU by fractions of it."""
+"""Training on a CUDA device matches the CPU; several workers share one GPU."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -79,42 +79,40 @@ def train(
 
 @pytest.mark.parametrize("strategy", ["ring", {"name": "ps-sync", "num_servers": 2}])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_equals_the_cpu(strategy: object, workers: int, tmp_path: Path) -> None:
-    alone = train("ring", 0, tmp_path, gpu=False)
-    on_card = train(strategy, workers, tmp_path, gpu=True)
-    # CUDA's matrix products round otherwise than the CPU's: float32, not bits.
-    assert np.linalg.norm(on_card - alone) < 1e-4 * np.linalg.norm(alone)
+def test_matches_the_cpu(strategy: object, workers: int, tmp_path: Path) -> None:
+    on_cpu = train("ring", 0, tmp_path, gpu=False)
+    on_gpu = train(strategy, workers, tmp_path, gpu=True)
+    # Matrix products of CUDA and CPU round differently.
+    assert np.linalg.norm(on_gpu - on_cpu) < 1e-4 * np.linalg.norm(on_cpu)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_float16_with_a_loss_scale_is_near_float32(strategy: object, tmp_path: Path) -> None:
-    alone = train("ring", 0, tmp_path, gpu=False)
-    on_card = train(strategy, 2, tmp_path, gpu=True, precision="fp16")
-    assert 0 < np.linalg.norm(on_card - alone) < 0.02 * np.linalg.norm(alone)
+def test_fp16_with_loss_scale_is_close_to_fp32(strategy: object, tmp_path: Path) -> None:
+    on_cpu = train("ring", 0, tmp_path, gpu=False)
+    on_gpu = train(strategy, 2, tmp_path, gpu=True, precision="fp16")
+    assert 0 < np.linalg.norm(on_gpu - on_cpu) < 0.02 * np.linalg.norm(on_cpu)
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
-def test_the_same_bits_when_buckets_leave_behind_backward(
-    clip_norm: float | None, tmp_path: Path
-) -> None:
-    found = set()
+def test_overlap_does_not_change_the_model(clip_norm: float | None, tmp_path: Path) -> None:
+    models = set()
     for overlap in (False, True):
         strategy = {"name": "ring", "overlap": overlap}
-        found.add(train(strategy, 2, tmp_path, gpu=True, clip_norm=clip_norm).tobytes())
-    assert len(found) == 1
+        models.add(train(strategy, 2, tmp_path, gpu=True, clip_norm=clip_norm).tobytes())
+    assert len(models) == 1
 
 
-def test_parts_cross_pinned_memory_while_the_device_computes() -> None:
-    """Each is handed over with what the device had computed when it was called for."""
+def test_transfer_through_pinned_memory_is_ordered_with_compute() -> None:
+    """A part contains the results of all kernels that were queued before `to_host`."""
     gradients, parameters = (torch.zeros(1 << 20, device="cuda") for _ in range(2))
     shared = [MemorySegment.create("here", 1 << 20, "float32") for _ in range(2)]
     memory = [segment.tensor for segment in shared]
     transfer = cuda_transfer(gradients, parameters, memory)
-    assert all(one.is_pinned() for one in memory)
-    seen: list[float] = []
+    assert all(tensor.is_pinned() for tensor in memory)
+    extremes: list[float] = []
 
-    def note(part: Tensor) -> None:
-        seen.extend((part.min().item(), part.max().item()))
+    def record(part: Tensor) -> None:
+        extremes.extend((part.min().item(), part.max().item()))
 
     half = 1 << 19
     for start in (half, 0):
@@ -123,9 +121,9 @@ def test_parts_cross_pinned_memory_while_the_device_computes() -> None:
             busy = busy @ busy / 2048
         gradients[start : start + half] += 1 + start
         part = memory[0][start : start + half]
-        transfer.to_host(part, start, partial(note, part))
+        transfer.to_host(part, start, partial(record, part))
     transfer.wait(30.0)
-    assert seen == [1 + half, 1 + half, 1, 1]
+    assert extremes == [1 + half, 1 + half, 1, 1]
     memory[1].fill_(3.0)
     transfer.to_device(memory[1], 0)
     transfer.join()

@@ -1,4 +1,4 @@
-"""An NCCL group between two GPUs: the contract on the CPU beside it, and tensors on the GPUs."""
+"""An NCCL group of two GPUs: the contract with CPU tensors, and operations on GPU tensors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,23 +17,23 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices"),
 ]
-LATE_S = 5.0
+TIMEOUT_S = 5.0
 
 
 class Member:
-    """One rank, with a GPU of its own."""
+    """One rank with one GPU."""
 
     def join(self, name: str, rank: int, operation_s: float) -> str:
         self.group = create_group(name, "auto", rank, 2, GroupSettings(operation_s, 60.0))
         return self.group.choice.backend
 
     def contract(self) -> None:
-        """Hold the contract; these tensors are on the CPU, where gloo moves them."""
+        """Run the contract; its tensors are on the CPU and use gloo."""
         for check in CHECKS.values():
             check(self.group)
 
-    def on_the_card(self) -> None:
-        """Call each operation once with tensors on the GPU, of uneven sizes where it may be."""
+    def run_gpu_operations(self) -> None:
+        """Call each operation once with GPU tensors, of uneven sizes if supported."""
         group, rank = self.group, self.group.rank
         tensor = torch.full((1000,), rank + 1.0, device="cuda")
         group.all_reduce(tensor, ReduceOp.AVG)
@@ -58,7 +58,7 @@ class Member:
         assert tensor.eq(7.0).all()
 
     def late(self) -> tuple[int, ...]:
-        """Rank 0 waits for rank 1; gives who is missing."""
+        """Wait for rank 1 on rank 0; return the missing ranks."""
         self.group.all_reduce(torch.ones(8, device="cuda"))
         if self.group.rank == 1:
             return ()
@@ -73,12 +73,12 @@ class Member:
 @pytest.fixture
 def members() -> Iterator[list[Any]]:
     ray.init(address="local", include_dashboard=False, num_cpus=4, logging_level="warning")
-    kind = ray.remote(Member).options(num_cpus=1, num_gpus=1)
-    yield [kind.remote() for _ in range(2)]
+    cls = ray.remote(Member).options(num_cpus=1, num_gpus=1)
+    yield [cls.remote() for _ in range(2)]
     ray.shutdown()
 
 
-def everybody(members: list[Any], method: str, *args: object) -> list[Any]:
+def call_all(members: list[Any], method: str, *args: object) -> list[Any]:
     return list(ray.get([getattr(m, method).remote(*args) for m in members], timeout=120))
 
 
@@ -87,14 +87,14 @@ def join(members: list[Any], operation_s: float) -> None:
     assert ray.get(calls, timeout=120) == ["nccl", "nccl"]
 
 
-def test_operations(members: list[Any]) -> None:
+def test_operations_on_cpu_and_gpu_tensors(members: list[Any]) -> None:
     join(members, 60.0)
-    everybody(members, "contract")
-    everybody(members, "on_the_card")
-    everybody(members, "leave")
+    call_all(members, "contract")
+    call_all(members, "run_gpu_operations")
+    call_all(members, "leave")
 
 
-def test_a_late_rank_is_named(members: list[Any]) -> None:
-    join(members, LATE_S)
-    assert everybody(members, "late")[0] == (1,)
-    everybody(members, "leave")
+def test_late_rank_is_named(members: list[Any]) -> None:
+    join(members, TIMEOUT_S)
+    assert call_all(members, "late")[0] == (1,)
+    call_all(members, "leave")
