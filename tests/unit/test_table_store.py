@@ -1,4 +1,4 @@
-"""What a server of tables has: against a set of tasks, and against a count of steps."""
+"""TableStore compared with models: a set of applied tasks, and a count of steps."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ from distplat.platform.ledger import PushId, Verdict
 from distplat.platform.shard_map import TablePlan, plan_of
 from distplat.strategies.server.table_store import RowControl, TableStore
 
-MOST = 3
-"""Ranks of a world."""
-NUMBERS = st.sampled_from([0, 0, 0, 0, -1, -2, 1, 3])
-"""How far a push's number is from the one whose turn it is."""
+MAX_WORLD = 3
+"""Largest world."""
+OFFSETS = st.sampled_from([0, 0, 0, 0, -1, -2, 1, 3])
+"""Offset of a push's sequence number from the expected one."""
 
 
 def plan(world: int, *, asynchronous: bool, rewinds: bool = True, **more: Any) -> TablePlan:
@@ -25,218 +25,218 @@ def plan(world: int, *, asynchronous: bool, rewinds: bool = True, **more: Any) -
     return plan_of(job_of("ring", world, **fields), "run", 0, (), 100, rewinds=rewinds)
 
 
-def book(world: int, steps: int = 0, **how: Any) -> TableStore:
+def make_store(world: int, steps: int = 0, **options: Any) -> TableStore:
     store = TableStore("embedding-server-1", 1)
-    store.open(plan(world, **how), steps, [])
+    store.open(plan(world, **options), steps, [])
     return store
 
 
-def leased(rank: int, seq: int, task: int, attempt: int = 0) -> PushId:
+def push_of_task(rank: int, seq: int, task: int, attempt: int = 0) -> PushId:
     return PushId("run", attempt, rank, seq, task)
 
 
-def offer(book: TableStore, push: PushId) -> Verdict:
-    """Have it take a push, and make its update, as a server does in one go."""
-    verdict = book.push(push, [], RowControl(skip=False))
-    assert book.commit(push.seq, None) is (verdict is Verdict.NEW)
+def offer(store: TableStore, push: PushId) -> Verdict:
+    """Push and commit, as a server does for an asynchronous push."""
+    verdict = store.push(push, [], RowControl(skip=False))
+    assert store.commit(push.seq, None) is (verdict is Verdict.NEW)
     return verdict
 
 
-class Tasks(RuleBasedStateMachine):
-    """Asynchronous tables: the model is the set of tasks that are in them."""
+class AsynchronousTables(RuleBasedStateMachine):
+    """The model is the set of applied tasks."""
 
-    @initialize(world=st.integers(1, MOST), steps=st.integers(0, 2))
-    def begins(self, world: int, steps: int) -> None:
-        self.book = book(world, steps, asynchronous=True)
+    @initialize(world=st.integers(1, MAX_WORLD), steps=st.integers(0, 2))
+    def create(self, world: int, steps: int) -> None:
+        self.store = make_store(world, steps, asynchronous=True)
         self.world, self.attempt = world, 0
-        self.made = set(range(steps * world))
-        self.next: dict[int, int] = {}
+        self.applied = set(range(steps * world))
+        self.next_seq: dict[int, int] = {}
 
     @rule(
-        rank=st.integers(0, MOST),
-        ahead=NUMBERS,
-        beyond=st.integers(-3, 6),
-        named=st.booleans(),
+        rank=st.integers(0, MAX_WORLD),
+        offset=OFFSETS,
+        task_offset=st.integers(-3, 6),
+        has_task=st.booleans(),
         late=st.booleans(),
         twice=st.booleans(),
     )
-    def push_comes(
-        self, rank: int, ahead: int, beyond: int, named: bool, late: bool, twice: bool
+    def push(
+        self, rank: int, offset: int, task_offset: int, has_task: bool, late: bool, twice: bool
     ) -> None:
-        """A task around the lowest one that is missing; or the rank's part of a step."""
-        seq = max(0, self.next.get(rank, 0) + ahead)
-        task = max(0, self._low + beyond) if named else None
-        attempt = self.attempt - (late and beyond > 4)
+        """The push names a task near the first missing one, or none: the rank's part."""
+        seq = max(0, self.next_seq.get(rank, 0) + offset)
+        task = max(0, self._first_missing + task_offset) if has_task else None
+        attempt = self.attempt - (late and task_offset > 4)
         for _ in range(1 + twice):
             self._offer(PushId("run", attempt, rank, seq, task))
 
     def _offer(self, push: PushId) -> None:
-        expected = self.next.get(push.rank, 0)
+        expected = self.next_seq.get(push.rank, 0)
         task = push.seq * self.world + push.rank if push.task is None else push.task
         if push.attempt != self.attempt:
-            self._refused(FencedError, push)
+            self._assert_rejected(FencedError, push)
         elif push.seq == expected - 1:
-            assert self.book.push(push, [], RowControl(skip=False)) is Verdict.REPEAT_COMMITTED
+            assert self.store.push(push, [], RowControl(skip=False)) is Verdict.REPEAT_COMMITTED
         elif push.seq < expected:
-            self._refused(StaleError, push)
+            self._assert_rejected(StaleError, push)
         else:
-            assert self.book.push(push, [], RowControl(skip=False)) is (
-                Verdict.LATE if task in self.made else Verdict.NEW
+            assert self.store.push(push, [], RowControl(skip=False)) is (
+                Verdict.LATE if task in self.applied else Verdict.NEW
             )
-            assert self.book.ledger.complete is (task not in self.made)
-            assert self.book.ledger.passed(push)
-            assert self.book.commit(push.seq, None) is (task not in self.made)
-            self.made.add(task)
-            self.next[push.rank] = push.seq + 1
+            assert self.store.ledger.complete is (task not in self.applied)
+            assert self.store.ledger.passed(push)
+            assert self.store.commit(push.seq, None) is (task not in self.applied)
+            self.applied.add(task)
+            self.next_seq[push.rank] = push.seq + 1
 
-    def _refused(self, error: type[ProtocolError], push: PushId) -> None:
+    def _assert_rejected(self, error: type[ProtocolError], push: PushId) -> None:
         with pytest.raises(error):
-            self.book.push(push, [], RowControl(skip=False))
+            self.store.push(push, [], RowControl(skip=False))
 
-    @rule(world=st.none() | st.integers(1, MOST))
-    def attempt_begins(self, world: int | None) -> None:
+    @rule(world=st.none() | st.integers(1, MAX_WORLD))
+    def begin_attempt(self, world: int | None) -> None:
         self.attempt += 1
-        self.next.clear()
+        self.next_seq.clear()
         world = world or self.world
         if world == self.world:
-            self.book.renew(self.attempt, world)
-        elif len(self.made) == self._steps * self.world:
-            self.book.renew(self.attempt, world)
-            self.made = set(range(self._steps * world))
+            self.store.renew(self.attempt, world)
+        elif len(self.applied) == self._steps * self.world:
+            self.store.renew(self.attempt, world)
+            self.applied = set(range(self._steps * world))
             self.world = world
         else:
             with pytest.raises(StateLost, match=f"the rest of step {self._steps} on embedding-s"):
-                self.book.renew(self.attempt, world)
-            self.begins(world, 0)  # all is made anew
+                self.store.renew(self.attempt, world)
+            self.create(world, 0)  # a restart from scratch
 
     @rule(more=st.integers(-2, 2))
-    def goes_on_from(self, more: int) -> None:
-        """Never back: what is there already will be dropped when it comes again."""
+    def resume_from(self, more: int) -> None:
+        """Asynchronous tables do not rewind: repeated tasks are dropped."""
         if more > 0:
             with pytest.raises(ProtocolError, match="is at step"):
-                self.book.begin(self._steps + more)
+                self.store.begin(self._steps + more)
         else:
-            self.book.begin(self._steps + more)
+            self.store.begin(self._steps + more)
 
     @property
-    def _low(self) -> int:
-        return next(task for task in range(len(self.made) + 1) if task not in self.made)
+    def _first_missing(self) -> int:
+        return next(task for task in range(len(self.applied) + 1) if task not in self.applied)
 
     @property
     def _steps(self) -> int:
-        return self._low // self.world
+        return self._first_missing // self.world
 
     @invariant()
-    def it_has_what_the_set_has(self) -> None:
-        made = len(self.made)
-        found = (
-            self.book.ledger.attempt,
-            self.book.ledger.steps,
-            self.book.ledger.updates,
-            self.book.ledger.schedule_step,
+    def counters_match_the_model(self) -> None:
+        applied = len(self.applied)
+        counters = (
+            self.store.ledger.attempt,
+            self.store.ledger.steps,
+            self.store.ledger.updates,
+            self.store.ledger.schedule_step,
         )
-        assert found == (self.attempt, self._steps, made, made // self.world)
+        assert counters == (self.attempt, self._steps, applied, applied // self.world)
 
 
-class Steps(RuleBasedStateMachine):
-    """Synchronous tables: the model is how many steps are made, and who has pushed for the next."""
+class SynchronousTables(RuleBasedStateMachine):
+    """The model is the number of committed steps and the ranks that pushed for the next step."""
 
-    @initialize(world=st.integers(1, MOST), steps=st.integers(0, 3), rewinds=st.booleans())
-    def begins(self, world: int, steps: int, rewinds: bool) -> None:
-        self.book = book(world, steps, asynchronous=False, rewinds=rewinds)
+    @initialize(world=st.integers(1, MAX_WORLD), steps=st.integers(0, 3), rewinds=st.booleans())
+    def create(self, world: int, steps: int, rewinds: bool) -> None:
+        self.store = make_store(world, steps, asynchronous=False, rewinds=rewinds)
         self.world, self.attempt, self.rewinds = world, 0, rewinds
         self.steps, self.pushed = steps, set[int]()
 
-    @rule(rank=st.integers(0, MOST), ahead=NUMBERS, late=st.booleans(), twice=st.booleans())
-    def push_comes(self, rank: int, ahead: int, late: bool, twice: bool) -> None:
-        attempt = self.attempt - (late and ahead > 0)
-        push = PushId("run", attempt, rank, self.steps + ahead)
+    @rule(rank=st.integers(0, MAX_WORLD), offset=OFFSETS, late=st.booleans(), twice=st.booleans())
+    def push(self, rank: int, offset: int, late: bool, twice: bool) -> None:
+        attempt = self.attempt - (late and offset > 0)
+        push = PushId("run", attempt, rank, self.steps + offset)
         for _ in range(1 + twice):
             self._offer(push)
 
     def _offer(self, push: PushId) -> None:
         if push.attempt != self.attempt or push.rank >= self.world:
-            self._refused(FencedError, push)
+            self._assert_rejected(FencedError, push)
         elif push.seq == self.steps - 1:
-            assert self.book.push(push, [], RowControl(skip=False)) is Verdict.REPEAT_COMMITTED
-            assert self.book.ledger.passed(push)
+            assert self.store.push(push, [], RowControl(skip=False)) is Verdict.REPEAT_COMMITTED
+            assert self.store.ledger.passed(push)
         elif push.seq != self.steps:
-            self._refused(GapError if push.seq > self.steps else StaleError, push)
+            self._assert_rejected(GapError if push.seq > self.steps else StaleError, push)
         elif push.rank in self.pushed:
-            assert self.book.push(push, [], RowControl(skip=False)) is Verdict.REPEAT_STAGED
+            assert self.store.push(push, [], RowControl(skip=False)) is Verdict.REPEAT_STAGED
         else:
-            assert self.book.push(push, [], RowControl(skip=False)) is Verdict.NEW
-            assert not self.book.ledger.passed(push)
+            assert self.store.push(push, [], RowControl(skip=False)) is Verdict.NEW
+            assert not self.store.ledger.passed(push)
             self.pushed.add(push.rank)
-            assert self.book.ledger.complete == (len(self.pushed) == self.world)
-            if self.book.ledger.complete:
-                assert self.book.commit(push.seq, None)
+            assert self.store.ledger.complete == (len(self.pushed) == self.world)
+            if self.store.ledger.complete:
+                assert self.store.commit(push.seq, None)
                 self.steps += 1
                 self.pushed.clear()
 
-    def _refused(self, error: type[ProtocolError], push: PushId) -> None:
+    def _assert_rejected(self, error: type[ProtocolError], push: PushId) -> None:
         with pytest.raises(error):
-            self.book.push(push, [], RowControl(skip=False))
+            self.store.push(push, [], RowControl(skip=False))
 
-    @rule(world=st.integers(1, MOST))
-    def attempt_begins(self, world: int) -> None:
-        """With any number of ranks: nothing is ever made in part."""
+    @rule(world=st.integers(1, MAX_WORLD))
+    def begin_attempt(self, world: int) -> None:
+        """Any world is accepted: no step is ever partly applied."""
         self.attempt += 1
-        self.book.renew(self.attempt, world)
+        self.store.renew(self.attempt, world)
         self.world = world
         self.pushed.clear()
 
     @precondition(lambda self: not self.pushed)
     @rule(more=st.integers(-2, 2))
-    def goes_on_from(self, more: int) -> None:
+    def resume_from(self, more: int) -> None:
         version = self.steps + more
         if version < 0:
-            return  # there is no such step
+            return
         if more == -1 and self.rewinds:
-            self.book.begin(version)
+            self.store.begin(version)
             self.steps = version
         elif more:
             with pytest.raises(ProtocolError, match=f"step {self.steps}, the workers at {version}"):
-                self.book.begin(version)
+                self.store.begin(version)
         else:
-            self.book.begin(version)
+            self.store.begin(version)
 
     @invariant()
-    def it_counts(self) -> None:
-        found = (
-            self.book.ledger.attempt,
-            self.book.ledger.steps,
-            self.book.ledger.updates,
-            self.book.ledger.schedule_step,
+    def counters_match_the_model(self) -> None:
+        counters = (
+            self.store.ledger.attempt,
+            self.store.ledger.steps,
+            self.store.ledger.updates,
+            self.store.ledger.schedule_step,
         )
-        assert found == (self.attempt, self.steps, self.steps, self.steps)
-        assert self.book.ledger.missing() == [r for r in range(self.world) if r not in self.pushed]
+        assert counters == (self.attempt, self.steps, self.steps, self.steps)
+        assert self.store.ledger.missing() == [r for r in range(self.world) if r not in self.pushed]
 
 
-TestTasks = Tasks.TestCase
+TestTasks = AsynchronousTables.TestCase
 TestTasks.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)
-TestSteps = Steps.TestCase
+TestSteps = SynchronousTables.TestCase
 TestSteps.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.parametrize("task", [2, 5], ids=["the next", "one ahead"])
-def test_a_step_that_is_made_in_part_cannot_be_cut_anew(task: int) -> None:
-    mine = book(2, 1, asynchronous=True)
-    offer(mine, leased(0, 0, task))
+def test_partly_applied_step_cannot_change_world(task: int) -> None:
+    store = make_store(2, 1, asynchronous=True)
+    offer(store, push_of_task(0, 0, task))
     with pytest.raises(StateLost, match="the rest of step 1 on embedding-server-1"):
-        mine.renew(1, 3)
+        store.renew(1, 3)
 
 
-def test_whole_steps_are_counted_in_the_parts_of_the_new_world() -> None:
-    mine = book(2, 1, asynchronous=True)
+def test_counters_are_converted_to_the_new_world() -> None:
+    store = make_store(2, 1, asynchronous=True)
     for seq, task in enumerate((3, 2)):
-        offer(mine, leased(7, seq, task))
-    mine.renew(1, 3)
-    assert (mine.ledger.steps, mine.ledger.updates, mine.ledger.schedule_step) == (2, 6, 2)
-    assert offer(mine, leased(0, 0, 5, attempt=1)) is Verdict.LATE
-    assert offer(mine, leased(0, 1, 6, attempt=1)) is Verdict.NEW
+        offer(store, push_of_task(7, seq, task))
+    store.renew(1, 3)
+    assert (store.ledger.steps, store.ledger.updates, store.ledger.schedule_step) == (2, 6, 2)
+    assert offer(store, push_of_task(0, 0, 5, attempt=1)) is Verdict.LATE
+    assert offer(store, push_of_task(0, 1, 6, attempt=1)) is Verdict.NEW
 
 
-def test_asynchronous_tables_keep_nothing_to_take_back() -> None:
+def test_asynchronous_tables_do_not_rewind() -> None:
     assert not plan(2, asynchronous=True).rewinds
     assert plan(2, asynchronous=False).rewinds

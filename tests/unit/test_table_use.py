@@ -1,4 +1,4 @@
-"""Tables that rest, that one rank uses, or that are frozen, against a plain loop of torch."""
+"""Tables without lookups, tables used by one rank and frozen tables, compared with plain torch."""
 
 from collections import deque
 from functools import partial
@@ -34,19 +34,21 @@ FROZEN = ["table", "parent", "parameters", "no_grad", "detach", "unfrozen", "ref
 
 class Net(nn.Module):
     """
-    Four tables: used in each step, in some, by few samples, never.
+    Four tables: used in every step, in some steps, by few samples, never.
 
     Args:
-        make: makes a table.
-        how: `skips` leaves a table alone where no sample of the batch needs it, `empty` then looks
-            up no ids; others freeze the first table in this way.
+        make: creates a table.
+        how: `skips` does not call a table that no sample of the batch needs; `empty` calls it with
+            no ids; the others name the method of freezing the first table.
     """
 
     def __init__(self, make: Any, how: str) -> None:
         super().__init__()
         self.how, self.steps = how, 0
         self.inner = nn.ModuleDict({"always": make(ROWS, WIDTH), "dense": nn.Linear(WIDTH, WIDTH)})
-        self.rests, self.alone, self.never = (make(ROWS, WIDTH, padding_idx=2) for _ in range(3))
+        self.sometimes, self.rarely, self.never = (
+            make(ROWS, WIDTH, padding_idx=2) for _ in range(3)
+        )
         self.head = nn.Linear(WIDTH, 3)
         if how == "table":
             self.inner["always"].requires_grad_(False)
@@ -58,16 +60,18 @@ class Net(nn.Module):
 
     def forward(self, samples: Tensor) -> Tensor:
         ids = samples[:, 2:]
-        found = self.inner["dense"](self._first(ids)).mean(1)
-        for column, table in enumerate((self.rests, self.alone)):
-            chosen = samples[:, column] == 1
-            if self.how == "empty" or chosen.any():
-                found = found.index_add(0, chosen.nonzero()[:, 0], table(ids[chosen]).sum(1))
+        hidden = self.inner["dense"](self._frozen_lookup(ids)).mean(1)
+        for column, table in enumerate((self.sometimes, self.rarely)):
+            has_column = samples[:, column] == 1
+            if self.how == "empty" or has_column.any():
+                hidden = hidden.index_add(
+                    0, has_column.nonzero()[:, 0], table(ids[has_column]).sum(1)
+                )
         with torch.no_grad():
             self.never(ids)
-        return self.head(found)  # type: ignore[no-any-return]
+        return self.head(hidden)  # type: ignore[no-any-return]
 
-    def _first(self, ids: Tensor) -> Tensor:
+    def _frozen_lookup(self, ids: Tensor) -> Tensor:
         table = self.inner["always"]
         if self.training:
             self.steps += 1
@@ -75,12 +79,12 @@ class Net(nn.Module):
                 table.requires_grad_((self.steps > 4) == (self.how == "unfrozen"))
         table.train(self.how != "eval")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.how != "no_grad"):
-            found: Tensor = table(ids)
-        return found.detach() if self.how == "detach" else found
+            hidden: Tensor = table(ids)
+        return hidden.detach() if self.how == "detach" else hidden
 
 
-class Uses(Task):
-    """Batches in order; in one of four all samples need `rests`, in two one needs `alone`."""
+class SparseUseTask(Task):
+    """One batch of four uses `sometimes` in all samples; two batches use `rarely` in one sample."""
 
     def __init__(self, how: str = "skips") -> None:
         self.how = how
@@ -100,8 +104,8 @@ class Uses(Task):
         return nn.functional.cross_entropy(outputs, targets)
 
 
-def job(rule: dict[str, Any], how: str = "skips", world: int = 2, **more: Any) -> Any:
-    tables = {"servers": 2, "optimizer": rule, **more.pop("embeddings", {})}
+def job(optimizer_config: dict[str, Any], how: str = "skips", world: int = 2, **more: Any) -> Any:
+    tables = {"servers": 2, "optimizer": optimizer_config, **more.pop("embeddings", {})}
     fields: dict[str, Any] = {
         "optimizer": {"name": "SGD", "lr": 0.5},
         "embeddings": tables,
@@ -114,24 +118,27 @@ def job(rule: dict[str, Any], how: str = "skips", world: int = 2, **more: Any) -
     return job_of(workers=world, **fields)
 
 
-def plain(rule: dict[str, Any], how: str) -> nn.Module:
+def train_plain(optimizer_config: dict[str, Any], how: str) -> nn.Module:
     """Train one process with `nn.Embedding(sparse=True)` from the same first values."""
     torch.manual_seed(0)
-    sharded = Uses(how).model()
-    made = partial(nn.Embedding, sparse=True)
-    net = Net(made, how)
+    sharded = SparseUseTask(how).model()
+    make_embedding = partial(nn.Embedding, sparse=True)
+    net = Net(make_embedding, how)
     net.load_state_dict(sharded.state_dict(), strict=False)
-    specs = Lookups(sharded, job(rule)).specs
+    specs = Lookups(sharded, job(optimizer_config)).specs
     tables: list[Any] = [net.get_submodule(spec.name).weight for spec in specs]
     for spec, weight in zip(specs, tables, strict=True):
         weight.data.copy_(torch.from_numpy(initial_rows(spec, 0, np.arange(ROWS))))
         if spec.name != "inner.always":
             weight.data[2] = 0.0
     rest = [p for p in net.parameters() if all(p is not weight for weight in tables)]
-    options = {k: v for k, v in rule.items() if k != "name"}
-    optimizers = [torch.optim.SGD(rest, 0.5), getattr(torch.optim, rule["name"])(tables, **options)]
+    options = {k: v for k, v in optimizer_config.items() if k != "name"}
+    optimizers = [
+        torch.optim.SGD(rest, 0.5),
+        getattr(torch.optim, optimizer_config["name"])(tables, **options),
+    ]
     torch.manual_seed(0)
-    data: Any = Uses(how).train_data()
+    data: Any = SparseUseTask(how).train_data()
     for step in range(STEPS):
         first = step * BATCH % SAMPLES
         inputs, targets = default_collate([data[i] for i in range(first, first + BATCH)])
@@ -144,24 +151,26 @@ def plain(rule: dict[str, Any], how: str) -> nn.Module:
 
 
 def assert_equal(run: LocalRun, net: nn.Module) -> None:
-    """Compare dense part and tables; rows that never had a gradient are not there."""
+    """Compare dense parameters and tables; servers hold no row that never had a gradient."""
     expected = net.state_dict()
     for name, value in run.parameters().items():
         torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=2e-6)
     for number, name in enumerate(tables_of(run.ranks[0].prepared.flat.model)):
-        mine = torch.from_numpy(table_rows(run.tables, number, ROWS))
-        there = ~mine[:, 0].isnan()
-        theirs = expected[f"{name}.weight"]
-        torch.testing.assert_close(mine[there], theirs[there], rtol=2e-5, atol=2e-6)
+        actual = torch.from_numpy(table_rows(run.tables, number, ROWS))
+        has_row = ~actual[:, 0].isnan()
+        expected_rows = expected[f"{name}.weight"]
+        torch.testing.assert_close(actual[has_row], expected_rows[has_row], rtol=2e-5, atol=2e-6)
         spec = run.tables.table_servers[0].sizes()[number][0]
         first = torch.from_numpy(initial_rows(spec, 0, np.arange(ROWS)))
-        first[2] = theirs[2] if name != "inner.always" else first[2]
-        assert torch.equal(theirs[~there], first[~there])
+        first[2] = expected_rows[2] if name != "inner.always" else first[2]
+        assert torch.equal(expected_rows[~has_row], first[~has_row])
 
 
 @pytest.mark.sweep(4)
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-@pytest.mark.parametrize("rule", OPTIMIZERS, ids=lambda rule: str(rule["name"]))
+@pytest.mark.parametrize(
+    "optimizer_config", OPTIMIZERS, ids=lambda optimizer_config: str(optimizer_config["name"])
+)
 @pytest.mark.parametrize("how", ["skips", "empty"])
 @pytest.mark.parametrize(
     ("world", "more"),
@@ -173,44 +182,46 @@ def assert_equal(run: LocalRun, net: nn.Module) -> None:
     ],
     ids=str,
 )
-def test_tables_that_rest_move_as_in_torch(
-    rule: dict[str, Any], how: str, world: int, more: dict[str, Any]
+def test_tables_match_sparse_embeddings_of_torch(
+    optimizer_config: dict[str, Any], how: str, world: int, more: dict[str, Any]
 ) -> None:
     more = {key: dict(value) if isinstance(value, dict) else value for key, value in more.items()}
-    run = train(job(rule, how, world, **more), Uses)
-    assert_equal(run, plain(rule, how))
+    run = train(job(optimizer_config, how, world, **more), SparseUseTask)
+    assert_equal(run, train_plain(optimizer_config, how))
     counts = [
         [table.updates for table in service.store.tables] for service in run.tables.table_servers
     ]
-    rests, alone = (STEPS, STEPS) if how == "empty" else (STEPS // 4, STEPS // 2)
-    assert counts == [[STEPS, rests, alone, 0]] * len(counts)
+    sometimes, rarely = (STEPS, STEPS) if how == "empty" else (STEPS // 4, STEPS // 2)
+    assert counts == [[STEPS, sometimes, rarely, 0]] * len(counts)
 
 
 @pytest.mark.sweep(4)
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 @pytest.mark.parametrize("how", FROZEN)
-def test_a_frozen_table_is_one_in_torch(how: str, strategy: str) -> None:
-    run = train(job(OPTIMIZERS[2], how, strategy=strategy), Uses)
-    assert_equal(run, plain(OPTIMIZERS[2], how))
+def test_frozen_table_matches_torch(how: str, strategy: str) -> None:
+    run = train(job(OPTIMIZERS[2], how, strategy=strategy), SparseUseTask)
+    assert_equal(run, train_plain(OPTIMIZERS[2], how))
     updates = {"unfrozen": STEPS - 4, "refrozen": 4, "eval": STEPS}.get(how, 0)
     assert {service.store.tables[0].updates for service in run.tables.table_servers} == {updates}
 
 
 @pytest.mark.parametrize("servers", [1, 2, 3])
-def test_a_resumed_run_counts_on(servers: int) -> None:
+def test_resumed_run_continues_the_update_counts(servers: int) -> None:
     spec = partial(job, OPTIMIZERS[2], checkpoint={"every_steps": 5})
-    whole = train(spec(), Uses)
-    resumed = train(spec(embeddings={"servers": servers}), Uses, saved=whole.checkpoints[5])
+    whole = train(spec(), SparseUseTask)
+    resumed = train(
+        spec(embeddings={"servers": servers}), SparseUseTask, saved=whole.checkpoints[5]
+    )
     for number in range(4):
-        mine, theirs = (table_rows(run.tables, number, ROWS) for run in (resumed, whole))
-        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-6)
+        actual, expected_rows = (table_rows(run.tables, number, ROWS) for run in (resumed, whole))
+        np.testing.assert_allclose(actual, expected_rows, rtol=1e-5, atol=1e-6)
     updates = {tuple(t.updates for t in s.store.tables) for s in resumed.tables.table_servers}
     assert updates == {tuple(t.updates for t in whole.tables.table_servers[0].store.tables)}
 
 
 def updates(run: LossyRun) -> list[list[int]]:
-    """Give the updates of each table, by server."""
+    """Return the number of updates of each table, by server."""
     return [
         [table.updates for table in service.store.tables]
         for service in run.run.tables.table_servers
@@ -219,11 +230,11 @@ def updates(run: LossyRun) -> list[list[int]]:
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("tables", [0, 1, 2])
-@pytest.mark.parametrize("step", [5, 6, 7])  # `rests`, `alone` on one rank, and on the other
-def test_a_lost_rank_leaves_the_count_as_it_was(step: int, tables: int) -> None:
+@pytest.mark.parametrize("step", [5, 6, 7])  # `sometimes`; `rarely` on one rank; on the other
+def test_lost_rank_does_not_change_update_counts(step: int, tables: int) -> None:
     spec = job(OPTIMIZERS[2], strategy="ps-sync")
-    whole = train_lossy(spec, Uses, [])
-    run = train_lossy(spec, Uses, [Loss(step, 1, tables, shards=0)])
+    whole = train_lossy(spec, SparseUseTask, [])
+    run = train_lossy(spec, SparseUseTask, [Loss(step, 1, tables, shards=0)])
     assert updates(run) == updates(whole) == [[STEPS, STEPS // 4, STEPS // 2, 0]] * 2
     for number in range(4):
         assert run.rows(number, ROWS).tobytes() == whole.rows(number, ROWS).tobytes()
@@ -231,17 +242,17 @@ def test_a_lost_rank_leaves_the_count_as_it_was(step: int, tables: int) -> None:
 
 class Ranks:
     """
-    Two ranks that look rows up and push by hand.
+    Two ranks whose lookups and pushes the test calls.
 
     Args:
-        asynchronous: whether their pushes are applied apart.
+        asynchronous: whether each push is applied on its own.
     """
 
     def __init__(self, *, asynchronous: bool = False) -> None:
         tables = {"asynchronous": asynchronous}
         self.job = job(OPTIMIZERS[2], embeddings=tables)
         self.group = TableServers(self.job, rewinds=True)
-        self.nets = [Uses().model() for _ in range(2)]
+        self.nets = [SparseUseTask().model() for _ in range(2)]
         self.lookups = [Lookups(net, self.job) for net in self.nets]
         self.attempt(0, 0)
 
@@ -251,8 +262,8 @@ class Ranks:
         for lookups in self.lookups:
             lookups.begin(version)
 
-    def backward(self, used: str = "rests", factor: float = 1.0) -> None:
-        """Leave gradients on rank 1 alone."""
+    def backward(self, used: str = "sometimes", factor: float = 1.0) -> None:
+        """Compute gradients on rank 1 only."""
         table = self.nets[1].get_submodule(used)
         (table(torch.arange(3, 6)).square().sum() * factor).backward()
 
@@ -260,15 +271,15 @@ class Ranks:
         on_ranks(2, lambda rank: self.lookups[rank].push(step, skip=skip[rank]).wait())
 
     def state(self) -> list[Any]:
-        """Give all that the servers have of the tables."""
+        """Return the servers' columns and update counts of the tables."""
         tables = [table for service in self.group.table_servers for table in service.store.tables]
         columns = [{k: v.tolist() for k, v in table.copy().items()} for table in tables]
         return [columns, [table.updates for table in tables]]
 
 
 @pytest.mark.parametrize("skip", [(True, False), (False, True), (True, True)])
-def test_a_step_that_one_rank_skips_leaves_no_trace(skip: tuple[bool, bool]) -> None:
-    ranks, others = Ranks(), Ranks()
+def test_step_skipped_by_one_rank_changes_nothing(skip: tuple[bool, bool]) -> None:
+    ranks, reference = Ranks(), Ranks()
     for step in range(4):
         ranks.backward()
         if step == 1:
@@ -279,12 +290,12 @@ def test_a_step_that_one_rank_skips_leaves_no_trace(skip: tuple[bool, bool]) -> 
             continue
         ranks.push(step)
     for step in range(3):
-        others.backward()
-        others.push(step)
-    assert ranks.state() == others.state()
+        reference.backward()
+        reference.push(step)
+    assert ranks.state() == reference.state()
 
 
-def test_a_skipped_step_is_taken_back_and_made() -> None:
+def test_skipped_step_can_be_rewound_and_repeated() -> None:
     ranks = Ranks()
     ranks.backward()
     ranks.push(0)
@@ -298,7 +309,7 @@ def test_a_skipped_step_is_taken_back_and_made() -> None:
     assert max(ranks.state()[1]) == 2
 
 
-def test_an_asynchronous_push_is_skipped_alone() -> None:
+def test_asynchronous_skip_affects_one_push_only() -> None:
     ranks = Ranks(asynchronous=True)
     ranks.backward()
     ranks.push(0, skip=(True, False))
@@ -309,46 +320,46 @@ def test_an_asynchronous_push_is_skipped_alone() -> None:
     assert {service.store.ledger.steps for service in ranks.group.table_servers} == {2}
 
 
-def test_updates_go_back_where_the_last_step_had_some() -> None:
+def test_rewind_decrements_counts_of_tables_updated_last() -> None:
     ranks = Ranks()
-    for step, used in enumerate(("rests", "alone")):
+    for step, used in enumerate(("sometimes", "rarely")):
         ranks.backward(used)
         ranks.push(step)
     ranks.attempt(1, 1)
     assert ranks.state()[1] == [0, 1, 0, 0] * 2
-    ranks.backward("alone")
+    ranks.backward("rarely")
     ranks.push(1)
     assert ranks.state()[1] == [0, 1, 1, 0] * 2
 
 
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), 3e38])
-def test_a_row_with_a_gradient_that_is_not_finite_is_named(factor: float) -> None:
+def test_first_non_finite_names_table_and_row(factor: float) -> None:
     ranks = Ranks()
-    mine = ranks.lookups[1]
-    assert mine.first_non_finite() is None
+    lookups = ranks.lookups[1]
+    assert lookups.first_non_finite() is None
     ranks.backward()
-    assert mine.first_non_finite() is None
+    assert lookups.first_non_finite() is None
     ranks.push(0)
     ranks.backward()
-    for _ in range(2):  # their sum may be too large
-        ranks.backward("alone", factor)
-    assert mine.first_non_finite() in ("alone, id 3", "alone, id 4", "alone, id 5")
+    for _ in range(2):  # two finite gradients may overflow in their sum
+        ranks.backward("rarely", factor)
+    assert lookups.first_non_finite() in ("rarely, id 3", "rarely, id 4", "rarely, id 5")
     ranks.push(1, skip=(False, True))
-    assert mine.first_non_finite() is None
+    assert lookups.first_non_finite() is None
 
 
-def test_an_empty_batch_of_ids_has_no_gradient_to_look_at() -> None:
+def test_empty_lookup_has_no_non_finite_gradient() -> None:
     ranks = Ranks()
-    ranks.nets[1].get_submodule("rests")(torch.arange(0)).sum().backward()
+    ranks.nets[1].get_submodule("sometimes")(torch.arange(0)).sum().backward()
     assert ranks.lookups[1].first_non_finite() is None
     ranks.push(0)
     assert ranks.state()[1] == [0, 1, 0, 0] * 2
 
 
-def test_the_switch_of_a_table_is_in_no_state_and_in_no_vector() -> None:
-    net = Uses().model()
+def test_placeholder_parameter_is_not_in_state_dict_or_flat_model() -> None:
+    net = SparseUseTask().model()
     names = {name for name, _ in net.named_parameters()}
-    assert {"rests.table", "inner.always.table"} <= names
+    assert {"sometimes.table", "inner.always.table"} <= names
     assert not any(key.endswith("table") for key in net.state_dict())
     for assign in (False, True):
         assert not any(deque(net.load_state_dict(net.state_dict(), assign=assign)))

@@ -1,4 +1,4 @@
-"""A task is looked at before anything starts, in a process of its own."""
+"""TaskCheck: a child process imports and checks the task before the run starts."""
 
 import os
 import signal
@@ -36,13 +36,13 @@ from distplat import Task
 print("imported in", os.path.basename(os.getcwd()))
 
 class Good(Task):
-    def __init__(self, width=3, *, depth=2): raise RuntimeError("is not to be made here")
+    def __init__(self, width=3, *, depth=2): raise RuntimeError("must not be created here")
     def model(self): ...
     def train_data(self): ...
     def loss(self, outputs, targets): ...
 
 class Any(Good):
-    def __init__(self, **given): ...
+    def __init__(self, **kwargs): ...
 
 class Needs(Good):
     def __init__(self, width): ...
@@ -64,14 +64,14 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("job.yaml").write_text(JOB)
     Path("utask.py").write_text(TASKS)
-    for name in [one for one in os.environ if one.startswith(("DISTPLAT_", "RAY_"))]:
+    for name in [name for name in os.environ if name.startswith(("DISTPLAT_", "RAY_"))]:
         monkeypatch.delenv(name)
 
 
 def validate(*settings: str, files: dict[str, str] | None = None) -> int:
     for name, text in (files or {}).items():
         Path(name).write_text(text)
-    return run(["validate", "job.yaml", *(f"--set={one}" for one in settings)])
+    return run(["validate", "job.yaml", *(f"--set={setting}" for setting in settings)])
 
 
 @pytest.mark.sweep(2)
@@ -92,7 +92,7 @@ def validate(*settings: str, files: dict[str, str] | None = None) -> int:
         (["task=utask:Needs"], "task_args: Needs needs the argument 'width'"),
     ],
 )
-def test_what_is_wrong_with_a_task_is_found_by_validate(
+def test_validate_reports_task_errors(
     settings: list[str], shown: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert validate(*settings) == 2
@@ -105,7 +105,7 @@ def test_what_is_wrong_with_a_task_is_found_by_validate(
     "settings",
     [["task_args.width=3", "task_args.depth=1"], ["task=utask:Any", "task_args.anything=3"]],
 )
-def test_a_good_task_is_valid_and_what_it_prints_is_no_part_of_the_job(
+def test_validate_accepts_task_and_keeps_its_output_from_stdout(
     settings: list[str], capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert validate(*settings) == 0
@@ -115,7 +115,7 @@ def test_a_good_task_is_valid_and_what_it_prints_is_no_part_of_the_job(
     assert "utask" not in sys.modules
 
 
-def test_a_hook_that_is_none_is_a_warning(capfd: pytest.CaptureFixture[str]) -> None:
+def test_unknown_hook_is_a_warning(capfd: pytest.CaptureFixture[str]) -> None:
     assert validate("task=utask:Hooked") == 0
     assert "warning: utask.py:18: Hooked.collate_fn() is never called: " in capfd.readouterr().err
 
@@ -130,7 +130,7 @@ def test_a_hook_that_is_none_is_a_warning(capfd: pytest.CaptureFixture[str]) -> 
         ("import os; os._exit(0)", "the import of 'utask:Good' ended the process, exit code 0"),
     ],
 )
-def test_a_module_that_cannot_be_imported_is_the_users_failure(
+def test_import_failure_is_a_user_error(
     text: str, shown: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert validate(files={"utask.py": text}) == 1
@@ -140,11 +140,11 @@ def test_a_module_that_cannot_be_imported_is_the_users_failure(
     assert all("utask.py" in line for line in frames)
 
 
-def test_files_beside_the_task_do_not_stand_in_for_the_standard_library() -> None:
+def test_files_beside_the_task_do_not_shadow_the_standard_library() -> None:
     assert validate(files={"json.py": "1 / 0", "subprocess.py": "1 / 0"}) == 0
 
 
-def test_an_import_that_does_not_end_is_given_up(tmp_path: Path) -> None:
+def test_import_that_hangs_times_out(tmp_path: Path) -> None:
     Path("utask.py").write_text("import time; time.sleep(60)")
     check = TaskCheck("utask:Good", str(tmp_path), [], shown=False)
     with pytest.raises(UserCodeError, match=r"took longer than 0\.5 s"):
@@ -155,20 +155,20 @@ def test_an_import_that_does_not_end_is_given_up(tmp_path: Path) -> None:
 @pytest.mark.timeout(40)
 @pytest.mark.parametrize("polled", [True, False])
 @pytest.mark.parametrize("crashes", [True, False])
-def test_a_process_that_the_module_has_forked_is_not_waited_for(
+def test_check_does_not_wait_for_forked_processes(
     crashes: bool, polled: bool, tmp_path: Path
 ) -> None:
-    """It holds the end of the pipe by which the answer comes."""
-    forks = (
+    """The forked process inherits the write end of the result pipe."""
+    fork_source = (
         "import os, signal, time\nif not (pid := os.fork()):\n    time.sleep(100)\n"
         f"open({str(tmp_path / 'pid')!r}, 'w').write(str(pid))\n"
     )
     end = "os.kill(os.getpid(), signal.SIGSEGV)\n" if crashes else TASKS
-    (tmp_path / "utask.py").write_text(forks + end)
+    (tmp_path / "utask.py").write_text(fork_source + end)
     check = TaskCheck("utask:Good", str(tmp_path), [], shown=False)
     try:
-        wanted = pytest.raises(UserCodeError, match="-11") if crashes else nullcontext()
-        with wanted:
+        expectation = pytest.raises(UserCodeError, match="-11") if crashes else nullcontext()
+        with expectation:
             if polled:
                 check._child.wait(30)
                 assert check.poll() == []
@@ -179,19 +179,19 @@ def test_a_process_that_the_module_has_forked_is_not_waited_for(
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
-def test_the_answer_is_given_once_when_it_is_there(tmp_path: Path) -> None:
+def test_poll_returns_the_warnings_once(tmp_path: Path) -> None:
     check = TaskCheck("utask:Hooked", str(tmp_path), [], shown=False)
-    found: list[str] = []
-    until = time.monotonic() + 60
-    while not found and time.monotonic() < until:
-        found = check.poll()
+    warnings: list[str] = []
+    deadline = time.monotonic() + 60
+    while not warnings and time.monotonic() < deadline:
+        warnings = check.poll()
         time.sleep(0.02)
-    assert len(found) == 1
+    assert len(warnings) == 1
     assert check.poll() == []
     check.end()
 
 
-def test_a_very_long_traceback_does_not_block_the_child(tmp_path: Path) -> None:
+def test_long_traceback_does_not_block_the_child(tmp_path: Path) -> None:
     Path("utask.py").write_text("raise ValueError('x' * 200_000)")
     check = TaskCheck("utask:Good", str(tmp_path), [], shown=False)
     assert check._child.wait(60) == 0
@@ -200,7 +200,7 @@ def test_a_very_long_traceback_does_not_block_the_child(tmp_path: Path) -> None:
     check.end()
 
 
-class Held(Task):
+class EmptyTask(Task):
     def model(self) -> Any: ...
     def train_data(self) -> Any: ...
     def loss(self, outputs: Any, targets: Any) -> Any: ...
@@ -212,37 +212,40 @@ FIELDS = fields_of(steps=1)
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (Held(), "must be the task's class, got an instance of Held.*\n.*hint: give Held; its"),
+        (
+            EmptyTask(),
+            "must be the task's class, got an instance of EmptyTask.*\n.*hint: give EmptyTask; its",
+        ),
         (dict, "must be a subclass of distplat.Task, got dict"),
         ("m:T", "must be a subclass of distplat.Task, got a str"),
     ],
 )
-def test_what_a_trainer_is_given_must_be_a_class(task: Any, message: str) -> None:
+def test_trainer_rejects_anything_but_a_task_class(task: Any, message: str) -> None:
     with pytest.raises(SpecError, match=message) as caught:
         Trainer(FIELDS, task)
     assert caught.value.exit_code == 2
 
 
-def test_a_trainer_compares_task_args_with_the_class() -> None:
-    with pytest.raises(SpecError, match=r"task_args\.width: Held takes no such argument"):
-        Trainer({**FIELDS, "task_args": {"width": 3}}, Held)
+def test_trainer_checks_task_args() -> None:
+    with pytest.raises(SpecError, match=r"task_args\.width: EmptyTask takes no such argument"):
+        Trainer({**FIELDS, "task_args": {"width": 3}}, EmptyTask)
 
 
-def test_a_trainer_warns_of_what_is_never_called(caplog: pytest.LogCaptureFixture) -> None:
-    kind = type("Hooked", (Held,), {"training_step": lambda self: None})
+def test_trainer_warns_of_unknown_hooks(caplog: pytest.LogCaptureFixture) -> None:
+    task = type("Hooked", (EmptyTask,), {"training_step": lambda self: None})
     job = {**FIELDS, "scaling": {"num_workers": 0}}
     with pytest.raises(DistplatError):
-        Trainer(job, kind).fit()
+        Trainer(job, task).fit()
     assert caplog.text.count("Hooked.training_step() is never called") == 1
 
 
 LOCK = threading.Lock()
 
 
-def by_value(**members: object) -> type[Task]:
-    """A class as a user's script has it: pickled as a whole, not by name."""
-    kind = type("Mine", (Held,), {**members, "__module__": "__main__"})
-    return kind
+def main_module_task(**members: object) -> type[Task]:
+    """Return a class of module `__main__`, which is pickled by value."""
+    task = type("Mine", (EmptyTask,), {**members, "__module__": "__main__"})
+    return task
 
 
 def uses_a_global(self: Task) -> object:
@@ -260,49 +263,51 @@ uses_a_global.__module__ = "__main__"
         ({"train_data": uses_a_global}, "its train_data() uses 'LOCK', a lock"),
     ],
 )
-def test_what_cannot_be_pickled_is_named(members: dict[str, object], message: str) -> None:
+def test_check_pickles_names_the_unpicklable_object(
+    members: dict[str, object], message: str
+) -> None:
     with pytest.raises(SpecError) as caught:
-        check_pickles(by_value(**members))
+        check_pickles(main_module_task(**members))
     assert message in str(caught.value)
-    check_pickles(by_value(width=3))
+    check_pickles(main_module_task(width=3))
 
 
-def test_a_wrong_task_explains_a_failed_run_better_than_its_effects() -> None:
+def test_task_errors_have_the_priority_of_user_errors() -> None:
     assert error_priority(SpecError("no such class")) == error_priority(
         UserCodeError(0, None, "x", "")
     )
 
 
-def test_a_plug_in_that_ends_the_process_is_no_success(tmp_path: Path) -> None:
+def test_exit_in_a_strategy_file_is_an_error(tmp_path: Path) -> None:
     Path("mine.py").write_text("import sys; sys.exit(0)")
     assert run(["validate", "job.yaml", "--strategy-file", "mine.py"]) == 2
 
 
-def test_check_class_runs_without_torch() -> None:
-    ask = "import sys; import distplat.actors.task_check; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", ask], timeout=100).returncode == 0
+def test_task_check_does_not_import_torch() -> None:
+    script = "import sys; import distplat.actors.task_check; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=100).returncode == 0
 
 
-def test_a_run_on_a_cluster_that_is_there_leaves_the_look_to_the_workers(
+def test_run_on_a_connected_cluster_starts_no_task_check(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made: list[object] = []
+    checks: list[object] = []
 
-    class Recorded:
+    class RecordedCheck:
         def __init__(self, *args: object, shown: bool, function: bool, fields: object) -> None:
-            made.append(args)
+            checks.append(args)
 
         def end(self) -> None: ...
 
-    monkeypatch.setattr(task_check, "TaskCheck", Recorded)
+    monkeypatch.setattr(task_check, "TaskCheck", RecordedCheck)
     trainer = Trainer({**FIELDS, "task": "utask:Good"})
-    grasped: list[Any] = []
+    launches: list[Any] = []
     monkeypatch.setattr(
-        "distplat.actors.trainer.train_on_ray", lambda launch, *rest: grasped.append(launch)
+        "distplat.actors.trainer.train_on_ray", lambda launch, *rest: launches.append(launch)
     )
     trainer.fit()
-    (launch,) = grasped
+    (launch,) = launches
     for connected, count in ((True, 0), (False, 1)):
         monkeypatch.setattr("ray.is_initialized", lambda connected=connected: connected)
         with launching._task_check(launch):
-            assert len(made) == count
+            assert len(checks) == count

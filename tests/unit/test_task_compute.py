@@ -1,4 +1,4 @@
-"""What a leased task computes on: its own samples, whatever was leased beside it."""
+"""TaskModel: the inputs of a task do not depend on its lease."""
 
 import multiprocessing
 from typing import Any
@@ -16,8 +16,8 @@ from distplat.strategies.loop.session import prepare
 from distplat.strategies.worker_strategy import make_worker_strategy
 
 
-class Jittered(Dataset[Any]):
-    """Draws noise for each sample, wherever it is read."""
+class NoisyData(Dataset[Any]):
+    """Adds random noise to each sample."""
 
     def __len__(self) -> int:
         return 12
@@ -26,43 +26,43 @@ class Jittered(Dataset[Any]):
         return index + torch.rand(4), torch.zeros(3)
 
 
-class Noisy(Mlp):
+class NoisyTask(Mlp):
     def model(self) -> nn.Module:
         return nn.Linear(4, 3)
 
     def train_data(self) -> Any:
-        return Jittered()
+        return NoisyData()
 
 
-def prepared(loaders: int) -> tuple[Prepared, TaskModel]:
+def prepare_model(loaders: int) -> tuple[Prepared, TaskModel]:
     job = job_of("ps-async", 2, seed=5, data={"num_workers": loaders})
     strategy = make_worker_strategy(job)
-    made = prepare(job, Noisy(), strategy=strategy)
-    return made, TaskModel(made, strategy.last_backward, lambda: None)
+    prepared = prepare(job, NoisyTask(), strategy=strategy)
+    return prepared, TaskModel(prepared, strategy.last_backward, lambda: None)
 
 
 @pytest.mark.parametrize("loaders", [0, 2])
-def test_the_data_of_a_task_does_not_depend_on_its_lease(loaders: int) -> None:
-    made, whole = prepared(loaders)
-    _, parts = prepared(loaders)
-    expected = inputs_of(whole, [range(8)])
-    found = inputs_of(parts, [range(5, 8), range(2), range(2, 5)])
+def test_inputs_of_a_task_do_not_depend_on_its_lease(loaders: int) -> None:
+    prepared, one_lease = prepare_model(loaders)
+    _, three_leases = prepare_model(loaders)
+    expected = inputs_of(one_lease, [range(8)])
+    actual = inputs_of(three_leases, [range(5, 8), range(2), range(2, 5)])
     for task in range(8):
-        assert torch.equal(found[task], expected[task]), task
-        ids = made.sampler.rank_ids(task // 2, task % 2)
-        assert found[task].int()[:, 0].tolist() == ids.tolist()
-    values = torch.cat([*found.values()]).flatten().tolist()
-    assert len(set(values)) == len(values), "no two draws are the same"
+        assert torch.equal(actual[task], expected[task]), task
+        ids = prepared.sampler.rank_ids(task // 2, task % 2)
+        assert actual[task].int()[:, 0].tolist() == ids.tolist()
+    values = torch.cat([*actual.values()]).flatten().tolist()
+    assert len(set(values)) == len(values), "each sample has its own noise"
 
 
 def inputs_of(model: TaskModel, leases: list[range]) -> dict[int, Tensor]:
-    """Give what the model computes on in each task."""
-    seen: list[Tensor] = []
-    model.flat.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    """Return the inputs of the model's forward by task."""
+    inputs: list[Tensor] = []
+    model.flat.model.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
     for lease in leases:
         model.read(lease)
         for task in lease:
             model.gradients(task, Stopwatch())
     model.close()
     assert not [child for child in multiprocessing.active_children() if child.is_alive()]
-    return dict(zip([task for lease in leases for task in lease], seen, strict=True))
+    return dict(zip([task for lease in leases for task in lease], inputs, strict=True))

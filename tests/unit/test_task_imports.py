@@ -1,4 +1,4 @@
-"""Files that a task imports are shipped with it, or the job is refused before the upload."""
+"""Check before the upload that the working directory contains all files that a task imports."""
 
 from pathlib import Path
 
@@ -16,20 +16,20 @@ def write(folder: Path, files: dict[str, str]) -> None:
         (folder / name).write_text(text)
 
 
-def missing(folder: Path, *gone: str, task: str = "train:Net") -> set[tuple[str, str, int]]:
-    """Give file, importer and line, where all but `gone` is shipped."""
+def missing(folder: Path, *excluded: str, task: str = "train:Net") -> set[tuple[str, str, int]]:
+    """Return file, importer and line of unshipped imports if all files but `gone` are shipped."""
     shipped = {path for path in folder.rglob("*") if path.is_file()}
-    shipped -= {folder / name for name in gone}
+    shipped -= {folder / name for name in excluded}
 
-    def name(path: Path) -> str:
+    def relative(path: Path) -> str:
         return path.relative_to(folder).as_posix()
 
-    found = unshipped_imports(task, folder, shipped)
-    return {(name(one.path), name(one.importer), one.line) for one in found}
+    unshipped = unshipped_imports(task, folder, shipped)
+    return {(relative(item.path), relative(item.importer), item.line) for item in unshipped}
 
 
 @pytest.mark.parametrize(
-    ("line", "gone"),
+    ("line", "excluded"),
     [
         ("import helpers", "helpers.py"),
         ("import numpy, helpers as h", "helpers.py"),
@@ -42,26 +42,29 @@ def missing(folder: Path, *gone: str, task: str = "train:Net") -> set[tuple[str,
         ("from helpers import *", "helpers.py"),
     ],
 )
-def test_each_form_of_import(tmp_path: Path, line: str, gone: str) -> None:
+def test_unshipped_imports_finds_each_form_of_import(
+    tmp_path: Path, line: str, excluded: str
+) -> None:
     files = dict.fromkeys(("helpers.py", "pkg/__init__.py", "pkg/part.py", "pkg/inner/deep.py"), "")
     write(tmp_path, {"train.py": f"\n{line}\n", **files})
-    at = 3 if "def" in line else 2
-    assert missing(tmp_path, gone) == {(gone, "train.py", at)}
+    expected_line = 3 if "def" in line else 2
+    assert missing(tmp_path, excluded) == {(excluded, "train.py", expected_line)}
     assert not missing(tmp_path)
 
 
-def test_imports_of_imports_are_followed_and_relative_ones_too(tmp_path: Path) -> None:
+def test_unshipped_imports_follows_imports_of_imports(tmp_path: Path) -> None:
     files = {
         "jobs/__init__.py": "",
         "jobs/train.py": "from . import model\nfrom .model import Net\n",
         "jobs/model.py": "from ..common import layers\n",
         "jobs/deep/__init__.py": "",
-        "common/layers.py": "import train_tools\nimport layers\n",  # a loop, and nobody's
+        # `import layers` resolves to no file.
+        "common/layers.py": "import train_tools\nimport layers\n",
         "train_tools.py": "",
     }
     write(tmp_path, files)
-    found = missing(tmp_path, "train_tools.py", task="jobs.train:Net")
-    assert found == {("train_tools.py", "common/layers.py", 1)}
+    unshipped = missing(tmp_path, "train_tools.py", task="jobs.train:Net")
+    assert unshipped == {("train_tools.py", "common/layers.py", 1)}
 
 
 @pytest.mark.parametrize(
@@ -71,21 +74,21 @@ def test_imports_of_imports_are_followed_and_relative_ones_too(tmp_path: Path) -
         "try:\n    import local\nexcept:\n    local = None\n",
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import local\n",
         "import locale\n",
-        "import local_settings_of_somebody_else\n",
+        "import local_settings_of_another_project\n",
     ],
 )
-def test_what_may_be_missing_is_not_missed(tmp_path: Path, text: str) -> None:
+def test_optional_and_unrelated_imports_are_ignored(tmp_path: Path, text: str) -> None:
     write(tmp_path, {"train.py": text, "local.py": ""})
     assert not missing(tmp_path, "local.py")
 
 
-def test_a_file_that_python_cannot_read_is_not_ours_to_judge(tmp_path: Path) -> None:
+def test_files_with_syntax_errors_are_ignored(tmp_path: Path) -> None:
     write(tmp_path, {"train.py": "import broken, installed\n", "broken.py": "def ("})
     assert not missing(tmp_path)
     assert not missing(tmp_path, task="elsewhere:Net")
 
 
-def test_the_job_is_refused_with_file_line_and_remedy(tmp_path: Path) -> None:
+def test_check_imports_reports_file_line_and_remedy(tmp_path: Path) -> None:
     files = {
         "train.py": "import data_tools\nfrom runs import curve\n",
         "data_tools.py": "",
@@ -96,7 +99,7 @@ def test_the_job_is_refused_with_file_line_and_remedy(tmp_path: Path) -> None:
     package = measure(tmp_path, EXCLUDES, ignores)
     with pytest.raises(SpecError) as raised:
         check_imports("train:Net", package)
-    first, second = sorted(str(one) for one in raised.value.problems)
+    first, second = sorted(str(problem) for problem in raised.value.problems)
     assert first.startswith("--working-dir: data_tools.py, which train.py:1 imports, is not")
     assert "a .gitignore, a .rayignore or `excludes` lists it" in first
     assert "runs/curve.py, which train.py:2 imports" in second and "runs is never shipped" in second
@@ -105,10 +108,10 @@ def test_the_job_is_refused_with_file_line_and_remedy(tmp_path: Path) -> None:
         check_imports("train:Net", measure(tmp_path, EXCLUDES, ignores))
 
 
-def test_a_script_imports_from_its_own_folder(tmp_path: Path) -> None:
+def test_script_imports_from_its_own_folder(tmp_path: Path) -> None:
     write(tmp_path, {"loops/train.py": "import beside\n", "loops/beside.py": "", "beside.py": ""})
     script = "loops/train.py --lr 0.1"
     assert missing(tmp_path, "beside.py", task=script) == set()
-    found = missing(tmp_path, "loops/beside.py", task=script)
-    assert found == {("loops/beside.py", "loops/train.py", 1)}
+    unshipped = missing(tmp_path, "loops/beside.py", task=script)
+    assert unshipped == {("loops/beside.py", "loops/train.py", 1)}
     assert missing(tmp_path, "loops/train.py", task=script)

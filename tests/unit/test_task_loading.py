@@ -1,4 +1,4 @@
-"""Finding the user's task, and showing the user's errors from the user's first line on."""
+"""Loading of the user's task, and reports of user errors that start at the user's first frame."""
 
 import gc
 import importlib
@@ -54,7 +54,7 @@ value = 3
 
 @pytest.fixture(autouse=True)
 def _clean_imports(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Undo what a test imports."""
+    """Undo the test's imports."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
     yield
@@ -70,17 +70,17 @@ def write(folder: Path, name: str, text: str) -> None:
     path.write_text(text)
 
 
-def test_a_class_is_found(tmp_path: Path) -> None:
+def test_loads_a_task_class(tmp_path: Path) -> None:
     write(tmp_path, "utask.py", GOOD)
-    found = load_task_class("utask:Digits", str(tmp_path))
-    assert issubclass(found, Task)
-    assert (found.__module__, found.__name__) == ("utask", "Digits")
-    assert load_task_class("utask:Digits", str(tmp_path)) is found
+    cls = load_task_class("utask:Digits", str(tmp_path))
+    assert issubclass(cls, Task)
+    assert (cls.__module__, cls.__name__) == ("utask", "Digits")
+    assert load_task_class("utask:Digits", str(tmp_path)) is cls
     assert sys.path.count(str(tmp_path)) == 1
 
 
-def test_the_folder_comes_before_all_that_is_searched(tmp_path: Path) -> None:
-    """As on PYTHONPATH, or among what another program has put on a node."""
+def test_search_folder_is_first_on_sys_path(tmp_path: Path) -> None:
+    """PYTHONPATH or another program's files on the node may have a module of the same name."""
     write(tmp_path, "utask.py", GOOD)
     write(tmp_path / "other", "utask.py", GOOD)
     sys.path[:0] = [str(tmp_path / "other"), str(tmp_path)]
@@ -96,16 +96,14 @@ def test_the_folder_comes_before_all_that_is_searched(tmp_path: Path) -> None:
         ("time", "is built into Python"),
     ],
 )
-def test_a_module_that_is_not_the_folders_is_not_trained(
-    name: str, where: str, tmp_path: Path
-) -> None:
+def test_module_from_another_folder_is_rejected(name: str, where: str, tmp_path: Path) -> None:
     write(tmp_path, "before/utask.py", GOOD)
     load_task_class("utask:Digits", str(tmp_path / "before"))
     write(tmp_path, f"{name}.py", GOOD)
     with pytest.raises(SpecError) as caught:
         load_task_class(f"{name}:Digits", str(tmp_path))
-    said = f"{tmp_path / name}.py would not be used: a module {name!r} "
-    assert str(caught.value).startswith(f"task: {said}{where.format(folder=tmp_path)}")
+    expected = f"{tmp_path / name}.py would not be used: a module {name!r} "
+    assert str(caught.value).startswith(f"task: {expected}{where.format(folder=tmp_path)}")
 
 
 @pytest.mark.parametrize(
@@ -118,10 +116,8 @@ def test_a_module_that_is_not_the_folders_is_not_trained(
         "from utask_middle import part",
     ],
 )
-def test_a_module_of_an_earlier_jobs_folder_is_not_imported_instead(
-    imports: str, tmp_path: Path
-) -> None:
-    """In one process a second job imports what is there, whatever its own folder has."""
+def test_helper_module_of_an_earlier_job_is_rejected(imports: str, tmp_path: Path) -> None:
+    """A second job in one process would get the first job's modules from `sys.modules`."""
     for folder, size in (("one", 1), ("two", 2)):
         write(tmp_path, f"{folder}/utask_helpers.py", f"SIZE = {size}\n")
         write(tmp_path, f"{folder}/utask_middle/part.py", "from utask_helpers import SIZE\n")
@@ -130,18 +126,18 @@ def test_a_module_of_an_earlier_jobs_folder_is_not_imported_instead(
     write(tmp_path, "two/train.py", imports + "\n")
     one, two = (str(tmp_path / name) for name in ("one", "two"))
     load_task_class("utask_one:Digits", one)
-    said = (
+    expected = (
         f"{two}/utask_helpers.py would not be used: a module 'utask_helpers' was imported before, "
         f"from {one}/utask_helpers.py"
     )
     for load, entry in ((load_task_class, "utask_two:Digits"), (load_train_function, "train.py")):
         with pytest.raises(SpecError) as caught:
             load(entry, two)
-        assert said in str(caught.value)
+        assert expected in str(caught.value)
     assert load_task_class("utask_one:Digits", one)
 
 
-def test_a_module_of_an_earlier_jobs_package_is_not_imported_instead(tmp_path: Path) -> None:
+def test_package_module_of_an_earlier_job_is_rejected(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         write(tmp_path, f"{folder}/utask_shared/sizes.py", "SIZE = 3\n")
         task = GOOD + "from .sizes import SIZE\n"
@@ -152,7 +148,7 @@ def test_a_module_of_an_earlier_jobs_package_is_not_imported_instead(tmp_path: P
 
 
 class _Garbage:
-    """Lets another thread run when it is collected, which may be while a tree is built."""
+    """Yields to another thread when it is collected, possibly in the middle of `ast.parse`."""
 
     def __init__(self) -> None:
         self.me = self
@@ -161,14 +157,14 @@ class _Garbage:
         time.sleep(0)
 
 
-def test_imports_are_looked_at_in_several_threads(tmp_path: Path) -> None:
-    """Ranks of tests are threads; CPython counts something of `ast` once for all of them."""
+def test_tasks_load_in_several_threads_at_once(tmp_path: Path) -> None:
+    """Ranks of tests are threads, and `ast` of CPython has a recursion counter that they share."""
     nested = "x = " + "[" * 30 + "1" + "]" * 30 + "\n"
-    for folder in ("one", "."):  # else no file is looked into
+    for folder in ("one", "."):  # otherwise no file is parsed
         write(tmp_path, f"{folder}/utask_helpers.py", GOOD)
     load_task_class("utask_helpers:Digits", str(tmp_path / "one"))
     write(tmp_path, "utask.py", GOOD + nested * 100)
-    failed: list[BaseException] = []
+    errors: list[BaseException] = []
 
     def load() -> None:
         try:
@@ -176,7 +172,7 @@ def test_imports_are_looked_at_in_several_threads(tmp_path: Path) -> None:
                 _Garbage()
                 load_task_class("utask:Digits", str(tmp_path))
         except BaseException as error:
-            failed.append(error)
+            errors.append(error)
 
     before = gc.get_threshold()
     gc.set_threshold(50, 5, 1000)
@@ -188,43 +184,43 @@ def test_imports_are_looked_at_in_several_threads(tmp_path: Path) -> None:
             thread.join(60)
     finally:
         gc.set_threshold(*before)
-    assert not failed and not any(thread.is_alive() for thread in threads)
+    assert not errors and not any(thread.is_alive() for thread in threads)
 
 
-def test_where_nothing_else_is_here_no_file_is_read(
+def test_files_are_parsed_only_if_a_module_may_be_shadowed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder may have a large library, each of whose files takes milliseconds."""
-    read: list[str] = []
+    """The folder may contain a large library, and parsing takes milliseconds per file."""
+    parsed: list[str] = []
 
-    def imported(name: str, path: Path) -> set[str]:
-        read.append(name)
+    def record(name: str, path: Path) -> set[str]:
+        parsed.append(name)
         return set()
 
-    monkeypatch.setattr(task_loading, "_names_imported", imported)
+    monkeypatch.setattr(task_loading, "_names_imported", record)
     write(tmp_path, "utask_helpers.py", "SIZE = 3\n")
     write(tmp_path, "string/__init__.py", "")
     write(tmp_path, "utask.py", GOOD + "from utask_helpers import SIZE\n")
-    for _ in range(2):  # the second time its imports are here, from the same folder
+    for _ in range(2):  # the second time its imports are loaded, from the same folder
         assert load_task_class("utask:Digits", str(tmp_path))
-    assert not read
+    assert not parsed
     write(tmp_path, "torch.py", "")
     load_task_class("utask:Digits", str(tmp_path))
-    assert read == ["utask"]
+    assert parsed == ["utask"]
 
 
-def test_a_task_imports_the_distplat_and_the_main_module_that_run_it(tmp_path: Path) -> None:
-    """Beside a task there may be a checkout of ours."""
+def test_task_folder_does_not_shadow_distplat_and_main(tmp_path: Path) -> None:
+    """The task's folder may contain a checkout of distplat."""
     for name in ("distplat/__init__.py", "__main__.py"):
         write(tmp_path, name, "raise AssertionError('it was imported')\n")
     write(tmp_path, "utask.py", GOOD + "import __main__\n")
     assert issubclass(load_task_class("utask:Digits", str(tmp_path)), Task)
 
 
-def test_what_ray_has_shipped_of_the_folder_is_the_folders(
+def test_module_shipped_by_ray_counts_as_the_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker beside the driver has both; a file with strategies imports what was shipped."""
+    """A worker on the driver's node has both, and a strategy file imports the shipped module."""
     shipped = tmp_path / "working_dir_files/_ray_pkg_17"
     for folder in (tmp_path, shipped):
         write(folder, "utask_helpers.py", "SIZE = 3\n")
@@ -237,7 +233,7 @@ def test_what_ray_has_shipped_of_the_folder_is_the_folders(
         load_task_class("utask:Digits", str(tmp_path))
 
 
-def test_what_a_folder_has_and_the_task_does_not_import_is_no_matter(tmp_path: Path) -> None:
+def test_files_that_the_task_does_not_import_are_ignored(tmp_path: Path) -> None:
     write(tmp_path, "one/utask_helpers.py", GOOD)
     load_task_class("utask_helpers:Digits", str(tmp_path / "one"))
     for name in ("utask_helpers", "torch", "random"):
@@ -252,16 +248,16 @@ def test_what_a_folder_has_and_the_task_does_not_import_is_no_matter(tmp_path: P
     assert load_task_class("utask_third:Digits", str(tmp_path / "two"))
 
 
-def test_a_module_that_was_compiled_beside_its_source_is_the_folders(tmp_path: Path) -> None:
-    """Python takes `utask.*.so` before `utask.py`."""
+def test_compiled_module_beside_its_source_counts_as_the_folders(tmp_path: Path) -> None:
+    """Python prefers `utask.*.so` to `utask.py`."""
     write(tmp_path, "utask.py", GOOD)
-    found = load_task_class("utask:Digits", str(tmp_path))
+    cls = load_task_class("utask:Digits", str(tmp_path))
     write(tmp_path, compiled := f"utask{EXTENSION_SUFFIXES[0]}", "")
     sys.modules["utask"].__file__ = str(tmp_path / compiled)
-    assert load_task_class("utask:Digits", str(tmp_path)) is found
+    assert load_task_class("utask:Digits", str(tmp_path)) is cls
 
 
-def test_a_module_may_put_an_object_in_its_place(tmp_path: Path) -> None:
+def test_module_may_replace_itself_in_sys_modules(tmp_path: Path) -> None:
     swap = "import sys\nsys.modules[__name__] = type('Names', (), {'Digits': Digits})()\n"
     write(tmp_path, "utask_swapped.py", GOOD + swap)
     assert issubclass(load_task_class("utask_swapped:Digits", str(tmp_path)), Task)
@@ -269,7 +265,7 @@ def test_a_module_may_put_an_object_in_its_place(tmp_path: Path) -> None:
         load_task_class("utask_swapped:Letters", str(tmp_path))
 
 
-def test_a_class_in_a_package_is_found(tmp_path: Path) -> None:
+def test_loads_a_class_of_a_package(tmp_path: Path) -> None:
     write(tmp_path, "utask_pkg/deep.py", GOOD)
     assert load_task_class("utask_pkg.deep:Letters", str(tmp_path)).__name__ == "Letters"
 
@@ -286,7 +282,9 @@ def test_a_class_in_a_package_is_found(tmp_path: Path) -> None:
         ("utask_gone.deep:Digits", "could not import 'utask_gone.deep'", ""),
     ],
 )
-def test_what_is_not_there(entry: str, message: str, hint: str, tmp_path: Path) -> None:
+def test_missing_module_or_class_has_a_hint(
+    entry: str, message: str, hint: str, tmp_path: Path
+) -> None:
     write(tmp_path, "utask.py", GOOD)
     write(tmp_path, "utask_pkg/deep.py", GOOD)
     with pytest.raises(SpecError) as caught:
@@ -306,7 +304,7 @@ def test_what_is_not_there(entry: str, message: str, hint: str, tmp_path: Path) 
         ("def broken(:", SyntaxError, "invalid syntax"),
     ],
 )
-def test_what_the_users_module_raises_passes_through(
+def test_errors_of_the_users_module_propagate(
     text: str, error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     write(tmp_path, "utask.py", text)
@@ -331,23 +329,23 @@ JOB = job_of(steps=1)
 
 
 def caught(call: Callable[..., object], *args: object) -> UserCodeError:
-    """What a worker makes of the error of a call of ours."""
+    """Return a worker's report of the error that `call` raises."""
     try:
         call(*args)
     except Exception as error:
-        # This function's own frame comes first; a worker's would be ours and left out.
+        # The first frame is this function's; in a worker it would be distplat's, and removed.
         assert error.__traceback__ is not None
         return as_user_error(error.with_traceback(error.__traceback__.tb_next), 2, 7)
     raise AssertionError("nothing was raised")
 
 
 def files(error: UserCodeError) -> list[str]:
-    """Names of the files of the traceback's frames, in order."""
+    """Return the file names of the traceback's frames, in order."""
     lines = [line for line in error.traceback.splitlines() if line.startswith('  File "')]
     return [Path(line.split('"')[1]).name for line in lines]
 
 
-def test_a_traceback_starts_at_the_users_frame(tmp_path: Path) -> None:
+def test_traceback_starts_at_the_users_frame(tmp_path: Path) -> None:
     write(tmp_path, "utask.py", RAISES)
     task = load_task_class("utask:Digits", str(tmp_path))()
     error = caught(prepare, JOB, task)
@@ -356,7 +354,7 @@ def test_a_traceback_starts_at_the_users_frame(tmp_path: Path) -> None:
     assert (error.rank, error.step, error.summary) == (2, 7, "ValueError: no layers today")
 
 
-def test_an_error_at_import_starts_at_the_users_frame(tmp_path: Path) -> None:
+def test_traceback_of_an_import_starts_at_the_users_frame(tmp_path: Path) -> None:
     write(tmp_path, "utask.py", "import utask_helper\n")
     write(tmp_path, "utask_helper.py", "raise RuntimeError('not today')\n")
     error = caught(load_task_class, "utask:Digits", str(tmp_path))
@@ -365,7 +363,7 @@ def test_an_error_at_import_starts_at_the_users_frame(tmp_path: Path) -> None:
     assert files(error)[0] == "utask.py"
 
 
-def test_an_error_that_we_raise_has_no_frames_of_ours(tmp_path: Path) -> None:
+def test_traceback_of_a_distplat_error_has_no_frames(tmp_path: Path) -> None:
     write(tmp_path, "utask.py", RAISES.replace("return build()", "return 3"))
     task = load_task_class("utask:Digits", str(tmp_path))()
     error = caught(prepare, JOB, task)
@@ -375,42 +373,42 @@ def test_an_error_that_we_raise_has_no_frames_of_ours(tmp_path: Path) -> None:
     assert error.traceback == error.summary + "\n"
 
 
-class _Mute(RuntimeError):
+class _FailingStr(RuntimeError):
     def __str__(self) -> str:
         raise KeyError("no text")
 
 
-class _Odd(SyntaxError):
+class _FailingText(SyntaxError):
     @property
     def text(self) -> str:  # type: ignore[override]
         raise KeyError("no line")
 
 
-@pytest.mark.parametrize("kind", [_Mute, _Odd])
-def test_an_exception_that_raises_when_it_is_shown_is_told(kind: type[Exception]) -> None:
-    """Else the training thread would end without a word, and the run wait for its deadline."""
-    error = kind("gloo")
-    found = as_user_error(error, 1, 3)
-    assert (found.rank, found.step) == (1, 3)
-    assert kind.__name__ in str(found)
+@pytest.mark.parametrize("error_type", [_FailingStr, _FailingText])
+def test_exception_whose_str_fails_is_reported(error_type: type[Exception]) -> None:
+    """Otherwise the training thread ends silently and the run waits until its deadline."""
+    error = error_type("gloo")
+    cls = as_user_error(error, 1, 3)
+    assert (cls.rank, cls.step) == (1, 3)
+    assert error_type.__name__ in str(cls)
     assert killed_loader(error) is None
     assert lost_peer(error) is None
 
 
-def test_the_middle_of_a_long_message_is_left_out() -> None:
-    """A message may have a whole batch in it: terminal and `result.json` would have it twice."""
-    found = as_user_error(ValueError("begin " + "x" * 1_000_000 + " end"), 1, 3)
-    assert len(found.summary) < 3_000 and len(found.traceback) < 60_000
-    for shown in (found.summary, found.traceback.rstrip()):
+def test_middle_of_a_long_message_is_omitted() -> None:
+    """A message may contain a whole batch, and terminal and `result.json` show it twice."""
+    cls = as_user_error(ValueError("begin " + "x" * 1_000_000 + " end"), 1, 3)
+    assert len(cls.summary) < 3_000 and len(cls.traceback) < 60_000
+    for shown in (cls.summary, cls.traceback.rstrip()):
         assert "ValueError: begin x" in shown and shown.endswith("x end")
         assert "characters ...]" in shown
     short = as_user_error(ValueError("y" * 1_500), 1, 3)
     assert short.summary == "ValueError: " + "y" * 1_500
     without_frames = as_user_error(ValueError("z" * 10_000), 1, 3)
-    assert without_frames.frames == "", "it is shown once"
+    assert without_frames.frames == "", "the message is shown once"
 
 
-def test_a_chain_of_causes_is_kept(tmp_path: Path) -> None:
+def test_traceback_keeps_the_chain_of_causes(tmp_path: Path) -> None:
     text = RAISES.replace(
         'raise ValueError("no layers today")',
         'try: 1 / 0\n    except ZeroDivisionError as e: raise ValueError("outer") from e',
@@ -428,14 +426,14 @@ def test_a_chain_of_causes_is_kept(tmp_path: Path) -> None:
     [
         ("driver's", "", "folder"),
         ("driver's", "gcs://_ray_pkg_1.zip", "folder"),
-        ("another", "", "folder"),  # of the same machine, or disks are shared: `test_spawn.py`
+        ("another", "", "folder"),  # same machine or shared disk: `test_spawn.py`
         ("another", "gcs://_ray_pkg_1.zip", "here"),
     ],
 )
-def test_on_another_node_the_code_is_what_was_shipped(
+def test_search_path_of_another_node_is_the_shipped_folder(
     node: str, shipped: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder of the same path may be there, last week's or somebody else's."""
+    """The other node may have an outdated or unrelated folder at the same path."""
     environment = {"working_dir": shipped} if shipped else {}
     context = SimpleNamespace(runtime_env=environment, get_node_id=lambda: node)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
@@ -453,7 +451,7 @@ def test_on_another_node_the_code_is_what_was_shipped(
         "DataLoader worker (pid(s) 7) exited unexpectedly",
     ],
 )
-def test_a_full_dev_shm_is_named_with_its_size(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_dev_shm_error_reports_its_size(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_compat, "loader_exit_codes", lambda error: [0, -signal.SIGBUS])
 
     def fail() -> None:
@@ -475,21 +473,19 @@ def test_a_full_dev_shm_is_named_with_its_size(text: str, monkeypatch: pytest.Mo
         "os.environ['MASTER_ADDR']",
     ],
 )
-def test_what_a_ddp_script_asks_for_is_told_what_stands_for_it(
-    line: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ddp_api_error_names_the_distplat_api(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     remedy = caught(exec, "import os, torch\n" + line).remedy
     assert "distplat.get_context()" in remedy and "distplat.prepare" in remedy
 
 
-def invalid_device() -> None:
+def raise_invalid_device() -> None:
     raise RuntimeError("CUDA error: invalid device ordinal")
 
 
-def part_of_a_vector() -> None:
-    """As the parameters of a model that is prepared are."""
+def save_parameter_views() -> None:
+    """Save parameters that are views of one vector, as in a prepared model."""
     model = torch.nn.Linear(2, 1)
     whole = torch.zeros(4)
     model.weight.data, model.bias.data = whole[:2].view(1, 2), whole[2:3]
@@ -499,39 +495,39 @@ def part_of_a_vector() -> None:
 @pytest.mark.parametrize(
     ("fail", "remedy"),
     [
-        (invalid_device, "distplat.get_context().device"),
-        (part_of_a_vector, "safe_serialization=False"),
+        (raise_invalid_device, "distplat.get_context().device"),
+        (save_parameter_views, "safe_serialization=False"),
     ],
 )
-def test_what_is_otherwise_under_torchrun_has_its_remedy(
+def test_error_that_torchrun_would_not_raise_has_a_remedy(
     fail: Callable[[], None], remedy: str
 ) -> None:
     assert remedy in caught(fail).remedy
 
 
-def outside_of_a_run() -> str:
+def get_context_outside_a_run() -> str:
     with pytest.raises(SpecError) as refused:
         api.get_context()
     return str(refused.value)
 
 
-SPAWN = "in place of `mp.spawn"
-OF_GROUP = 'File "/opt/torch/distributed/rendezvous.py", line 1, in f\nOSError: address in use'
+SPAWN_REMEDY = "in place of `mp.spawn"
+GROUP_ERROR = 'File "/opt/torch/distributed/rendezvous.py", line 1, in f\nOSError: address in use'
 
 
 @pytest.mark.parametrize(
     ("inner", "own_loop", "remedy"),
     [
-        (lambda: "KeyError: 'LOCAL_RANK'", True, SPAWN),
-        (lambda: OF_GROUP, True, SPAWN),
-        (outside_of_a_run, True, SPAWN),
+        (lambda: "KeyError: 'LOCAL_RANK'", True, SPAWN_REMEDY),
+        (lambda: GROUP_ERROR, True, SPAWN_REMEDY),
+        (get_context_outside_a_run, True, SPAWN_REMEDY),
         (lambda: "RuntimeError: CUDA out of memory", True, "a smaller `batch_size`"),
         (lambda: "RuntimeError: CUDA out of memory", False, "raise `gradient_accumulation`"),
         (lambda: "KeyError: 'LOCAL_RANK'", False, "torch.distributed has no group"),
         (lambda: "ValueError: a file is damaged", True, ""),
     ],
 )
-def test_an_error_in_a_spawned_process_has_the_remedy_of_what_it_did(
+def test_error_in_a_spawned_process_has_a_remedy(
     inner: Callable[[], str], own_loop: bool, remedy: str
 ) -> None:
     text = f"\n\n-- Process 0 terminated with the following error:\n{inner()}\n"
@@ -539,15 +535,15 @@ def test_an_error_in_a_spawned_process_has_the_remedy_of_what_it_did(
     assert remedy in error.remedy and bool(error.remedy) is bool(remedy)
 
 
-def test_a_worker_has_no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_argument_parser_error_points_to_task_args(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["default_worker.py", "--node-ip-address=10.0.0.7"])
     with pytest.raises(SystemExit) as ended:
         ArgumentParser().parse_args()
     assert "`task_args`" in as_user_error(ended.value, 0, None).remedy
 
 
-class Broken:
-    """A data set of which some samples cannot be read."""
+class BrokenData:
+    """Sample 17 cannot be read, and samples of the two halves have different shapes."""
 
     def __len__(self) -> int:
         return 64
@@ -559,8 +555,8 @@ class Broken:
 
 
 def error_of(ids: list[int], *, in_loader: bool) -> Exception:
-    """Give what the reading of some samples raises; of a loader process, as torch hands it on."""
-    data: Any = Broken()
+    """Return the error of reading samples, wrapped as by a loader process if `in_loader`."""
+    data: Any = BrokenData()
     try:
         Samples(data).__getitems__(SampleRun(0, 0, ids))
     except Exception as error:
@@ -573,22 +569,22 @@ def error_of(ids: list[int], *, in_loader: bool) -> Exception:
 
 @pytest.mark.parametrize("in_loader", [False, True])
 @pytest.mark.parametrize(
-    ("ids", "said"),
+    ("ids", "suffix"),
     [
         ([4, 17, 9], "(sample 17 of the data set)"),
         ([*range(10), 40], "(samples 0, 1, 2, 3, 4, 5, 6, 7, ... of the data set)"),
     ],
 )
-def test_the_samples_are_named_that_could_not_be_read_or_put_together(
-    ids: list[int], said: str, in_loader: bool
-) -> None:
-    told = as_user_error(error_of(ids, in_loader=in_loader), 0, 3)
-    assert told.text.splitlines()[-1 if "hint" not in told.text else -2].endswith(said)
-    assert told.traceback.endswith(f"{said}\n") and told.traceback.count(" of the data set") == 1
+def test_error_of_a_batch_names_the_samples(ids: list[int], suffix: str, in_loader: bool) -> None:
+    error = as_user_error(error_of(ids, in_loader=in_loader), 0, 3)
+    assert error.text.splitlines()[-1 if "hint" not in error.text else -2].endswith(suffix)
+    assert (
+        error.traceback.endswith(f"{suffix}\n") and error.traceback.count(" of the data set") == 1
+    )
 
 
-def test_a_frame_that_nobody_wrote_is_left_out() -> None:
-    """`dataclass` makes constructors of text."""
+def test_traceback_omits_generated_frames() -> None:
+    """`dataclass` generates `__init__` from a string."""
 
     @dataclass
     class Sized:

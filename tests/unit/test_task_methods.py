@@ -1,4 +1,4 @@
-"""Methods of a task that nobody calls are told; helpers of the user's own are not."""
+"""uncalled_hooks: warnings about methods of a task that distplat never calls."""
 
 import importlib.util
 from pathlib import Path
@@ -29,7 +29,7 @@ def with_method(name: str) -> type[Task]:
 
 
 @pytest.mark.parametrize(
-    ("name", "instead"),
+    ("name", "advice"),
     [
         ("collate_fn", "did you mean collate()? Write collate(samples)"),
         ("training_step", "write step(model, batch)"),
@@ -52,11 +52,11 @@ def with_method(name: str) -> type[Task]:
         ("Model", "did you mean model()?"),
     ],
 )
-def test_a_hook_that_is_none_is_told_with_its_place(name: str, instead: str) -> None:
-    (told,) = uncalled_hooks(with_method(name))
+def test_uncalled_hook_is_reported_with_its_location(name: str, advice: str) -> None:
+    (warning,) = uncalled_hooks(with_method(name))
     line = with_method.__code__.co_firstlineno + 1
-    assert told.startswith(f"test_task_methods.py:{line}: Bert.{name}() is never called: ")
-    assert instead in told
+    assert warning.startswith(f"test_task_methods.py:{line}: Bert.{name}() is never called: ")
+    assert advice in warning
 
 
 @pytest.mark.parametrize(
@@ -66,11 +66,11 @@ def test_a_hook_that_is_none_is_told_with_its_place(name: str, instead: str) -> 
         "tokenizer augment windows log data vocabulary mask"
     ).split(),
 )
-def test_a_helper_is_silent(name: str) -> None:
+def test_helper_method_has_no_warning(name: str) -> None:
     assert uncalled_hooks(with_method(name)) == []
 
 
-def test_our_own_hooks_are_silent() -> None:
+def test_task_hooks_have_no_warning() -> None:
     class Full(Good):
         def eval_data(self) -> Any: ...
         def metrics(self, outputs: Any, targets: Any) -> Any: ...
@@ -79,57 +79,57 @@ def test_our_own_hooks_are_silent() -> None:
     assert uncalled_hooks(Full) == []
 
 
-def test_a_method_that_the_class_uses_is_a_helper() -> None:
-    class Uses(Good):
+def test_method_called_by_the_class_has_no_warning() -> None:
+    class CallsHelper(Good):
         def loss(self, outputs: Any, targets: Any) -> Any:
             return sum(self.criterion(o, t) for o, t in zip(outputs, targets, strict=True))
 
         def criterion(self, output: Any, target: Any) -> Any: ...
 
-    assert uncalled_hooks(Uses) == []
+    assert uncalled_hooks(CallsHelper) == []
 
 
-class Bare(Task):
+class WithoutLoss(Task):
     def model(self) -> Any: ...
     def train_data(self) -> Any: ...
 
 
-class Stepping(Bare):
+class WithStep(WithoutLoss):
     def step(self, model: Any, batch: Any) -> Any: ...
 
 
-class Calling(Good):
+class WithForward(Good):
     def forward(self, model: Any, batch: Any, scale: float = 1.0) -> Any: ...
 
 
-class Static(Bare):
+class WithStaticStep(WithoutLoss):
     step = staticmethod(lambda model, batch: None)
 
 
-@pytest.mark.parametrize("kind", [Good, Stepping, Calling, Static])
-def test_a_task_has_a_loss_or_a_step(kind: type[Task]) -> None:
-    assert uncalled_hooks(kind) == []
+@pytest.mark.parametrize("cls", [Good, WithStep, WithForward, WithStaticStep])
+def test_task_may_define_loss_or_step(cls: type[Task]) -> None:
+    assert uncalled_hooks(cls) == []
 
 
-def refused(kind: type[Task]) -> Problem:
+def problem_of(cls: type[Task]) -> Problem:
     with pytest.raises(SpecError) as caught:
-        uncalled_hooks(kind)
+        uncalled_hooks(cls)
     (problem,) = caught.value.problems
     return problem
 
 
-def test_a_task_that_has_both_is_told_where() -> None:
+def test_task_with_loss_and_step_is_rejected() -> None:
     class Both(Good):
         def step(self, model: Any, batch: Any) -> Any: ...
 
-    problem, line = refused(Both), Both.step.__code__.co_firstlineno
-    place = f"test_task_methods.py:{line}: Both"
-    assert problem.message == f"{place}: step() and loss() both define the loss"
+    problem, line = problem_of(Both), Both.step.__code__.co_firstlineno
+    location = f"test_task_methods.py:{line}: Both"
+    assert problem.message == f"{location}: step() and loss() both define the loss"
     assert "keep it, and rename loss()" in problem.hint
 
 
 @pytest.mark.parametrize(
-    ("name", "way_out"),
+    ("name", "advice"),
     [
         ("", "write loss(outputs, targets), or step(model, batch)"),
         ("losses", "did you mean losses()?"),
@@ -137,70 +137,72 @@ def test_a_task_that_has_both_is_told_where() -> None:
         ("training_step", "training_step() is never called: write step(model, batch)"),
     ],
 )
-def test_a_task_that_has_neither_is_told_what_to_write(name: str, way_out: str) -> None:
-    problem = refused(type("Bert", (Bare,), {name: lambda self, batch: None} if name else {}))
+def test_task_without_loss_and_step_is_rejected(name: str, advice: str) -> None:
+    problem = problem_of(
+        type("Bert", (WithoutLoss,), {name: lambda self, batch: None} if name else {})
+    )
     assert problem.message == "Bert has no loss() and no step()"
-    assert way_out in problem.hint
+    assert advice in problem.hint
 
 
 @pytest.mark.parametrize("name", ["forward", "step"])
-def test_a_method_that_takes_no_batch_is_told(name: str) -> None:
-    class Lightning(Good if name == "forward" else Bare):  # type: ignore[misc]
+def test_hook_without_batch_argument_is_rejected(name: str) -> None:
+    class Lightning(Good if name == "forward" else WithoutLoss):  # type: ignore[misc]
         pass
 
     def method(self: Any, batch: Any) -> Any: ...
 
     setattr(Lightning, name, method)
-    problem = refused(Lightning)
+    problem = problem_of(Lightning)
     assert f"Lightning: {name}() must take (model, batch)" in problem.message
     assert problem.message.startswith("test_task_methods.py:")
 
 
-def test_a_forward_beside_a_step_is_called_by_it_or_by_nobody() -> None:
-    class Idle(Stepping):
+def test_forward_is_uncalled_if_step_does_not_call_it() -> None:
+    class UnusedForward(WithStep):
         def forward(self, model: Any, batch: Any) -> Any: ...
 
-    class Used(Idle):
+    class UsedForward(UnusedForward):
         def step(self, model: Any, batch: Any) -> Any:
             return self.forward(model, batch)
 
-    (told,) = uncalled_hooks(Idle)
-    assert "Idle.forward() is never called: call it in step(model, batch)" in told
-    assert uncalled_hooks(Used) == []
+    (warning,) = uncalled_hooks(UnusedForward)
+    assert "UnusedForward.forward() is never called: call it in step(model, batch)" in warning
+    assert uncalled_hooks(UsedForward) == []
 
 
-def test_what_is_inherited_or_assigned_is_told_once() -> None:
+def test_inherited_and_assigned_hooks_are_reported_once() -> None:
     class Base(Good):
         def collate_fn(self, samples: Any) -> Any: ...
 
     class Derived(Base):
         predict_step = staticmethod(lambda inputs: inputs)
 
-    told = sorted(uncalled_hooks(Derived))
-    assert len(told) == 2
-    assert "Derived.collate_fn()" in told[0]
-    assert "Derived.predict_step()" in told[1]
+    warnings = sorted(uncalled_hooks(Derived))
+    assert len(warnings) == 2
+    assert "Derived.collate_fn()" in warnings[0]
+    assert "Derived.predict_step()" in warnings[1]
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize("file", ["digits/digits.py", "charlm/charlm.py", "recsys/recsys.py"])
-def test_the_examples_are_silent(file: str) -> None:
+def test_examples_have_no_warning(file: str) -> None:
     spec = importlib.util.spec_from_file_location("example", EXAMPLES / file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    kinds = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Task)]
-    tasks = [kind for kind in kinds if kind is not Task]
+    classes = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, Task)]
+    tasks = [cls for cls in classes if cls is not Task]
     assert tasks
-    for kind in tasks:
-        assert uncalled_hooks(kind) == []
+    for cls in tasks:
+        assert uncalled_hooks(cls) == []
 
 
-def test_what_a_class_keeps_under_the_name_of_a_method_is_its_own() -> None:
-    """Class weights of a cross entropy, for example: the loss below reads them."""
+def test_attributes_named_like_hooks_have_no_warning() -> None:
+    """For example `weights`, the class weights of a cross entropy."""
 
     class Weighted(Task):
         def model(self) -> nn.Module:
@@ -212,8 +214,13 @@ def test_what_a_class_keeps_under_the_name_of_a_method_is_its_own() -> None:
         def loss(self: Any, outputs: Any, targets: Any) -> Any:
             return nn.functional.cross_entropy(outputs, targets, self.weights) * self.lr
 
-    own = {"lr": 0.1, "weights": torch.tensor([1.0, 2.0]), "optimizer": "Adam", "sampler": None}
-    kind: Any = type("Keeps", (Weighted,), own)
-    assert uncalled_hooks(kind) == []
-    run = train(job_of("ring", 2, steps=2), kind)
+    attributes = {
+        "lr": 0.1,
+        "weights": torch.tensor([1.0, 2.0]),
+        "optimizer": "Adam",
+        "sampler": None,
+    }
+    cls: Any = type("WithAttributes", (Weighted,), attributes)
+    assert uncalled_hooks(cls) == []
+    run = train(job_of("ring", 2, steps=2), cls)
     assert all(value.isfinite().all() for value in run.trained[0].values())

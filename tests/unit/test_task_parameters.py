@@ -1,4 +1,4 @@
-"""Which tensors of a task are trained beside its model."""
+"""task_parameters: the trained tensors that a task holds outside its model."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from distplat.strategies.loop.task_settings import task_modules, task_parameters
 from distplat.strategies.task import Task
 
 
-class Rich(Task):
+class TaskWithParameters(Task):
     def __init__(self) -> None:
         self.net = nn.Linear(2, 2)
         self.log_var = nn.Parameter(torch.zeros(3))
@@ -29,10 +29,10 @@ class Rich(Task):
         raise NotImplementedError
 
 
-def test_what_is_trained_beside_the_model() -> None:
-    task = Rich()
-    found = task_parameters(task, task.model())
+def test_finds_parameters_outside_the_model() -> None:
+    task = TaskWithParameters()
+    parameters = task_parameters(task, task.model())
     names = ["heads.a.weight", "heads.many.0.bias", "heads.many.0.weight", "log_var", "scale"]
-    assert sorted(found) == names
-    assert found["log_var"] is task.log_var
+    assert sorted(parameters) == names
+    assert parameters["log_var"] is task.log_var
     assert len(task_modules(task, task.model())) == 2

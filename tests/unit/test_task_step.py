@@ -1,4 +1,4 @@
-"""Batches of any form, and tasks that call the model themselves: equal to the plain loop."""
+"""Batches of any form and tasks with `step` or `forward`, compared with a plain loop."""
 
 import re
 from functools import cache
@@ -36,12 +36,12 @@ pytestmark = pytest.mark.usefixtures("loader_server")
 HYBRID = {"name": "hybrid", "pipeline": 1, "tensor": 1, "data": 2}
 
 
-KINDS: list[type[Task]] = [Dicts, Triples, Nested, Listed, Packed]
+TASK_CLASSES: list[type[Task]] = [Dicts, Triples, Nested, Listed, Packed]
 
 
 @cache
-def plain() -> tuple[dict[str, Tensor], float]:
-    """Train in a loop as one would write it; give the model, and its loss on all samples."""
+def train_plain() -> tuple[dict[str, Tensor], float]:
+    """Train in a plain loop, and return the model and its loss on all samples."""
     torch.manual_seed(0)
     model, data = Tagger(), Sentences(SAMPLES)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -55,14 +55,14 @@ def plain() -> tuple[dict[str, Tensor], float]:
     return model.state_dict(), model(words, mask, classes)["loss"].item()
 
 
-def trained(kind: type[Task], strategy: Any, workers: int, **fields: Any) -> LocalRun:
+def train_task(cls: type[Task], strategy: Any, workers: int, **fields: Any) -> LocalRun:
     sgd = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
-    given = {"optimizer": sgd, "steps": STEPS, "global_batch_size": BATCH, **fields}
-    return train(job_of(strategy, workers, **given), kind)
+    options = {"optimizer": sgd, "steps": STEPS, "global_batch_size": BATCH, **fields}
+    return train(job_of(strategy, workers, **options), cls)
 
 
 @pytest.mark.sweep(2)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cls", TASK_CLASSES)
 @pytest.mark.parametrize(
     ("strategy", "workers", "fields"),
     [
@@ -75,24 +75,24 @@ def trained(kind: type[Task], strategy: Any, workers: int, **fields: Any) -> Loc
     ],
     ids=str,
 )
-def test_any_batch_trains_as_a_plain_loop(
-    kind: type[Task], strategy: str, workers: int, fields: dict[str, Any]
+def test_run_matches_plain_loop_for_any_batch(
+    cls: type[Task], strategy: str, workers: int, fields: dict[str, Any]
 ) -> None:
-    run = trained(kind, strategy, workers, **fields)
-    expected, loss = plain()
-    found = run.trained[0]
-    assert found.keys() == expected.keys()
+    run = train_task(cls, strategy, workers, **fields)
+    expected, loss = train_plain()
+    parameters = run.trained[0]
+    assert parameters.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(parameters[name], value, rtol=1e-9, atol=1e-12)
     last = of_the_end(run)
-    assert sum(one.samples for one in last) == SAMPLES
+    assert sum(report.samples for report in last) == SAMPLES
     assert total(last, "loss") == pytest.approx(loss, rel=1e-9)
     words = sum(map(len, Sentences(SAMPLES).words)) / SAMPLES
     assert total(last, "words") == pytest.approx(words, rel=1e-6)
 
 
 class HuggingFace(Dicts):
-    """The shortest way: the model has its loss."""
+    """The model's outputs contain the loss, as in Hugging Face Transformers."""
 
     loss = Task.loss
 
@@ -100,14 +100,14 @@ class HuggingFace(Dicts):
         return model(**batch)
 
 
-def test_outputs_with_a_loss_in_them_are_what_a_step_may_give() -> None:
-    """One worker: the loss is a mean over words, which parts of a batch have more or less of."""
-    found, (expected, _) = trained(HuggingFace, "ring", 1).trained[0], plain()
+def test_step_may_return_outputs_with_a_loss() -> None:
+    """One worker only: the loss is a mean over words, and parts of a batch differ in words."""
+    parameters, (expected, _) = train_task(HuggingFace, "ring", 1).trained[0], train_plain()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(parameters[name], value, rtol=1e-9, atol=1e-12)
 
 
-def test_the_default_step_is_the_loss_of_the_default_forward() -> None:
+def test_default_step_calls_forward_and_loss() -> None:
     class Pairs(Tags):
         def loss(self, outputs: Any, targets: Any) -> Any:
             return outputs, targets
@@ -119,7 +119,7 @@ def test_the_default_step_is_the_loss_of_the_default_forward() -> None:
     assert Pairs().step(twice, {"x": 3}) == (6, {"x": 3})
 
 
-def test_a_number_that_a_task_keeps_as_step_is_no_step() -> None:
+def test_attribute_named_step_is_no_hook() -> None:
     class Counting(Dicts):
         def __init__(self) -> None:
             vars(self)["step"] = 0
@@ -128,24 +128,26 @@ def test_a_number_that_a_task_keeps_as_step_is_no_step() -> None:
             vars(self)["step"] += 1
             return super().loss(outputs, targets)
 
-    found, (expected, _) = trained(Counting, "ring", 2).trained[0], plain()
-    torch.testing.assert_close(found["head.bias"], expected["head.bias"], rtol=1e-9, atol=1e-12)
+    parameters, (expected, _) = train_task(Counting, "ring", 2).trained[0], train_plain()
+    torch.testing.assert_close(
+        parameters["head.bias"], expected["head.bias"], rtol=1e-9, atol=1e-12
+    )
 
 
-def stepping(value: Any) -> type[Task]:
-    """Give a task whose `step` makes something of its loss."""
+def task_with_step(value: Any) -> type[Task]:
+    """Return a task whose `step` returns `value(loss)`."""
 
-    class Stepping(Dicts):
+    class StepTask(Dicts):
         loss = Task.loss
 
         def step(self, model: nn.Module, batch: Any) -> Any:
             return value(model(**batch)["loss"])
 
-    return Stepping
+    return StepTask
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         (
             lambda loss: {"los": loss, "x": 1},
@@ -166,87 +168,85 @@ def stepping(value: Any) -> type[Task]:
         (lambda loss: None, r"step\(\) must return a scalar tensor, got None: is there a `return`"),
     ],
 )
-def test_what_step_may_not_give(value: Any, told: str) -> None:
-    with pytest.raises(ValueError, match=rf"test_task_step\.py:\d+: {told}"):
-        trained(stepping(value), "ring", 1)
+def test_invalid_step_values_are_rejected(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"test_task_step\.py:\d+: {message}"):
+        train_task(task_with_step(value), "ring", 1)
 
 
-class Unsaid(Triples):
-    """Three things, and nobody says how the model takes them."""
+class WithoutForward(Triples):
+    """Batches of three tensors without `forward` or `step`."""
 
     forward = Task.forward
 
 
-def test_a_batch_that_nobody_says_how_to_take_is_refused() -> None:
-    told = r"it is a tuple of 3\. For any other batch Unsaid needs forward\(model, batch\) or step"
-    with pytest.raises(ValueError, match=told):
-        trained(Unsaid, "ring", 1)
+def test_batch_of_three_needs_forward_or_step() -> None:
+    message = r"For any other batch WithoutForward needs forward\(model, batch\) or step"
+    with pytest.raises(ValueError, match=message):
+        train_task(WithoutForward, "ring", 1)
     with pytest.raises(SpecError, match="a batch is a tuple of 3, and the task does not say how"):
-        trained(Unsaid, HYBRID, 2)
+        train_task(WithoutForward, HYBRID, 2)
 
 
-class Ragged(Dicts):
-    """A mean over words, which are not as many in each sample."""
+class WordMean(Dicts):
+    """The loss is a mean over words, and samples differ in words."""
 
     def loss(self, outputs: Any, targets: Any) -> Any:
         return F.cross_entropy(outputs["logits"].flatten(0, 1), targets["labels"].flatten())
 
 
-def test_a_mean_over_words_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    trained(Ragged, "ring", 1)
-    (told,) = [one.getMessage() for one in caplog.records if "not a mean" in one.getMessage()]
-    assert told.startswith("loss() is not a mean over the samples of a batch: halves give ")
-    assert "return (sum, weight) instead" in told
+def test_mean_over_words_has_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    train_task(WordMean, "ring", 1)
+    (message,) = [r.getMessage() for r in caplog.records if "not a mean" in r.getMessage()]
+    assert message.startswith("loss() is not a mean over the samples of a batch: halves give ")
+    assert "return (sum, weight) instead" in message
 
 
-class OwnLoss(Dicts):
-    """A mean over words, which the model makes itself."""
+class ModelLoss(Dicts):
+    """The model computes a mean over words."""
 
     def loss(self, outputs: Any, targets: Any) -> Any:
         return outputs["loss"]
 
 
-@pytest.mark.parametrize("kind", [OwnLoss, HuggingFace])
+@pytest.mark.parametrize("cls", [ModelLoss, HuggingFace])
 @pytest.mark.parametrize("strategy", ["ring", HYBRID], ids=str)
-def test_a_mean_over_words_of_the_models_own_is_told(
-    kind: type[Task], strategy: Any, caplog: pytest.LogCaptureFixture
+def test_mean_over_words_in_the_model_has_a_warning(
+    cls: type[Task], strategy: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trained(kind, strategy, 2)
-    (told, *_) = [one.getMessage() for one in caplog.records if "the model's own" in one.message]
-    assert re.search(r"have \d to \d+ labels that are not -100", told)
-    assert "Return (sum, weight) instead" in told
+    train_task(cls, strategy, 2)
+    (message, *_) = [r.getMessage() for r in caplog.records if "the model's own" in r.message]
+    assert re.search(r"have \d to \d+ labels that are not -100", message)
+    assert "Return (sum, weight) instead" in message
 
 
-@pytest.mark.parametrize("kind", [Dicts, Triples, Nested, Listed])
-def test_a_sum_over_words_with_its_weight_is_not(
-    kind: type[Task], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("cls", [Dicts, Triples, Nested, Listed])
+def test_weighted_sum_over_words_has_no_warning(
+    cls: type[Task], caplog: pytest.LogCaptureFixture
 ) -> None:
-    trained(kind, "ring", 1)
-    assert not [one for one in caplog.records if "mean" in one.getMessage()]
+    train_task(cls, "ring", 1)
+    assert not [record for record in caplog.records if "mean" in record.getMessage()]
 
 
-class Counting(Tagger):
-    """Counts its forwards."""
-
+class CountingTagger(Tagger):
     calls = 0
 
-    def forward(self, *given: Any, **named: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.calls += 1
-        return super().forward(*given, **named)
+        return super().forward(*args, **kwargs)
 
 
-@pytest.mark.parametrize("kind", [Ragged, Triples, Nested])
-def test_the_model_runs_once_a_batch(kind: type[Task]) -> None:
-    class Counted(kind):  # type: ignore[misc, valid-type]
+@pytest.mark.parametrize("cls", [WordMean, Triples, Nested])
+def test_model_runs_once_per_batch(cls: type[Task]) -> None:
+    class Counted(cls):  # type: ignore[misc, valid-type]
         def model(self) -> nn.Module:
-            return Counting()
+            return CountingTagger()
 
-    model: Any = trained(Counted, "ring", 1, steps=4).ranks[0].prepared.flat.model
-    assert model.calls == 4 + -(-SAMPLES // BATCH)  # four steps, and the evaluation after them
+    model: Any = train_task(Counted, "ring", 1, steps=4).ranks[0].prepared.flat.model
+    assert model.calls == 4 + -(-SAMPLES // BATCH)  # four steps and the evaluation
 
 
-class Figured(Dicts):
-    """Counts its losses in the task, and has a layer of its own that it counts with."""
+class CountingTask(Dicts):
+    """Counts losses in an attribute and in a batch norm outside the model."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -258,20 +258,20 @@ class Figured(Dicts):
         return super().loss(outputs, targets)
 
 
-def test_looking_at_a_loss_leaves_the_task_as_it_is() -> None:
-    task: Any = trained(Figured, "ring", 1, steps=3).ranks[0].prepared.task
+def test_loss_check_does_not_change_the_task() -> None:
+    task: Any = train_task(CountingTask, "ring", 1, steps=3).ranks[0].prepared.task
     assert task.calls == 3 + -(-SAMPLES // BATCH)
     assert task.norm.num_batches_tracked == 3
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("cls", "message"),
     [
         (Triples, r"Triples\.forward\(\) calls the whole model, which can be cut only if it"),
         (Nested, r"Nested\.step\(\) calls the whole model, which can be cut only if it"),
         (Dicts, r"Tagger\.forward takes 3 inputs"),
     ],
 )
-def test_a_model_without_blocks_is_not_cut_around_a_call(kind: type[Task], told: str) -> None:
-    with pytest.raises(SpecError, match=told):
-        trained(kind, {**HYBRID, "pipeline": 2, "data": 1}, 2)
+def test_pipeline_rejects_tasks_that_call_the_whole_model(cls: type[Task], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        train_task(cls, {**HYBRID, "pipeline": 2, "data": 1}, 2)

@@ -1,4 +1,4 @@
-"""Parameters that a task keeps itself are trained, saved and gone on from like the model's."""
+"""Parameters of the task are trained, saved and resumed like the model's."""
 
 from typing import Any
 
@@ -20,8 +20,8 @@ from distplat.strategies.task import Task
 SAMPLES, BATCH, STEPS = 20, 8, 7
 
 
-class Uncertain(Task):
-    """The loss has weights of its own, one alone and one in a module that is used now and then."""
+class TaskWithParameters(Task):
+    """The task has a parameter and a module that its loss uses."""
 
     def __init__(self) -> None:
         self.log_var = nn.Parameter(torch.zeros(3, dtype=torch.float64))
@@ -32,18 +32,20 @@ class Uncertain(Task):
         return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
     def train_data(self) -> Dataset[Any]:
-        draw = torch.Generator().manual_seed(1)
-        inputs = torch.randn(SAMPLES, 4, generator=draw, dtype=torch.float64)
-        return TensorDataset(inputs, torch.randn(SAMPLES, 3, generator=draw, dtype=torch.float64))
+        generator = torch.Generator().manual_seed(1)
+        inputs = torch.randn(SAMPLES, 4, generator=generator, dtype=torch.float64)
+        return TensorDataset(
+            inputs, torch.randn(SAMPLES, 3, generator=generator, dtype=torch.float64)
+        )
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         errors = (outputs - targets).square() * torch.exp(-self.log_var) + self.log_var
-        found: Tensor = errors.mean()
+        first: Tensor = errors.mean()
         second: Tensor = self.heads[0](outputs).square().mean()
-        return found + second * 0.1
+        return first + second * 0.1
 
 
-def uncertain_job(strategy: dict[str, Any], workers: int, **fields: Any) -> Job:
+def make_job(strategy: dict[str, Any], workers: int, **fields: Any) -> Job:
     return job_of(
         strategy,
         workers,
@@ -55,10 +57,10 @@ def uncertain_job(strategy: dict[str, Any], workers: int, **fields: Any) -> Job:
     )
 
 
-def plain() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Train in one process; give the model's parameters and the task's."""
+def train_plain() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Train in a plain loop, and return the parameters of the model and of the task."""
     torch.manual_seed(0)
-    task = Uncertain()
+    task = TaskWithParameters()
     torch.manual_seed(0)
     model, data = task.model(), task.train_data()
     own: dict[str, Tensor] = {
@@ -86,30 +88,32 @@ def plain() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     ],
     ids=str,
 )
-def test_they_are_trained_as_in_one_process(strategy: dict[str, Any], workers: int) -> None:
-    run = train(uncertain_job(strategy, workers), Uncertain)
-    model, own = plain()
+def test_task_parameters_match_plain_loop(strategy: dict[str, Any], workers: int) -> None:
+    run = train(make_job(strategy, workers), TaskWithParameters)
+    model, own = train_plain()
     expected = {**model, **{f"task:{name}": value for name, value in own.items()}}
     assert run.trained[0].keys() == expected.keys()
     for name, value in expected.items():
         assert torch.allclose(run.trained[0][name], value, rtol=0, atol=1e-10), name
 
 
-def test_a_run_goes_on_from_what_it_kept_of_them() -> None:
-    whole = train(uncertain_job({"name": "ring"}, 2, checkpoint={"every_steps": 3}), Uncertain)
-    rest = train(uncertain_job({"name": "ps-sync"}, 2), Uncertain, saved=whole.checkpoints[3])
+def test_task_parameters_are_resumed() -> None:
+    whole = train(make_job({"name": "ring"}, 2, checkpoint={"every_steps": 3}), TaskWithParameters)
+    resumed = train(
+        make_job({"name": "ps-sync"}, 2), TaskWithParameters, saved=whole.checkpoints[3]
+    )
     for name, value in whole.trained[0].items():
-        assert torch.allclose(rest.trained[0][name], value, rtol=0, atol=1e-10), name
+        assert torch.allclose(resumed.trained[0][name], value, rtol=0, atol=1e-10), name
 
 
-def test_a_model_that_is_cut_has_no_place_for_them() -> None:
+def test_pipeline_rejects_task_parameters() -> None:
     with pytest.raises(
         SpecError, match=r"the task keeps log_var, heads\.0\.weight, heads\.0\.bias itself"
     ):
-        train(uncertain_job({"name": "hybrid", "pipeline": 2, "cut": "even"}, 2), Uncertain)
+        train(make_job({"name": "hybrid", "pipeline": 2, "cut": "even"}, 2), TaskWithParameters)
 
 
-def test_they_have_a_file_of_their_own() -> None:
+def test_split_task_tensors_separates_model_and_task() -> None:
     tensors: dict[str, RawTensor] = {
         name: whole_of(torch.arange(3.0)) for name in ("0.weight", "task:log_var")
     }

@@ -1,4 +1,4 @@
-"""Optimizers that look at whole tensors, by name: torch's, wherever the vector is cut."""
+"""Optimizers of the job file that need whole tensors, compared with torch for any split."""
 
 from typing import Any
 
@@ -28,9 +28,9 @@ def job(strategy: Any = "ring", world: int = 1, **more: Any) -> Job:
     return grouped_job(strategy, world, **{"optimizer": {**ADAFACTOR, "groups": GROUPS}, **more})
 
 
-def plain(kind: type[Small] = Small, clip_norm: float | None = None) -> dict[str, Tensor]:
-    """The loop that a user would write."""
-    task = kind()
+def train_plain(cls: type[Small] = Small, clip_norm: float | None = None) -> dict[str, Tensor]:
+    """Train in a plain loop."""
+    task = cls()
     torch.manual_seed(5)
     model, data = task.model(), task.train_data()
     named: Any = dict(model.named_parameters())
@@ -43,8 +43,8 @@ def plain(kind: type[Small] = Small, clip_norm: float | None = None) -> dict[str
         {"params": [named[n] for n in second], "lr": 0.01},
         {"params": [named[n] for n in rest]},
     ]
-    made: Any = torch.optim.Adafactor
-    optimizer = made(groups, lr=0.05, weight_decay=0.3, d=2)
+    adafactor: Any = torch.optim.Adafactor
+    optimizer = adafactor(groups, lr=0.05, weight_decay=0.3, d=2)
     train_plainly(task, model, data, optimizer, clip_norm)
     return {name: value.detach().clone() for name, value in named.items()}
 
@@ -53,7 +53,7 @@ def state_of(run: LocalRun, rank: int = 0) -> dict[str, Tensor]:
     return {n: p.clone() for n, p in run.ranks[rank].prepared.flat.state_dict().items()}
 
 
-WAYS: dict[str, tuple[Any, int]] = {
+CONFIGS: dict[str, tuple[Any, int]] = {
     **STRATEGIES,
     "sharded-5": ({"name": "ring", "shard_optimizer": True}, 5),
     "ps-sync-more-servers-than-tensors": ({"name": "ps-sync", "num_servers": 8}, 2),
@@ -62,19 +62,19 @@ WAYS: dict[str, tuple[Any, int]] = {
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("name", WAYS)
-def test_a_run_is_a_plain_loop(name: str, clip_norm: float | None) -> None:
-    run = train(job(*WAYS[name], clip_norm=clip_norm), Small)
-    close(state_of(run), plain(clip_norm=clip_norm))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_run_matches_plain_loop(name: str, clip_norm: float | None) -> None:
+    run = train(job(*CONFIGS[name], clip_norm=clip_norm), Small)
+    close(state_of(run), train_plain(clip_norm=clip_norm))
 
 
 @pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers", "ps-async"])
-def test_parameters_of_the_task_too(name: str) -> None:
-    close(state_of(train(job(*WAYS[name]), Own)), plain(Own))
+def test_task_parameters_match_plain_loop(name: str) -> None:
+    close(state_of(train(job(*CONFIGS[name]), Own)), train_plain(Own))
 
 
-class Idle(Small):
-    """A layer that no step reaches: weight decay must leave it alone."""
+class UnusedLayer(Small):
+    """The forward does not use one layer, and weight decay must not change it."""
 
     def model(self) -> nn.Module:
         model = super().model()
@@ -83,45 +83,47 @@ class Idle(Small):
 
 
 @pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers", "ps-async"])
-def test_a_parameter_without_a_gradient_rests(name: str) -> None:
-    close(state_of(train(job(*WAYS[name]), Idle)), plain(Idle))
+def test_parameter_without_gradient_is_not_updated(name: str) -> None:
+    close(state_of(train(job(*CONFIGS[name]), UnusedLayer)), train_plain(UnusedLayer))
 
 
-class WideGpt(Gpt):
+class DoubleGpt(Gpt):
     def model(self) -> nn.Module:
         return super().model().double()
 
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("pipeline", [1, 2, 3])
-def test_stages_of_a_model(pipeline: int) -> None:
-    """With an epsilon above the rounding noise that is all the gradient of some biases."""
+def test_pipeline_matches_one_worker(pipeline: int) -> None:
+    """`eps` exceeds the gradients of some biases, which are rounding errors only."""
     grid, workers = grid_of(pipeline, 1, 2)
     fields = {"optimizer": {"name": "Adafactor", "lr": 0.02, "eps": [1e-6, 1e-3]}}
-    cut = whole(train(hybrid_job(grid, workers, **fields), WideGpt))
-    one = train(hybrid_job({}, 1, **fields), WideGpt).parameters()
-    assert max(float((cut[name] - one[name]).abs().max()) for name in one) < 1e-9
+    stages = whole(train(hybrid_job(grid, workers, **fields), DoubleGpt))
+    expected = train(hybrid_job({}, 1, **fields), DoubleGpt).parameters()
+    assert max(float((stages[name] - expected[name]).abs().max()) for name in expected) < 1e-9
 
 
-SAVES = ["ring-2", "sharded", "ps-sync-3-servers", "ps-sync-kept-twice", "hybrid-servers"]
+CHECKPOINTED = ["ring-2", "sharded", "ps-sync-3-servers", "ps-sync-kept-twice", "hybrid-servers"]
 
 
 @pytest.mark.sweep(4)
-@pytest.mark.parametrize("to", SAVES)
-@pytest.mark.parametrize("name", SAVES)
-def test_it_goes_on_from_a_checkpoint_under_any_strategy(name: str, to: str) -> None:
-    unfailed = train(job(*WAYS[name], checkpoint={"every_steps": 2}), Small)
-    resumed = train(job(*WAYS[to]), Small, saved=unfailed.checkpoints[2])
+@pytest.mark.parametrize("target", CHECKPOINTED)
+@pytest.mark.parametrize("name", CHECKPOINTED)
+def test_checkpoint_resumes_under_any_strategy(name: str, target: str) -> None:
+    unfailed = train(job(*CONFIGS[name], checkpoint={"every_steps": 2}), Small)
+    resumed = train(job(*CONFIGS[target]), Small, saved=unfailed.checkpoints[2])
     for key, value in unfailed.parameters().items():
-        found = resumed.parameters()[key]
-        assert torch.equal(found, value) if name == to else torch.allclose(found, value, 1e-9), key
+        actual = resumed.parameters()[key]
+        assert (
+            torch.equal(actual, value) if name == target else torch.allclose(actual, value, 1e-9)
+        ), key
 
 
 @pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers"])
-def test_the_average_goes_through_checkpoints_too(name: str) -> None:
-    of = job(*WAYS[name], checkpoint={"every_steps": 2}, ema={"decay": 0.5})
-    unfailed = train(of, Small)
-    resumed = train(of, Small, saved=unfailed.checkpoints[2])
+def test_ema_is_resumed(name: str) -> None:
+    spec = job(*CONFIGS[name], checkpoint={"every_steps": 2}, ema={"decay": 0.5})
+    unfailed = train(spec, Small)
+    resumed = train(spec, Small, saved=unfailed.checkpoints[2])
     ring = train(job("ring", 1, ema={"decay": 0.5}), Small)
     assert "ema:head.weight" in ring.trained[0]
     for key, value in unfailed.trained[0].items():
@@ -129,15 +131,15 @@ def test_the_average_goes_through_checkpoints_too(name: str) -> None:
         torch.testing.assert_close(ring.trained[0][key], value, rtol=1e-9, atol=1e-9)
 
 
-def test_it_is_verified_with_the_whole_batch() -> None:
-    of = job(*WAYS["ps-sync-3-servers"], steps=8, task="a:A")
-    of = of.model_copy(update={"checkpoint": CheckpointConfig(every_steps=1, num_to_keep=9)})
-    assert {row.verdict for row in rows(Small, of).values()} == {EQUAL}
+def test_verification_matches_whole_batch() -> None:
+    spec = job(*CONFIGS["ps-sync-3-servers"], steps=8, task="a:A")
+    spec = spec.model_copy(update={"checkpoint": CheckpointConfig(every_steps=1, num_to_keep=9)})
+    assert {row.verdict for row in rows(Small, spec).values()} == {EQUAL}
 
 
-def test_a_lost_worker_leaves_no_trace() -> None:
-    of = job("ring", 3)
-    run, fabric = LocalRun(of, Small), Fabric(3)
+def test_run_with_a_lost_worker_is_bit_identical() -> None:
+    spec = job("ring", 3)
+    run, fabric = LocalRun(spec, Small), Fabric(3)
     fabric.kill(1, after=12)
     assert not UntilOneIsLost(run, fabric).make()
     run.renew(1)
@@ -145,14 +147,14 @@ def test_a_lost_worker_leaves_no_trace() -> None:
     assert attempt.make()
     assert min(attempt.starts) > 1
     run.close()
-    unfailed = state_of(train(of, Small))
+    unfailed = state_of(train(spec, Small))
     for rank in range(3):
         for key, value in unfailed.items():
             assert torch.equal(state_of(run, rank)[key], value), key
 
 
 @pytest.mark.parametrize(
-    ("bounds", "places", "expected"),
+    ("bounds", "boundaries", "expected"),
     [
         ([(0, 10), (10, 20)], [0, 8, 16], [(0, 8), (8, 20)]),
         ([(0, 10), (10, 20)], [0, 13], [(0, 13), (13, 20)]),
@@ -161,21 +163,21 @@ def test_a_lost_worker_leaves_no_trace() -> None:
         ([(0, 16)], [0, 8], [(0, 16)]),
     ],
 )
-def test_cut_at(
-    bounds: list[tuple[int, int]], places: list[int], expected: list[tuple[int, int]]
+def test_snap_to_boundaries(
+    bounds: list[tuple[int, int]], boundaries: list[int], expected: list[tuple[int, int]]
 ) -> None:
-    assert snap_to_boundaries(bounds, places) == expected
+    assert snap_to_boundaries(bounds, boundaries) == expected
 
 
-def test_a_part_of_a_parameter_has_no_shape() -> None:
+def test_cut_parameter_has_no_shape() -> None:
     pieces = Piece(0, 0, 6, shape=(2, 3)), Piece(1, 16, 20, shape=(4,))
     layout = Layout(20, (Segment(0, 20, "float32"),), pieces, 2, 20)
-    assert [one.shape for one in layout.cut(0, 16).pieces] == [(2, 3)]
-    assert [one.shape for one in layout.cut(3, 20).pieces] == [None, (4,)]
+    assert [piece.shape for piece in layout.cut(0, 16).pieces] == [(2, 3)]
+    assert [piece.shape for piece in layout.cut(3, 20).pieces] == [None, (4,)]
     assert layout.starts == (0, 16)
 
 
-REFUSED: list[tuple[Any, int, dict[str, Any], str]] = [
+UNSUPPORTED: list[tuple[Any, int, dict[str, Any], str]] = [
     (
         {"name": "hybrid", "tensor": 2, "tensor_plan": GPT_PLAN},
         2,
@@ -199,10 +201,10 @@ REFUSED: list[tuple[Any, int, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("strategy", "world", "more", "said"), REFUSED)
-def test_what_cannot_be_done_is_said(
-    strategy: Any, world: int, more: dict[str, Any], said: str
+@pytest.mark.parametrize(("strategy", "world", "more", "message"), UNSUPPORTED)
+def test_unsupported_settings_are_rejected(
+    strategy: Any, world: int, more: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SpecError) as caught:
         job_of(strategy, world, optimizer={**ADAFACTOR, **more})
-    assert str(caught.value).startswith(said)
+    assert str(caught.value).startswith(message)

@@ -1,4 +1,4 @@
-"""Plans of tensor parallelism: which module, which part; names and numbers only."""
+"""Tensor-parallel plans: matching of module names and slices, without tensors."""
 
 import pytest
 from hypothesis import given
@@ -30,22 +30,22 @@ GPT = [
 
 
 @pytest.mark.parametrize(
-    ("pattern", "name", "fits"),
+    ("pattern", "name", "is_match"),
     [
         ("head", "head", True),
         ("blocks.*.mlp.up", "blocks.11.mlp.up", True),
-        ("blocks.*", "blocks.0.mlp", False),  # a star is one part of a name
+        ("blocks.*", "blocks.0.mlp", False),  # `*` matches one component
         ("*.mlp.up", "blocks.0.mlp.up", False),
         ("blocks.[01].mlp.up", "blocks.1.mlp.up", True),
         ("blocks.?.mlp.*", "blocks.1.mlp.up", True),
         ("Head", "head", False),
     ],
 )
-def test_patterns(pattern: str, name: str, fits: bool) -> None:
-    assert matches(pattern, name) is fits
+def test_patterns_match_names(pattern: str, name: str, is_match: bool) -> None:
+    assert matches(pattern, name) is is_match
 
 
-def test_a_plan_names_modules_in_the_models_order() -> None:
+def test_resolve_returns_modules_in_the_models_order() -> None:
     plan = {
         "head": "colwise_gather",
         "blocks.*.mlp.down": "rowwise",
@@ -89,32 +89,34 @@ def test_a_plan_names_modules_in_the_models_order() -> None:
         ),
     ],
 )
-def test_what_is_wrong_with_a_plan_is_said(plan: dict[str, str], message: str, hint: str) -> None:
+def test_invalid_plan_has_a_message_and_a_hint(
+    plan: dict[str, str], message: str, hint: str
+) -> None:
     with pytest.raises(SpecError) as caught:
         resolve(plan, GPT)
     assert message in str(caught.value)
     assert hint in str(caught.value)
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(SpecError) as caught:
         resolve({"heed": "colwise", "embed": "embeding"}, GPT)
     assert len(caught.value.problems) == 2
 
 
-def test_two_patterns_may_agree() -> None:
+def test_two_patterns_may_give_one_module_the_same_style() -> None:
     plan = {"blocks.*.mlp.up": "colwise", "blocks.0.mlp.up": "colwise"}
     assert list(resolve(plan, GPT)) == ["blocks.0.mlp.up", "blocks.1.mlp.up"]
 
 
-def test_a_stage_need_not_have_all_that_a_plan_names() -> None:
+def test_partial_plan_may_name_modules_of_other_stages() -> None:
     plan = {"embed": "embedding", "head": "colwise_gather"}
     assert resolve(plan, ["", "head"], partial=True) == {"head": "colwise_gather"}
 
 
 def test_problems_name_the_field() -> None:
-    found = check_styles({"a": "rows"}, ("strategy", "tensor_plan"))
-    assert found[0].where == ("strategy", "tensor_plan", "a")
+    problems = check_styles({"a": "rows"}, ("strategy", "tensor_plan"))
+    assert problems[0].where == ("strategy", "tensor_plan", "a")
 
 
 @given(st.integers(1, 40), st.integers(1, 8), st.integers(1, 3), st.integers(1, 5))
@@ -133,17 +135,17 @@ def test_slices_cover_all_units_once(units: int, world: int, blocks: int, unit: 
     assert [spec.whole for spec in specs] == [world == 1] * world
 
 
-def test_heads_of_uneven_size_are_refused() -> None:
+def test_heads_of_uneven_size_are_rejected() -> None:
     with pytest.raises(SpecError, match="10 features are no 3 heads"):
         slice_of("attention", 0, 3, 10, 0, 2)
 
 
-def test_blocks_are_cut_alike() -> None:
+def test_each_block_is_sliced_alike() -> None:
     assert ShardSpec(0, 2, 4, 12, blocks=3).ranges() == [(2, 4), (6, 8), (10, 12)]
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=12), st.data())
-def test_branches_are_shared_out(costs: list[int], data: st.DataObject) -> None:
+def test_branches_are_balanced(costs: list[int], data: st.DataObject) -> None:
     ranks = data.draw(st.integers(1, len(costs)))
     owners = share_out(costs, ranks)
     assert len(owners) == len(costs)
@@ -152,11 +154,11 @@ def test_branches_are_shared_out(costs: list[int], data: st.DataObject) -> None:
     assert max(loads) <= sum(costs) / ranks + max(costs)  # Graham's bound
 
 
-def test_the_dearest_branch_is_alone() -> None:
+def test_most_expensive_branch_has_its_own_rank() -> None:
     assert share_out([1, 10, 2, 3], 2) == [1, 0, 1, 1]
 
 
-def test_siblings() -> None:
+def test_siblings_groups_names_by_parent() -> None:
     assert siblings(["a.x", "b.x", "a.y", "z"]) == {"a": ["a.x", "a.y"], "b": ["b.x"], "": ["z"]}
 
 
@@ -164,11 +166,11 @@ def test_siblings() -> None:
     ("axes", "blocks"),
     [("heads d", 1), ("3 heads d", 3), ("heads 3 d", 1), ("2 2 heads d", 4), ("heads", 1)],
 )
-def test_axes_of_heads(axes: str, blocks: int) -> None:
+def test_head_layout_counts_blocks(axes: str, blocks: int) -> None:
     assert HeadLayout({"qkv": axes}, "out").blocks("qkv") == blocks
 
 
 @pytest.mark.parametrize("axes", ["3 d", "", "three heads d", "heads heads", "0 heads d"])
-def test_axes_that_say_nothing_of_heads(axes: str) -> None:
+def test_head_layout_rejects_invalid_axes(axes: str) -> None:
     with pytest.raises(SpecError, match="head_layout: qkv has the axes"):
         HeadLayout({"qkv": axes}, "out").blocks("qkv")

@@ -1,4 +1,4 @@
-"""What cannot be split is said: in the plan, in the model, and while it runs."""
+"""Errors of tensor parallelism: in the plan, in the model, and in forward."""
 
 from collections.abc import Callable, Mapping
 
@@ -14,13 +14,13 @@ from distplat.strategies.fakes import Fabric
 from distplat.strategies.tensor.parallelize import parallelize
 
 
-def refused(model: nn.Module, plan: Mapping[str, str], world: int = 2) -> str:
+def error_of(model: nn.Module, plan: Mapping[str, str], world: int = 2) -> str:
     with pytest.raises(SpecError) as caught:
         parallelize(model, plan, Fabric(world).collective(0))
     return str(caught.value)
 
 
-class Odd(nn.Linear):
+class ScaledLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 2
 
@@ -38,7 +38,7 @@ def headless() -> nn.Module:
     ("model", "style", "message"),
     [
         (nn.GELU(), "colwise_gather", "0 is a GELU, and `colwise` splits Linear"),
-        (Odd(4, 4), "rowwise", "0 (Odd) computes otherwise than Linear"),
+        (ScaledLinear(4, 4), "rowwise", "0 (ScaledLinear) computes otherwise than Linear"),
         (nn.Linear(4, 6), "colwise", "no `rowwise` layer takes 6 inputs"),
         (nn.Linear(4, 1), "colwise_gather", "0: 1 cannot be shared out to 2 ranks"),
         (nn.Embedding(4, 4, sparse=True), "embedding", "`sparse` cannot be split"),
@@ -52,46 +52,48 @@ def headless() -> nn.Module:
         (nn.PReLU(), "branches", "1 branches cannot be"),
     ],
 )
-def test_what_cannot_be_split_is_refused(model: nn.Module, style: str, message: str) -> None:
-    assert message in refused(nn.Sequential(model), {"0": style})
+def test_unsupported_modules_are_rejected(model: nn.Module, style: str, message: str) -> None:
+    assert message in error_of(nn.Sequential(model), {"0": style})
 
 
-def test_all_problems_are_told_at_once() -> None:
-    told = refused(nn.Sequential(nn.GELU(), nn.Tanh()), {"0": "rowwise", "1": "embedding"})
-    assert "0 is a GELU" in told and "1 is a Tanh" in told
+def test_all_problems_are_reported_at_once() -> None:
+    message = error_of(nn.Sequential(nn.GELU(), nn.Tanh()), {"0": "rowwise", "1": "embedding"})
+    assert "0 is a GELU" in message and "1 is a Tanh" in message
 
 
-def test_tied_parameters_are_split_alike_or_not_at_all() -> None:
-    told = refused(CASES["tied"].build(), {"0": "embedding"})
-    assert "0.weight and 2.weight are one tensor, and the plan does not split them alike" in told
+def test_tied_parameters_must_be_split_alike() -> None:
+    message = error_of(CASES["tied"].build(), {"0": "embedding"})
+    assert "0.weight and 2.weight are one tensor, and the plan does not split them alike" in message
 
 
-def test_a_number_that_is_no_row_is_refused_as_in_a_whole_embedding() -> None:
+def test_split_embedding_rejects_indices_out_of_range() -> None:
     for world in (1, 2):
         model = nn.Sequential(nn.Embedding(6, 2))
         parallelize(model, {"0": "embedding"}, Fabric(world).collective(0))
-        for number in (6, -1):
+        for index in (6, -1):
             with pytest.raises(IndexError):
-                model(torch.tensor([number]))
+                model(torch.tensor([index]))
 
 
-def test_rows_say_what_they_were_given() -> None:
+def test_rowwise_layer_rejects_partial_inputs() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4), nn.MaxPool1d(2))
     parallelize(model, {"0": "colwise", "1": "rowwise"}, Lone(0, 2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"1 \(rowwise\) has 4 of 8 inputs on this rank"):
         model[1](torch.ones(1, 3))
 
 
-def test_branches_have_one_input() -> None:
-    class Apart(Inception):
+def test_branches_with_different_inputs_are_rejected() -> None:
+    class DifferentInputs(Inception):
         def forward(self, x: Tensor) -> Tensor:
             return torch.cat([branch(x * 1) for branch in self.mixed], dim=1)
 
     with pytest.raises(ValueError, match="mixed: branches on different ranks must have one input"):
-        ranks(Apart, {"mixed.*": "branches"}, lambda m, _: {"out": m(features(2, 3, 8, 8))})
+        ranks(
+            DifferentInputs, {"mixed.*": "branches"}, lambda m, _: {"out": m(features(2, 3, 8, 8))}
+        )
 
 
-def test_a_missing_rank_is_named() -> None:
+def test_collective_error_names_the_missing_rank() -> None:
     fabric = Fabric(2, timeout_s=0.2)
     model = nn.Sequential(Gated())
     parallelize(model, CASES["gated"].plan, fabric.collective(0))
@@ -100,7 +102,7 @@ def test_a_missing_rank_is_named() -> None:
 
 
 class HalfSliced(Classify):
-    """A gated MLP of which a plan may leave one of its two layers out."""
+    """A gated MLP: a plan may split only one of its two input layers."""
 
     shape = (12,)
 
@@ -108,9 +110,11 @@ class HalfSliced(Classify):
         return nn.Sequential(nn.Linear(12, 12), Gated(), nn.Linear(12, CLASSES))
 
 
-@pytest.mark.parametrize(("split", "left"), [("gate", "up"), ("up", "gate")])
+@pytest.mark.parametrize(("split", "missing"), [("gate", "up"), ("up", "gate")])
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_a_layer_that_a_plan_leaves_out_is_named(split: str, left: str, pipeline: int) -> None:
+def test_layer_that_is_missing_in_the_plan_is_named(
+    split: str, missing: str, pipeline: int
+) -> None:
     plan = {f"1.{split}": "colwise", "1.down": "rowwise"}
     options, workers = grid_of(pipeline, 2, 1, tensor_plan=plan)
     with pytest.raises(SpecError) as caught:
@@ -118,11 +122,11 @@ def test_a_layer_that_a_plan_leaves_out_is_named(split: str, left: str, pipeline
     [problem] = caught.value.problems
     assert problem.where == ("strategy", "tensor_plan")
     assert "layers fail, and do not if whole: The size of tensor" in problem.message
-    assert f"split 1.{left} as 1.{split} is" in str(problem.hint)
+    assert f"split 1.{missing} as 1.{split} is" in str(problem.hint)
 
 
-class Between(nn.Module):
-    """Two layers and what is computed between them."""
+class ResidualMlp(nn.Module):
+    """An MLP with `inside` between its two layers."""
 
     def __init__(self, inside: nn.Module) -> None:
         super().__init__()
@@ -133,35 +137,35 @@ class Between(nn.Module):
         return out
 
 
-class InTraining(nn.Module):
-    """Looks over the whole width, in training alone."""
+class NormalizeInTraining(nn.Module):
+    """Normalizes over the whole width in training, is the identity in evaluation."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.normalize(x, dim=-1) if self.training else x
 
 
 @pytest.mark.parametrize(
-    ("inside", "said"),
+    ("inside", "message"),
     [
         (nn.PReLU, "layers give 1.inside.weight a different gradient than whole ones"),
-        (InTraining, "layers do not compute what whole ones do in training"),
+        (NormalizeInTraining, "layers do not compute what whole ones do in training"),
         (nn.GELU, ""),
         (lambda: nn.Dropout(0.5), ""),
     ],
 )
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_what_only_training_or_a_gradient_shows_is_seen_before_the_first_step(
-    inside: Callable[[], nn.Module], said: str, pipeline: int
+def test_errors_in_training_mode_and_gradients_are_found_before_step_0(
+    inside: Callable[[], nn.Module], message: str, pipeline: int
 ) -> None:
     class Task(HalfSliced):
         def model(self) -> nn.Module:
-            return nn.Sequential(nn.Linear(12, 12), Between(inside()), nn.Linear(12, CLASSES))
+            return nn.Sequential(nn.Linear(12, 12), ResidualMlp(inside()), nn.Linear(12, CLASSES))
 
     plan = {"1.up": "colwise", "1.down": "rowwise"}
     options, workers = grid_of(pipeline, 2, 1, tensor_plan=plan)
     job = hybrid_job(options, workers, steps=1)
-    if not said:
+    if not message:
         train(job, Task)
         return
-    with pytest.raises(SpecError, match=said):
+    with pytest.raises(SpecError, match=message):
         train(job, Task)

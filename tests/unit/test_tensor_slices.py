@@ -1,4 +1,4 @@
-"""Tensors cut into parts and put together again, and the file they lie in."""
+"""Tensor slices and their assembly, and the safetensors file."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 
 
 def whole(shape: tuple[int, ...], dtype: str = "int32") -> RawTensor:
-    """A tensor whose elements are all different."""
+    """Return a tensor with distinct elements."""
     data = np.arange(math.prod(shape), dtype=np.int32).view(np.uint8)
     return RawTensor(dtype, shape, data)
 
@@ -41,9 +41,7 @@ def cuts(length: int, draw: Any) -> list[tuple[int, int]]:
 
 
 @given(SHAPES, st.data())
-def test_any_cut_of_slabs_and_runs_comes_together_again(
-    shape: tuple[int, ...], data: st.DataObject
-) -> None:
+def test_assemble_tensors_inverts_extract_part(shape: tuple[int, ...], data: st.DataObject) -> None:
     tensor = whole(shape)
     dim = data.draw(st.integers(0, len(shape) - 1))
     bundles = []
@@ -61,7 +59,7 @@ def test_any_cut_of_slabs_and_runs_comes_together_again(
     assert np.array_equal(result.data, tensor.data)
 
 
-def part(
+def zero_part(
     tensor_slice: TensorSlice, dtype: str = "int32"
 ) -> tuple[list[Bytes], tuple[TensorEntry, ...]]:
     data = np.zeros(tensor_slice.size * ITEM_BYTES[dtype], np.uint8)
@@ -71,23 +69,23 @@ def part(
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ([part(TensorSlice((4,), None, (0, 3)))], "'model/w' have 3 of 4"),
-        ([part(TensorSlice((4,))), part(TensorSlice((4,), None, (3, 4)))], "have 5 of 4"),
-        ([part(TensorSlice((4,))), part(TensorSlice((5,)))], "different tensors"),
+        ([zero_part(TensorSlice((4,), None, (0, 3)))], "'model/w' have 3 of 4"),
+        ([zero_part(TensorSlice((4,))), zero_part(TensorSlice((4,), None, (3, 4)))], "have 5 of 4"),
+        ([zero_part(TensorSlice((4,))), zero_part(TensorSlice((5,)))], "different tensors"),
         (
-            [part(TensorSlice((4,), None, (0, 2))), part(TensorSlice((4,)), "int64")],
+            [zero_part(TensorSlice((4,), None, (0, 2))), zero_part(TensorSlice((4,)), "int64")],
             "different tensors",
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(parts: Any, message: str) -> None:
+def test_inconsistent_parts_are_rejected(parts: Any, message: str) -> None:
     with pytest.raises(ProtocolError, match=message):
         assemble_tensors(parts)
 
 
-def test_a_value_without_dimensions_may_come_twice() -> None:
+def test_scalar_may_be_in_two_parts() -> None:
     step = TensorSlice(())
-    first, second = part(step), part(step)
+    first, second = zero_part(step), zero_part(step)
     first[0][0][:] = 1
     assert assemble_tensors([first, second])["model/w"].data.tolist() == [1, 1, 1, 1]
 
@@ -97,13 +95,13 @@ def bits_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", sorted(ITEM_BYTES))
-def test_torch_reads_what_is_written(dtype: str) -> None:
-    kind = getattr(torch, dtype)
-    bits = torch.arange(48, dtype=torch.uint8) % 2  # right for bool, too
+def test_safetensors_loads_encoded_file(dtype: str) -> None:
+    torch_dtype = getattr(torch, dtype)
+    bits = torch.arange(48, dtype=torch.uint8) % 2  # 0 and 1 are also valid for bool
     tensors = {
-        "a.weight": bits.view(kind).reshape(2, -1) if dtype != "bool" else bits.bool(),
+        "a.weight": bits.view(torch_dtype).reshape(2, -1) if dtype != "bool" else bits.bool(),
         "step": torch.ones((), dtype=torch.float32),
-        "none": torch.zeros(0, 3, dtype=kind),
+        "none": torch.zeros(0, 3, dtype=torch_dtype),
     }
     wholes = {
         name: RawTensor(str(t.dtype)[6:], tuple(t.shape), bits_of(t).numpy())
@@ -117,13 +115,13 @@ def test_torch_reads_what_is_written(dtype: str) -> None:
         assert read[name].shape == tensor.shape
         assert torch.equal(bits_of(read[name]), bits_of(tensor))
     assert to_bytes(wholes) == content == safetensors.torch.save(tensors)
-    again = decode(content)
-    assert {n: (w.dtype, w.shape, w.data.tobytes()) for n, w in again.items()} == {
+    decoded = decode(content)
+    assert {n: (w.dtype, w.shape, w.data.tobytes()) for n, w in decoded.items()} == {
         n: (w.dtype, w.shape, w.data.tobytes()) for n, w in wholes.items()
     }
 
 
-def test_the_order_and_the_names_are_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensor_order_and_names_match_safetensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_file, "_PIECE_BYTES", 3)
     names = [
         "w",
@@ -150,7 +148,7 @@ def test_the_order_and_the_names_are_the_librarys(monkeypatch: pytest.MonkeyPatc
     assert to_bytes({}) == safetensors.torch.save({})
 
 
-def test_tensors_are_not_copied_on_their_way_to_a_file() -> None:
+def test_encode_does_not_copy_tensors() -> None:
     data = np.arange(16, dtype=np.uint8)
     _header, part = encode(
         {"w": RawTensor("uint8", (16,), data), "x": RawTensor("uint8", (0,), data[:0])}
@@ -158,12 +156,12 @@ def test_tensors_are_not_copied_on_their_way_to_a_file() -> None:
     assert np.shares_memory(np.frombuffer(part, np.uint8), data)
 
 
-def test_a_tensor_with_too_few_bytes_is_not_written() -> None:
+def test_tensor_with_too_few_bytes_is_rejected() -> None:
     with pytest.raises(ValueError, match="'w': 15 bytes for 16"):
         to_bytes({"w": RawTensor("float32", (4,), np.zeros(15, np.uint8))})
 
 
-def test_what_the_library_writes_is_read() -> None:
+def test_decode_reads_files_of_safetensors() -> None:
     content = safetensors.torch.save({"w": torch.ones(2, 3)}, {"who": "the library"})
     assert decode(content)["w"].shape == (2, 3)
 
@@ -195,7 +193,7 @@ def test_what_the_library_writes_is_read() -> None:
         b"nonsense",
     ],
 )
-def test_a_strange_file_is_refused(header: bytes) -> None:
+def test_invalid_file_is_rejected(header: bytes) -> None:
     content = len(header).to_bytes(8, "little") + header + bytes(8)
     with pytest.raises(ValueError):
         decode(content)
@@ -203,8 +201,8 @@ def test_a_strange_file_is_refused(header: bytes) -> None:
         decode(content[:5])
 
 
-def by_the_library(content: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
-    """What the library reads: type, shape and bytes by name; None: it refuses the file."""
+def safetensors_decode(content: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
+    """Return type, shape and bytes by name, or None if safetensors rejects the file."""
     try:
         tensors = deserialize(content)  # type: ignore[no-untyped-call]
     except SafetensorError:
@@ -212,7 +210,7 @@ def by_the_library(content: bytes) -> dict[str, tuple[str, tuple[int, ...], byte
     return {n: (t["dtype"], tuple(t["shape"]), bytes(t["data"])) for n, t in tensors}
 
 
-def by_us(content: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
+def our_decode(content: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
     try:
         tensors = decode(content)
     except ValueError:
@@ -221,8 +219,8 @@ def by_us(content: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | Non
     return {n: (formats[t.dtype], t.shape, t.data.tobytes()) for n, t in tensors.items()}
 
 
-def test_a_damaged_file_is_read_or_refused_as_by_the_library() -> None:
-    """Each bit of the header is flipped, and each byte of the file is its last one."""
+def test_damaged_file_is_handled_as_by_safetensors() -> None:
+    """Flip each bit of the header, and truncate the file after each byte."""
     tensors = {
         "a.weight": torch.arange(6.0).reshape(2, 3),
         "none": torch.zeros(0, 2, dtype=torch.int8),
@@ -230,44 +228,44 @@ def test_a_damaged_file_is_read_or_refused_as_by_the_library() -> None:
         "w": torch.arange(3, dtype=torch.uint8),
     }
     content = safetensors.torch.save(tensors, {"who": "the library"})
-    assert by_us(content) == by_the_library(content) is not None
+    assert our_decode(content) == safetensors_decode(content) is not None
     for bit in range(8 * (8 + int.from_bytes(content[:8], "little"))):
         damaged = bytearray(content)
         damaged[bit // 8] ^= 1 << bit % 8
-        assert by_us(bytes(damaged)) == by_the_library(bytes(damaged)), bytes(damaged)
+        assert our_decode(bytes(damaged)) == safetensors_decode(bytes(damaged)), bytes(damaged)
     for size in range(len(content)):
-        assert by_us(content[:size]) is by_the_library(content[:size]) is None
-    assert by_us(content + b"1") is by_the_library(content + b"1") is None
+        assert our_decode(content[:size]) is safetensors_decode(content[:size]) is None
+    assert our_decode(content + b"1") is safetensors_decode(content + b"1") is None
 
 
-def test_tensors_of_a_file_are_not_copied() -> None:
-    """The library's copy of them lets no other thread run."""
+def test_decode_does_not_copy_tensors() -> None:
+    """A copy as in safetensors would hold the GIL."""
     content = to_bytes({"w": RawTensor("float32", (4,), np.arange(16, dtype=np.uint8))})
     data = decode(content)["w"].data
     assert np.shares_memory(data, np.frombuffer(content, np.uint8))
-    assert not data.flags.writeable, "a file's content is nobody's to change"
+    assert not data.flags.writeable, "the file's content is read-only"
 
 
-def test_elements_are_at_multiples_of_their_size() -> None:
-    """Also where a foreign file's header ends anywhere: torch may count on it."""
+def test_decoded_elements_are_aligned() -> None:
+    """Torch may require alignment, and a header of another writer may have any length."""
     content = to_bytes({"w": RawTensor("float64", (1,), np.arange(8, dtype=np.uint8))})
     length = int.from_bytes(content[:8], "little")
-    moved = (length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[-8:]
-    assert by_us(moved) == by_the_library(moved) == by_us(content)
-    assert all(decode(one)["w"].data.ctypes.data % 8 == 0 for one in (content, moved))
+    unaligned = (length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[-8:]
+    assert our_decode(unaligned) == safetensors_decode(unaligned) == our_decode(content)
+    assert all(decode(file)["w"].data.ctypes.data % 8 == 0 for file in (content, unaligned))
 
 
-def test_a_file_without_tensors_is_read() -> None:
+def test_file_without_tensors_round_trips() -> None:
     assert decode(b"".join(encode({}))) == {}
 
 
-def test_a_type_that_torch_has_not_is_refused() -> None:
+def test_dtype_without_torch_equivalent_is_rejected() -> None:
     spec = TensorSpec(dtype="float8_e8m0fnu", shape=[0], data_ptr=0, data_len=0)
     with pytest.raises(ValueError, match="F8_E8M0"):
         decode(serialize({"w": spec}))
 
 
-def test_an_array_with_gaps_is_written_as_its_elements() -> None:
+def test_strided_array_is_written_contiguously() -> None:
     data = np.arange(16, dtype=np.uint8)[::2]
     assert (
         decode(to_bytes({"w": RawTensor("uint8", (8,), data)}))["w"].data.tolist() == data.tolist()

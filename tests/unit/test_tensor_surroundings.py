@@ -1,4 +1,4 @@
-"""Split modules inside stages, under recomputation and autocast, with dropout, and after errors."""
+"""Split modules in stages, with recomputation, autocast and dropout, and after errors."""
 
 import importlib
 from collections.abc import Callable
@@ -42,51 +42,51 @@ def gpt(monkeypatch: pytest.MonkeyPatch) -> Callable[[], nn.Module]:
 
 
 def backward(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    """Give gradients, and the outputs as `outputs`."""
+    """Return the gradients, and the outputs as `outputs`."""
     outputs = model(inputs)
     torch.autograd.backward(outputs.float().square().mean())
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return gradients | {"outputs": outputs.detach()}
 
 
-def test_the_gpt_of_the_examples(gpt: Callable[[], nn.Module]) -> None:
+def test_example_gpt_matches_whole_model(gpt: Callable[[], nn.Module]) -> None:
     inputs = torch.arange(16).view(2, 8)
     for world in (2, 3):
-        found = ranks(gpt, CHARLM, lambda model, _: backward(model, inputs), world)
+        results = ranks(gpt, CHARLM, lambda model, _: backward(model, inputs), world)
         expected = backward(gpt(), inputs)
-        for rank in found:
+        for rank in results:
             torch.testing.assert_close(rank["outputs"], expected["outputs"])
             torch.testing.assert_close(rank["0.position"], expected["0.position"])
             assert rank.keys() == expected.keys()
 
 
-def test_stages_are_split_each_by_its_part_of_the_plan(gpt: Callable[[], nn.Module]) -> None:
+def test_each_stage_applies_its_part_of_the_plan(gpt: Callable[[], nn.Module]) -> None:
     inputs = torch.arange(16).view(2, 8)
     fabric = Fabric(2)
-    cut = [stages_of(layers_of(gpt()), [2]) for _ in range(2)]
+    stages = [stages_of(layers_of(gpt()), [2]) for _ in range(2)]
 
-    def body(rank: int) -> dict[str, Tensor]:
+    def run_stages(rank: int) -> dict[str, Tensor]:
         group, value = fabric.collective(rank), inputs
-        found: dict[str, nn.Parameter] = {}
-        for stage in cut[rank]:
+        parameters: dict[str, nn.Parameter] = {}
+        for stage in stages[rank]:
             parallelize(stage, CHARLM, group, partial=True)
             flat = FlatModel(stage)
             value = stage(value)
-            found |= {n: p for n, p in stage.named_parameters()}
+            parameters |= {n: p for n, p in stage.named_parameters()}
             assert flat.size < sum(p.numel() for p in gpt().parameters())
         torch.autograd.backward(value.square().mean())
-        gradients = {n: p.grad for n, p in found.items() if p.grad is not None}
+        gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
         return gradients | {"outputs": value.detach()}
 
     expected = backward(gpt(), inputs)
-    for rank in on_ranks(2, body):
+    for rank in on_ranks(2, run_stages):
         torch.testing.assert_close(rank["outputs"], expected["outputs"])
         torch.testing.assert_close(rank["3.weight"], expected["3.weight"])
         assert rank.keys() == expected.keys()
 
 
 @pytest.mark.parametrize("name", ["gated", "encoder", "branches", "tied"])
-def test_recomputation_gives_the_same_bits(name: str) -> None:
+def test_recomputation_is_bit_identical(name: str) -> None:
     case = CASES[name]
 
     def run(model: nn.Module, recompute: bool) -> dict[str, Tensor]:
@@ -102,14 +102,14 @@ def test_recomputation_gives_the_same_bits(name: str) -> None:
         return case.build()
 
     plain = ranks(build, case.plan, lambda model, _: run(model, False))
-    again = ranks(build, case.plan, lambda model, _: run(model, True))
-    for rank, other in zip(plain, again, strict=True):
+    recomputed_ranks = ranks(build, case.plan, lambda model, _: run(model, True))
+    for rank, other in zip(plain, recomputed_ranks, strict=True):
         assert rank.keys() == other.keys()
         assert all(torch.equal(gradient, other[n]) for n, gradient in rank.items())
 
 
-class Still(nn.Module):
-    """Branches of which one saves nothing for backward, behind rows that are summed."""
+class IdentityBranch(nn.Module):
+    """A linear layer and two branches, one of which saves nothing for backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,19 +121,19 @@ class Still(nn.Module):
         return torch.cat([branch(x) for branch in self.branches], dim=-1)
 
 
-def test_recomputation_ends_in_the_same_place_on_all_ranks() -> None:
-    """torch stops it behind the last saved tensor, and these ranks save at different places."""
+def test_recomputation_stops_at_the_same_layer_on_all_ranks() -> None:
+    """Torch stops recomputation after the last saved tensor, which differs between the ranks."""
 
     def run(model: nn.Module, _: Collective) -> dict[str, Tensor]:
         out = recomputed(model, features(4, 12).requires_grad_())
         torch.autograd.backward(out.square().mean())
         return {}
 
-    ranks(Still, {"first": "rowwise", "branches.*": "branches"}, run)
+    ranks(IdentityBranch, {"first": "rowwise", "branches.*": "branches"}, run)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bf16_autocast(name: str) -> None:
+def test_bf16_autocast_matches_whole_model(name: str) -> None:
     case = CASES[name]
 
     def run(model: nn.Module, _: Collective = None) -> dict[str, Tensor]:  # type: ignore[assignment]
@@ -151,7 +151,7 @@ def test_bf16_autocast(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_evaluation_goes_through_the_split_modules(name: str) -> None:
+def test_evaluation_matches_whole_model(name: str) -> None:
     case = CASES[name]
 
     @torch.no_grad()
@@ -167,15 +167,15 @@ def test_evaluation_goes_through_the_split_modules(name: str) -> None:
         torch.testing.assert_close(rank["outputs"], expected)
 
 
-def test_a_repeated_run_has_the_same_bits() -> None:
+def test_repeated_run_is_bit_identical() -> None:
     first, second = (split(CASES["encoder"], 3, 5) for _ in range(2))
-    for one, other in zip(first, second, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one.outputs, other.outputs, strict=True))
+    for rank, other in zip(first, second, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(rank.outputs, other.outputs, strict=True))
 
 
 @pytest.mark.parametrize(("name", "sums"), [("gated", 4), ("heads", 2), ("encoder", 8)])
-def test_columns_that_read_one_input_sum_its_gradient_once(name: str, sums: int) -> None:
-    """One sum in forward and one in backward for each split, whatever it consists of."""
+def test_colwise_layers_with_one_input_sum_its_gradient_once(name: str, sums: int) -> None:
+    """Each split has one sum in forward and one in backward."""
     group, model = Lone(0, 2), CASES[name].build()
     parallelize(model, CASES[name].plan, group)  # type: ignore[arg-type]
     inputs = CASES[name].inputs.clone().requires_grad_()
@@ -188,17 +188,17 @@ def test_columns_that_read_one_input_sum_its_gradient_once(name: str, sums: int)
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_dropout_differs_inside_a_split_and_not_outside(world: int) -> None:
-    """With 31 features over the ranks, each draws another number of them."""
-    masks, after = [], []
+def test_dropout_differs_between_ranks_inside_a_split_only(world: int) -> None:
+    """The ranks have different numbers of the 31 features, so they draw different numbers."""
+    masks, draws = [], []
     for rank in range(world):
         model = nn.Sequential(nn.Linear(4, 31), nn.Dropout(0.5), nn.Linear(31, 4))
         parallelize(model, {"0": "colwise", "2": "rowwise"}, Lone(rank, world))  # type: ignore[arg-type]
         model[1].register_forward_hook(lambda _m, _i, out: masks.append(out != 0))
         torch.manual_seed(3)
         model(torch.ones(8, 4))
-        after.append(torch.rand(5))
-    assert all(torch.equal(numbers, after[0]) for numbers in after)
+        draws.append(torch.rand(5))
+    assert all(torch.equal(draw, draws[0]) for draw in draws)
     assert not torch.equal(masks[0][:, :10], masks[1][:, :10])
 
 
@@ -206,24 +206,24 @@ def fail(*_: object) -> None:
     raise RuntimeError("once")
 
 
-def by_itself(model: nn.Module, inputs: Tensor, _: Collective) -> Tensor:
+def call_whole(model: nn.Module, inputs: Tensor, _: Collective) -> Tensor:
     outputs: Tensor = model(inputs)
     return outputs
 
 
-def piece_by_piece(model: nn.Module, inputs: Tensor, group: Collective) -> Tensor:
-    """As a pipeline calls layers."""
+def call_by_layer(model: nn.Module, inputs: Tensor, group: Collective) -> Tensor:
+    """Call the layers one at a time, as a pipeline does."""
     reconnect(model, group)
     for module in model.children():
         inputs = module(inputs)
     return inputs
 
 
-@pytest.mark.parametrize("call", [by_itself, piece_by_piece])
-def test_numbers_are_those_of_all_ranks_again_after_a_failed_forward(
+@pytest.mark.parametrize("call", [call_whole, call_by_layer])
+def test_generators_agree_after_a_failed_forward(
     call: Callable[[nn.Module, Tensor, Any], Tensor],
 ) -> None:
-    after = []
+    draws = []
     for rank in range(2):
         model = nn.Sequential(nn.Linear(4, 31), nn.ReLU(), nn.Linear(31, 4))
         group: Any = Lone(rank, 2)
@@ -235,11 +235,11 @@ def test_numbers_are_those_of_all_ranks_again_after_a_failed_forward(
             failing.remove()
         torch.manual_seed(3)
         call(model, torch.ones(1, 4), group)
-        after.append(torch.rand(3))
-    assert torch.equal(*after)
+        draws.append(torch.rand(3))
+    assert torch.equal(*draws)
 
 
-def test_outputs_that_nobody_fetched_are_forgotten() -> None:
+def test_failed_forward_discards_branch_outputs() -> None:
     inputs = features(5, 12)
 
     def run(model: nn.Module, group: Collective) -> dict[str, Tensor]:
@@ -247,13 +247,13 @@ def test_outputs_that_nobody_fetched_are_forgotten() -> None:
         with pytest.raises(RuntimeError, match="once"):
             model(inputs)
         failing.remove()
-        return {"whole": model(inputs * 2), "pieces": piece_by_piece(model, inputs * 2, group)}
+        return {"whole": model(inputs * 2), "by_layer": call_by_layer(model, inputs * 2, group)}
 
     def build() -> nn.Module:
         torch.manual_seed(0)
         return nn.Sequential(Bypass())
 
     expected = build()(inputs * 2)
-    for found in ranks(build, {"0.*.*": "branches"}, run):
-        torch.testing.assert_close(found["whole"], expected)
-        torch.testing.assert_close(found["pieces"], expected)
+    for outputs in ranks(build, {"0.*.*": "branches"}, run):
+        torch.testing.assert_close(outputs["whole"], expected)
+        torch.testing.assert_close(outputs["by_layer"], expected)

@@ -1,4 +1,4 @@
-"""`Task.weights`: a loss of terms that are means over different things is that of one process."""
+"""`Task.weights`: a loss of terms with different denominators equals that of a plain loop."""
 
 from typing import Any
 
@@ -21,24 +21,24 @@ from distplat.strategies.verification.verdicts import EQUAL
 
 
 class Mixture(Small):
-    """A mean over marked samples, and one over numbers above a limit."""
+    """A mean over marked samples and a mean over positive targets."""
 
     def weights(self, batch: Any) -> Any:
         inputs, targets = batch
         return {"marked": (inputs[:, 0] > 0).sum(), "high": (targets > 0).sum()}
 
     def terms(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        marked = (targets[:, 0] + 1) / 2 > 0  # the same as of the inputs
+        marked = (targets[:, 0] + 1) / 2 > 0  # same samples as in `weights`
         high = targets > 0
-        near = ((outputs - targets) * marked[:, None]).square().sum()
-        return {"marked": near, "high": (outputs * high).abs().sum()}
+        marked_sum = ((outputs - targets) * marked[:, None]).square().sum()
+        return {"marked": marked_sum, "high": (outputs * high).abs().sum()}
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Any:
         return self.terms(outputs, targets)
 
 
-class Stepped(Mixture):
-    """The same, from the batch on."""
+class StepMixture(Mixture):
+    """The same loss in `step`."""
 
     loss = Task.loss
 
@@ -51,9 +51,9 @@ def job(strategy: Any = "ring", world: int = 1, **more: Any) -> Job:
     return grouped_job(strategy, world, **more)
 
 
-def plain(kind: type[Mixture], clip_norm: float | None = None) -> tuple[Any, list[float]]:
-    """The loop that a user would write, on whole batches; gives its losses, too."""
-    task = kind()
+def train_plain(cls: type[Mixture], clip_norm: float | None = None) -> tuple[Any, list[float]]:
+    """Train in a plain loop on whole batches, and return the parameters and the losses."""
+    task = cls()
     torch.manual_seed(5)
     model, data = task.model(), task.train_data()
     named = dict(model.named_parameters())
@@ -72,8 +72,8 @@ def plain(kind: type[Mixture], clip_norm: float | None = None) -> tuple[Any, lis
         inputs, targets = map(
             torch.stack, zip(*(data[int(i)] for i in sampler.batch_ids(step)), strict=True)
         )
-        terms, of = task.terms(model(inputs), targets), task.weights((inputs, targets))
-        loss = sum((terms[name] / of[name] for name in of), torch.zeros(()))
+        terms, denominators = task.terms(model(inputs), targets), task.weights((inputs, targets))
+        loss = sum((terms[name] / denominators[name] for name in denominators), torch.zeros(()))
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         if clip_norm is not None:
@@ -84,7 +84,7 @@ def plain(kind: type[Mixture], clip_norm: float | None = None) -> tuple[Any, lis
     return {name: value.detach().clone() for name, value in model.state_dict().items()}, losses
 
 
-WAYS: list[tuple[str, int, int]] = [
+CONFIGS: list[tuple[str, int, int]] = [
     ("ring-1", 1, 1),
     ("ring-1", 1, 3),
     ("ring-2", 2, 2),
@@ -94,30 +94,30 @@ WAYS: list[tuple[str, int, int]] = [
     ("ps-sync-3-servers", 5, 1),
     ("ps-async", 1, 2),
 ]
-"""Name, workers, micro-batches; the last batch of an epoch has four samples for five workers."""
+"""Name, workers, micro-batches. The last batch of an epoch has four samples for five workers."""
 
 
 @pytest.mark.sweep(4)
-@pytest.mark.parametrize("kind", [Mixture, Stepped])
-@pytest.mark.parametrize(("name", "world", "parts"), WAYS)
-def test_a_run_is_a_plain_loop_on_whole_batches(
-    name: str, world: int, parts: int, kind: type[Mixture]
+@pytest.mark.parametrize("cls", [Mixture, StepMixture])
+@pytest.mark.parametrize(("name", "world", "parts"), CONFIGS)
+def test_run_matches_plain_loop_on_whole_batches(
+    name: str, world: int, parts: int, cls: type[Mixture]
 ) -> None:
     strategy, _ = STRATEGIES[name]
-    run = train(job(strategy, world, gradient_accumulation=parts), kind)
-    expected, losses = plain(kind)
+    run = train(job(strategy, world, gradient_accumulation=parts), cls)
+    expected, losses = train_plain(cls)
     close(run.parameters(), expected)
-    steps = [one for rank in run.reports for one in rank if isinstance(one, StepReport)]
+    steps = [report for rank in run.reports for report in rank if isinstance(report, StepReport)]
     for step, loss in enumerate(losses):
-        of = [(one.loss, one.weight or 0.0) for one in steps if one.step == step]
-        found = sum(mean * weight for mean, weight in of) / sum(weight for _, weight in of)
-        assert found == pytest.approx(loss, rel=1e-9)
+        means = [(report.loss, report.weight or 0.0) for report in steps if report.step == step]
+        actual = sum(mean * weight for mean, weight in means) / sum(weight for _, weight in means)
+        assert actual == pytest.approx(loss, rel=1e-9)
 
 
 @pytest.mark.parametrize("group", ["", "term-weights"])
-def test_a_lost_worker_leaves_no_trace(group: str) -> None:
-    of = job("ring", 3)
-    run, fabric = LocalRun(of, Mixture), Fabric(3)
+def test_run_with_a_lost_worker_is_bit_identical(group: str) -> None:
+    spec = job("ring", 3)
+    run, fabric = LocalRun(spec, Mixture), Fabric(3)
     fabric.kill(1, after=8, group=group)
     assert not UntilOneIsLost(run, fabric).make()
     run.renew(1)
@@ -125,49 +125,54 @@ def test_a_lost_worker_leaves_no_trace(group: str) -> None:
     assert attempt.make()
     assert min(attempt.starts) > 0
     run.close()
-    for name, value in train(of, Mixture).parameters().items():
+    for name, value in train(spec, Mixture).parameters().items():
         assert torch.equal(run.parameters()[name], value), name
 
 
-def test_clipping_is_of_the_same_gradient() -> None:
-    close(train(job("ring", 3, clip_norm=0.5), Mixture).parameters(), plain(Mixture, 0.5)[0])
+def test_clipping_matches_plain_loop() -> None:
+    close(train(job("ring", 3, clip_norm=0.5), Mixture).parameters(), train_plain(Mixture, 0.5)[0])
 
 
-def test_it_is_no_mean_of_the_workers_means() -> None:
-    """What a task without weights would give."""
+def test_mean_of_the_workers_means_differs() -> None:
+    """A task without `weights` averages the workers' means."""
 
     class Means(Mixture):
         weights = Small.weights
 
         def loss(self, outputs: Tensor, targets: Tensor) -> Any:
             marked = (targets[:, 0] + 1) / 2 > 0
-            of = {"marked": marked.sum().clamp(min=1), "high": (targets > 0).sum().clamp(min=1)}
-            return sum(one / of[name] for name, one in self.terms(outputs, targets).items())
+            denominators = {
+                "marked": marked.sum().clamp(min=1),
+                "high": (targets > 0).sum().clamp(min=1),
+            }
+            return sum(
+                term / denominators[name] for name, term in self.terms(outputs, targets).items()
+            )
 
-    expected = plain(Mixture)[0]["body.weight"]
+    expected = train_plain(Mixture)[0]["body.weight"]
     assert not torch.allclose(train(job("ring", 2), Means).parameters()["body.weight"], expected)
 
 
-def test_a_term_that_no_sample_of_a_step_has_counts_nothing() -> None:
-    class Rare(Mixture):
+def test_term_with_weight_0_is_ignored() -> None:
+    class NeverWeighted(Mixture):
         def weights(self, batch: Any) -> Any:
             return {**super().weights(batch), "never": 0.0}
 
         def loss(self, outputs: Tensor, targets: Tensor) -> Any:
             return {**self.terms(outputs, targets), "never": (outputs * 0).sum()}
 
-    close(train(job("ring", 2), Rare).parameters(), plain(Mixture)[0])
+    close(train(job("ring", 2), NeverWeighted).parameters(), train_plain(Mixture)[0])
 
 
-def test_an_evaluation_is_of_its_batches() -> None:
-    class Evaluated(Mixture):
+def test_evaluation_averages_over_its_batches() -> None:
+    class WithEvalData(Mixture):
         def eval_data(self) -> Any:
             return self.train_data()
 
-    of = job("ring", 1, evaluation={"every_steps": STEPS})
-    run = train(of, Evaluated)
-    (found,) = [one for one in run.reports[0] if isinstance(one, EvalReport)]
-    task, model = Evaluated(), run.ranks[0].prepared.flat.model.eval()
+    spec = job("ring", 1, evaluation={"every_steps": STEPS})
+    run = train(spec, WithEvalData)
+    (report,) = [report for report in run.reports[0] if isinstance(report, EvalReport)]
+    task, model = WithEvalData(), run.ranks[0].prepared.flat.model.eval()
     inputs, targets = task.train_data().tensors
     total = 0.0
     for start in range(0, SAMPLES, BATCH):
@@ -176,20 +181,20 @@ def test_an_evaluation_is_of_its_batches() -> None:
         with torch.no_grad():
             terms = task.terms(model(x), y)
         total += sum(float(terms[name] / weights[name]) for name in terms) * len(x)
-    assert found.sums["loss"] / found.counts["loss"] == pytest.approx(total / SAMPLES, rel=1e-9)
+    assert report.sums["loss"] / report.counts["loss"] == pytest.approx(total / SAMPLES, rel=1e-9)
 
 
 @pytest.mark.parametrize("strategy", ["ring", {"name": "ps-sync", "num_servers": 2}])
-def test_it_is_verified_with_the_whole_batch(strategy: Any) -> None:
-    of = job(strategy, 2, steps=8, task="a:A", lr_schedule={})
-    of = of.model_copy(update={"checkpoint": CheckpointConfig(every_steps=1, num_to_keep=9)})
-    found = rows(Mixture, of)
-    assert {row.check: row.verdict for row in found.values()} == dict.fromkeys(found, EQUAL)
-    assert "whole batch" in found
+def test_verification_matches_whole_batch(strategy: Any) -> None:
+    spec = job(strategy, 2, steps=8, task="a:A", lr_schedule={})
+    spec = spec.model_copy(update={"checkpoint": CheckpointConfig(every_steps=1, num_to_keep=9)})
+    results = rows(Mixture, spec)
+    assert {row.check: row.verdict for row in results.values()} == dict.fromkeys(results, EQUAL)
+    assert "whole batch" in results
 
 
 @pytest.mark.parametrize(
-    ("strategy", "world", "said"),
+    ("strategy", "world", "message"),
     [
         ({"name": "hybrid", "data": 2}, 2, "Mixture.weights() is called before a step's first"),
         (
@@ -199,13 +204,13 @@ def test_it_is_verified_with_the_whole_batch(strategy: Any) -> None:
         ),
     ],
 )
-def test_where_it_cannot_be_it_is_refused(strategy: Any, world: int, said: str) -> None:
+def test_unsupported_strategies_are_rejected(strategy: Any, world: int, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         train(job(strategy, world), Mixture)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-WRONG: list[tuple[Any, Any, str]] = [
+INVALID: list[tuple[Any, Any, str]] = [
     ([1.0], {"a": 1}, "weights() must return a mapping of terms to numbers; got a list"),
     (None, {"a": 1}, "weights() must return a mapping of terms to numbers; got None: is there a "),
     ({"a": -1.0}, {"a": 1}, "weights() gives the weight -1: it must be finite, 0 or more"),
@@ -215,9 +220,9 @@ WRONG: list[tuple[Any, Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("weights", "loss", "said"), WRONG)
-def test_what_does_not_go_together_is_said(weights: Any, loss: Any, said: str) -> None:
-    class Wrong(Small):
+@pytest.mark.parametrize(("weights", "loss", "message"), INVALID)
+def test_invalid_weights_and_losses_are_rejected(weights: Any, loss: Any, message: str) -> None:
+    class InvalidTask(Small):
         def weights(self, batch: Any) -> Any:
             return weights
 
@@ -225,5 +230,5 @@ def test_what_does_not_go_together_is_said(weights: Any, loss: Any, said: str) -
             return loss if not isinstance(loss, dict) else {n: outputs for n in loss}
 
     with pytest.raises(ValueError) as caught:
-        train(job(optimizer=GROUPED), Wrong)
-    assert said in str(caught.value)
+        train(job(optimizer=GROUPED), InvalidTask)
+    assert message in str(caught.value)

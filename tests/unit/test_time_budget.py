@@ -1,4 +1,4 @@
-"""A run with `max_time_s` alone: no number of steps ends it, and nothing needs to know one."""
+"""Runs with `max_time_s` and without a number of steps."""
 
 import json
 from pathlib import Path
@@ -38,32 +38,32 @@ def fields(**more: Any) -> dict[str, Any]:
 
 
 def job(strategy: Any, **more: Any) -> Job:
-    given = {"steps": None, "max_time_s": 3600, "evaluation": {"every_steps": 2}, **more}
-    return job_of(strategy, 2, **given)
+    options = {"steps": None, "max_time_s": 3600, "evaluation": {"every_steps": 2}, **more}
+    return job_of(strategy, 2, **options)
 
 
-class Over(Attempt):
-    """The time is over in step END on all ranks."""
+class ExpiresInStepEnd(Attempt):
+    """`max_time_s` expires in step END on all ranks."""
 
     def before(self, rank: int, step: int) -> StopOrder:
         return StopOrder.END if step >= END - 1 else StopOrder.NONE
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
-def test_the_model_is_that_of_a_run_of_so_many_steps(strategy: Any) -> None:
+def test_model_equals_that_of_a_run_with_the_same_steps(strategy: Any) -> None:
     schedule = {"name": "StepLR", "step_size": 2, "gamma": 0.5, "warmup_steps": 1}
     run = LocalRun(job(strategy, lr_schedule=schedule), Evaluated)
-    assert Over(run).make()
+    assert ExpiresInStepEnd(run).make()
     run.close()
     more = {"steps": END, "max_time_s": None, "lr_schedule": schedule}
     whole = train(job(strategy, **more), Evaluated)
-    for mine, other in zip(run.trained, whole.trained, strict=True):
-        torch.testing.assert_close(mine, other, rtol=0.0, atol=0.0)
+    for actual, expected in zip(run.trained, whole.trained, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0)
     assert evaluations(run) == evaluations(whole)
-    assert {one.of for one in run.reports[0] if isinstance(one, StepReport)} == {0}
+    assert {report.of for report in run.reports[0] if isinstance(report, StepReport)} == {0}
 
 
-class Telling(Attempt):
+class EndsEarlyAfterStep1(Attempt):
     def report(self, rank: int, report: Any) -> None:
         super().report(rank, report)
         if isinstance(report, StepReport) and report.step == 1:
@@ -71,18 +71,18 @@ class Telling(Attempt):
 
 
 @pytest.mark.parametrize("evaluation", [{"every_steps": 2}, {"every_epochs": 0}])
-def test_where_tasks_are_leased_the_steps_that_were_begun_are_made(
+def test_ps_async_completes_the_steps_in_progress(
     evaluation: dict[str, int],
 ) -> None:
     more = {**evaluation, "before_first": True}
     run = LocalRun(job("ps-async", evaluation=more), Evaluated)
-    assert Telling(run).make()
+    assert EndsEarlyAfterStep1(run).make()
     run.close()
-    steps = {one.step for told in run.reports for one in told if isinstance(one, StepReport)}
-    made = max(steps) + 1
-    assert steps == set(range(made)), "all tasks of the steps that were begun"
-    every = range(0, made, 2) if "every_steps" in evaluation else [0]
-    assert [one.step for one in evaluations(run)] == [*every, made]
+    steps = {r.step for reports in run.reports for r in reports if isinstance(r, StepReport)}
+    num_steps = max(steps) + 1
+    assert steps == set(range(num_steps)), "all tasks of the steps in progress"
+    every = range(0, num_steps, 2) if "every_steps" in evaluation else [0]
+    assert [report.step for report in evaluations(run)] == [*every, num_steps]
 
 
 def plan_of(first: int = 0, **evaluation: Any) -> TaskPlan:
@@ -91,24 +91,26 @@ def plan_of(first: int = 0, **evaluation: Any) -> TaskPlan:
     )
 
 
-def due_of(plan: TaskPlan) -> tuple[int, int, int]:
+def evaluation_range(plan: TaskPlan) -> tuple[int, int, int]:
     due = plan.evaluations
     assert isinstance(due, range)
     return due.start, due.stop, due.step
 
 
-def test_evaluations_of_a_run_without_an_end_are_no_list() -> None:
-    assert due_of(plan_of(every_steps=3)) == (3, UNBOUNDED + 1, 3)
-    assert due_of(plan_of(4, every_steps=3)) == (6, UNBOUNDED + 1, 3)
-    assert due_of(plan_of(6, every_epochs=2)) == (8, UNBOUNDED + 1, 4)
-    assert due_of(plan_of(every_epochs=2, before_first=True)) == (0, UNBOUNDED + 1, 4)
+def test_evaluations_of_an_unbounded_run_are_a_range() -> None:
+    assert evaluation_range(plan_of(every_steps=3)) == (3, UNBOUNDED + 1, 3)
+    assert evaluation_range(plan_of(4, every_steps=3)) == (6, UNBOUNDED + 1, 3)
+    assert evaluation_range(plan_of(6, every_epochs=2)) == (8, UNBOUNDED + 1, 4)
+    assert evaluation_range(plan_of(every_epochs=2, before_first=True)) == (0, UNBOUNDED + 1, 4)
     stream = Sampler(ENDLESS, 4, 2, stream=True)
     for default in (
         job("ps-async", evaluation={}),
         job("ps-async", evaluation={"every_epochs": 1}),
     ):
         plan = task_plan(default, stream, UNBOUNDED, 0, evaluates=True)
-        assert due_of(plan) == (UNBOUNDED, UNBOUNDED + 1, UNBOUNDED), "after the last step"
+        assert evaluation_range(plan) == (UNBOUNDED, UNBOUNDED + 1, UNBOUNDED), (
+            "after the last step"
+        )
     scheduler = TaskScheduler(plan_of(every_epochs=0))
     assert scheduler.work(0, 0, 3) is not None
     scheduler.finish(0, (0, 1, 2))
@@ -116,7 +118,7 @@ def test_evaluations_of_a_run_without_an_end_are_no_list() -> None:
     assert (scheduler.plan.steps, scheduler.plan.evaluations) == (2, (2,))
 
 
-class Enough(Callback):
+class StopAfterStep3(Callback):
     step = 0
 
     def on_step(self, step: StepSummary) -> None:
@@ -127,23 +129,25 @@ class Enough(Callback):
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async", "hybrid"])
-def test_a_run_ends_by_its_time_or_a_callback_and_goes_on(strategy: str, tmp_path: Path) -> None:
+def test_run_ends_by_time_or_callback_and_resumes(strategy: str, tmp_path: Path) -> None:
     checkpoint = {"every_steps": 1}
-    given = fields(strategy=strategy, storage_path=str(tmp_path), checkpoint=checkpoint)
-    short = Trainer({**given, "max_time_s": 1e-9}, Evaluated).fit()
-    made = short.totals.steps
-    assert made == 1 if strategy != "ps-async" else made >= 1
+    options = fields(strategy=strategy, storage_path=str(tmp_path), checkpoint=checkpoint)
+    short = Trainer({**options, "max_time_s": 1e-9}, Evaluated).fit()
+    num_steps = short.totals.steps
+    assert num_steps == 1 if strategy != "ps-async" else num_steps >= 1
     assert short.stopped == "max_time_s: 1e-09 s are over"
-    assert max(one.step for one in short.evaluations) == made
+    assert max(report.step for report in short.evaluations) == num_steps
     assert json.loads((short.path / "result.json").read_text())["status"] == "SUCCEEDED"
-    again = Trainer(given, Evaluated, resume=short.path, callbacks=[Enough()]).fit()
+    resumed = Trainer(options, Evaluated, resume=short.path, callbacks=[StopAfterStep3()]).fit()
     newest = Catalogue(short.path / "checkpoints").steps()[-1]
-    assert again.history[0].step == newest + 1
-    assert again.stopped == "Enough.should_stop()"
+    assert resumed.history[0].step == newest + 1
+    assert resumed.stopped == "StopAfterStep3.should_stop()"
     if strategy == "ring":
-        plain = Trainer({**given, "max_time_s": None, "steps": 3}, Evaluated).fit()
-        mine, other = [load_file(one.path / "model.safetensors") for one in (again, plain)]
-        assert all(torch.equal(mine[name], other[name]) for name in other)
+        plain = Trainer({**options, "max_time_s": None, "steps": 3}, Evaluated).fit()
+        actual, expected = [
+            load_file(result.path / "model.safetensors") for result in (resumed, plain)
+        ]
+        assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 class Stream(IterableDataset[Any]):
@@ -151,7 +155,7 @@ class Stream(IterableDataset[Any]):
         yield from ((torch.ones(4) * i, torch.ones(1)) for i in range(10))
 
 
-class Streamed(Evaluated):
+class StreamTask(Evaluated):
     def train_data(self) -> Dataset[Any]:
         return Stream()
 
@@ -159,10 +163,10 @@ class Streamed(Evaluated):
         return None
 
 
-def test_a_stream_is_read_over_and_over(tmp_path: Path) -> None:
-    given = fields(storage_path=str(tmp_path), global_batch_size=4)
-    result = Trainer(given, Streamed, callbacks=[Enough()]).fit()
-    assert [step.samples for step in result.history] == [4, 4, 4], "no batch is short"
+def test_stream_is_read_repeatedly(tmp_path: Path) -> None:
+    options = fields(storage_path=str(tmp_path), global_batch_size=4)
+    result = Trainer(options, StreamTask, callbacks=[StopAfterStep3()]).fit()
+    assert [step.samples for step in result.history] == [4, 4, 4], "all batches are full"
 
 
 @pytest.mark.parametrize(
@@ -173,12 +177,12 @@ def test_a_stream_is_read_over_and_over(tmp_path: Path) -> None:
         {"name": "wsd", "decay_steps": 2},
         {"name": "OneCycleLR", "cycle_momentum": False},
     ],
-    ids=lambda one: one["name"],
+    ids=lambda schedule: schedule["name"],
 )
-def test_a_schedule_over_the_whole_run_is_refused(schedule: dict[str, Any]) -> None:
-    with pytest.raises(SpecError) as refused:
+def test_schedule_over_the_whole_run_is_rejected(schedule: dict[str, Any]) -> None:
+    with pytest.raises(SpecError) as caught:
         job("ring", lr_schedule=schedule)
-    (problem,) = refused.value.problems
+    (problem,) = caught.value.problems
     assert problem.where == ("lr_schedule",)
     assert f"{schedule['name']!r} follows the number of steps" in problem.message
     job("ring", lr_schedule=schedule, steps=4)
@@ -192,25 +196,27 @@ def test_a_schedule_over_the_whole_run_is_refused(schedule: dict[str, Any]) -> N
         {"name": "CosineAnnealingLR", "T_max": 5},
     ],
 )
-def test_a_schedule_by_steps_is_not(schedule: dict[str, Any]) -> None:
+def test_schedule_without_total_steps_is_accepted(schedule: dict[str, Any]) -> None:
     assert job("ring", lr_schedule=schedule).lr_schedule.name == schedule["name"]
 
 
-class OwnRates(Evaluated):
+class LrByTotal(Evaluated):
     def lr(self, step: int, total: int) -> float:
         return 1.0 - step / total
 
 
-def test_a_task_whose_rates_ask_for_the_number_is_refused(tmp_path: Path) -> None:
+def test_task_lr_needs_a_number_of_steps(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"max_time_s: alone does not set the number of steps"):
-        Trainer(fields(storage_path=str(tmp_path)), OwnRates).fit()
+        Trainer(fields(storage_path=str(tmp_path)), LrByTotal).fit()
 
 
-def test_what_a_checkpoint_of_it_says_to_a_run_with_a_length() -> None:
-    endless = job("ring")
-    state = {"step": 3, **schedule_facts(endless, 3, UNBOUNDED)}
-    assert length_warning(endless, UNBOUNDED, state) == ""
+def test_checkpoint_of_an_unbounded_run_resumes_with_a_warning() -> None:
+    unbounded = job("ring")
+    state = {"step": 3, **schedule_facts(unbounded, 3, UNBOUNDED)}
+    assert length_warning(unbounded, UNBOUNDED, state) == ""
     longer = job("ring", steps=9, lr_schedule={"name": "linear"})
     assert "the checkpoint's run had no number of steps" in length_warning(longer, 9, state)
-    problems = [str(one) for one in mismatches({**state, "steps_per_epoch": 2}, endless)]
-    assert not [one for one in problems if "nothing" in one or "steps" in one]
+    problems = [
+        str(mismatch) for mismatch in mismatches({**state, "steps_per_epoch": 2}, unbounded)
+    ]
+    assert not [text for text in problems if "nothing" in text or "steps" in text]

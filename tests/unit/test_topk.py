@@ -1,4 +1,4 @@
-"""Top-k: the exact entries, the sum over ranks, error feedback, and what it costs."""
+"""Top-k compression: the exact entries, the sum over ranks, error feedback, and its figures."""
 
 import pytest
 import torch
@@ -22,15 +22,15 @@ FIGURES = {
 }
 
 
-def by_sorting(vector: Tensor, count: int) -> list[int]:
-    """The reference: sort all by magnitude, equal ones in the order of their places."""
+def largest_by_sorting(vector: Tensor, count: int) -> list[int]:
+    """Return the indices of the `count` largest magnitudes by a stable sort."""
     sizes = vector.abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
     order: list[int] = torch.sort(sizes, descending=True, stable=True).indices.tolist()
     return sorted(order[:count])
 
 
 def gradient(flat: FlatModel, rank: int, step: int) -> Tensor:
-    """What one rank brings to one step: zero where the flat vector is padding."""
+    """Return a rank's random gradient of a step, with zeros in the padding."""
     values = torch.zeros(flat.size)
     for number, slot in enumerate(flat.slots):
         generator = torch.Generator().manual_seed(1000 * step + 10 * rank + number)
@@ -54,51 +54,51 @@ ENTRIES = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(ENTRIES, st.data())
-def test_largest_is_what_sorting_gives(entries: list[float], data: st.DataObject) -> None:
+def test_largest_indices_match_sorting(entries: list[float], data: st.DataObject) -> None:
     count = data.draw(st.integers(1, len(entries)))
     vector = torch.tensor(entries, dtype=torch.float32)
-    assert largest_indices(vector, count).tolist() == by_sorting(vector, count)
+    assert largest_indices(vector, count).tolist() == largest_by_sorting(vector, count)
 
 
-def test_of_equal_entries_the_first_win() -> None:
+def test_ties_are_broken_by_index() -> None:
     assert largest_indices(torch.tensor([1.0, -2.0, 2.0, 2.0, -2.0]), 3).tolist() == [1, 2, 3]
 
 
-LONG = 300_001
-"""Longer than the sample and than a block."""
+LONG_SIZE = 300_001
+"""Larger than the sample and than a block."""
 
 
-def hidden_from_the_sample() -> Tensor:
-    """Large only where the sample does not look, so that its first guesses find too few."""
-    vector = torch.linspace(0.0, 1.0, LONG)
+def unlike_its_sample() -> Tensor:
+    """Return a vector whose sample gives a threshold that selects too few entries."""
+    vector = torch.linspace(0.0, 1.0, LONG_SIZE)
     vector[::5] = 2.0  # the sample takes every 5th entry
-    vector[2::5] += torch.arange(LONG // 5 + 1).remainder(2)[: vector[2::5].numel()] * 0.5
+    vector[2::5] += torch.arange(LONG_SIZE // 5 + 1).remainder(2)[: vector[2::5].numel()] * 0.5
     return vector
 
 
 @pytest.mark.sweep(2)
-@pytest.mark.parametrize("count", [1, 2, 3000, 150_000, LONG - 1, LONG])
+@pytest.mark.parametrize("count", [1, 2, 3000, 150_000, LONG_SIZE - 1, LONG_SIZE])
 @pytest.mark.parametrize(
     "vector",
     [
-        torch.randn(LONG, generator=torch.Generator().manual_seed(0)),
-        torch.zeros(LONG),
-        torch.arange(LONG).remainder(7).float(),
-        torch.arange(LONG).eq(77).float(),
-        hidden_from_the_sample(),
+        torch.randn(LONG_SIZE, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(LONG_SIZE),
+        torch.arange(LONG_SIZE).remainder(7).float(),
+        torch.arange(LONG_SIZE).eq(77).float(),
+        unlike_its_sample(),
     ],
     ids=["random", "zeros", "ties", "one", "unlike-its-sample"],
 )
-def test_largest_of_a_long_vector(vector: Tensor, count: int) -> None:
-    assert largest_indices(vector, count).tolist() == by_sorting(vector, count)
+def test_largest_indices_of_a_long_vector(vector: Tensor, count: int) -> None:
+    assert largest_indices(vector, count).tolist() == largest_by_sorting(vector, count)
 
 
-def test_a_bad_sample_is_mended() -> None:
-    """Every 5th entry is large, and of those fewer than asked for."""
-    vector = torch.zeros(LONG)
-    vector[::5] = 1.0 + torch.arange(LONG // 5 + 1)
-    count = 100_000  # the sample thinks that all entries are as large
-    assert largest_indices(vector, count).tolist() == by_sorting(vector, count)
+def test_largest_indices_correct_a_misleading_sample() -> None:
+    """Only every 5th entry is large, fewer than `count`."""
+    vector = torch.zeros(LONG_SIZE)
+    vector[::5] = 1.0 + torch.arange(LONG_SIZE // 5 + 1)
+    count = 100_000  # the sample contains large entries only
+    assert largest_indices(vector, count).tolist() == largest_by_sorting(vector, count)
 
 
 @pytest.mark.parametrize(
@@ -108,92 +108,90 @@ def test_entries_sent(density: float, size: int, count: int) -> None:
     assert entries_sent(density, size) == count
 
 
-def test_add_sparse_adds_rank_after_rank() -> None:
-    """In float32 1e8 + 1 - 1e8 is 0 and 1e8 - 1e8 + 1 is 1: the order shows."""
-    out, place = torch.zeros(3), torch.tensor([1], dtype=torch.int32)
-    add_sparse(out, [place] * 3, [torch.tensor([v]) for v in (1e8, -1e8, 1.0)])
+def test_add_sparse_adds_in_rank_order() -> None:
+    """In float32 1e8 + 1 - 1e8 is 0 and 1e8 - 1e8 + 1 is 1."""
+    out, index = torch.zeros(3), torch.tensor([1], dtype=torch.int32)
+    add_sparse(out, [index] * 3, [torch.tensor([v]) for v in (1e8, -1e8, 1.0)])
     assert out.tolist() == [0.0, 1.0, 0.0]
     out.zero_()
-    add_sparse(out, [place] * 3, [torch.tensor([v]) for v in (1e8, 1.0, -1e8)])
+    add_sparse(out, [index] * 3, [torch.tensor([v]) for v in (1e8, 1.0, -1e8)])
     assert out.tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("density", [0.001, 0.1, 1.0])
-def test_each_step_sends_the_largest_and_keeps_the_rest(
+def test_step_sends_the_largest_entries_and_keeps_the_residual(
     world: int, density: float, dtype: torch.dtype
 ) -> None:
     fabric = Fabric(world)
     models = [FlatModel(small_model().model.to(dtype)) for _ in range(world)]
     size = models[0].size
     count = entries_sent(density, size)
-    kept = [torch.zeros(size, dtype=dtype) for _ in range(world)]  # the reference's residuals
+    residuals = [torch.zeros(size, dtype=dtype) for _ in range(world)]
 
-    def body(rank: int) -> TopKReducer:
+    def make_reducer(rank: int) -> TopKReducer:
         return TopKReducer(models[rank], fabric.collective(rank), density)
 
-    reducers = on_ranks(world, body)
+    reducers = on_ranks(world, make_reducer)
     for step in range(3):
         expected = torch.zeros(size, dtype=dtype)
         for rank, flat in enumerate(models):
             flat.grads.copy_(gradient(flat, rank, step))
-            meant = kept[rank] + flat.grads
-            places = by_sorting(meant, count)
-            expected[places] += meant[places]
-            kept[rank] = meant.clone()
-            kept[rank][places] = 0
+            total = residuals[rank] + flat.grads
+            indices = largest_by_sorting(total, count)
+            expected[indices] += total[indices]
+            residuals[rank] = total.clone()
+            residuals[rank][indices] = 0
         on_ranks(world, lambda rank: reducers[rank].finish(record_of(models[rank])))
         for rank, flat in enumerate(models):
             assert torch.equal(flat.grads, expected)
-            assert torch.equal(reducers[rank].residual, kept[rank])
+            assert torch.equal(reducers[rank].residual, residuals[rank])
             assert flat.model[0].weight.grad.data_ptr() == flat.grads.data_ptr()  # type: ignore
 
 
 @settings(max_examples=25, deadline=None, phases=UNSHRUNK)
 @given(st.integers(2, 4), st.floats(0.001, 1.0), st.integers(1, 6))
-def test_all_that_was_sent_and_the_residuals_are_all_gradients(
-    world: int, density: float, steps: int
-) -> None:
+def test_sums_and_residuals_add_up_to_all_gradients(world: int, density: float, steps: int) -> None:
     fabric = Fabric(world)
     models = [small_model() for _ in range(world)]
 
-    def body(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    def reduce_steps(rank: int) -> tuple[Tensor, Tensor, Tensor]:
         flat = models[rank]
         reducer = TopKReducer(flat, fabric.collective(rank), density)
-        mine, sums = torch.zeros(flat.size), torch.zeros(flat.size)
+        gradients, sums = torch.zeros(flat.size), torch.zeros(flat.size)
         for step in range(steps):
             flat.grads.copy_(gradient(flat, rank, step))
-            mine += flat.grads
+            gradients += flat.grads
             reducer.finish(record_of(flat))
             sums += flat.grads
-        return mine, sums, reducer.residual
+        return gradients, sums, reducer.residual
 
-    results = on_ranks(world, body)
-    everything = sum(mine - residual for mine, _, residual in results)
+    results = on_ranks(world, reduce_steps)
+    expected = sum(gradients - residual for gradients, _, residual in results)
     for _, sums, _ in results:
-        torch.testing.assert_close(sums, everything, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(sums, results[0][1])
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
 @pytest.mark.parametrize("density", [0.02, 0.5])
-def test_bytes_are_those_of_the_formula(world: int, density: float) -> None:
+def test_reported_bytes_match_the_formula(world: int, density: float) -> None:
     fabric = Fabric(world)
 
-    def body(rank: int) -> dict[str, float]:
+    def reduce_step(rank: int) -> dict[str, float]:
         flat = small_model()
         group = fabric.collective(rank)
         reducer = TopKReducer(flat, group, density)
         flat.grads.copy_(gradient(flat, rank, 0))
-        group.broadcast(torch.zeros(5000))  # while setting up: no step's
+        group.broadcast(torch.zeros(5000))  # during setup: not counted
         reducer.finish(record_of(flat))
-        group.broadcast(torch.zeros(1000))  # the step's, not the exchange's
+        group.broadcast(torch.zeros(1000))  # counted, although not part of the exchange
         return reducer.figures()
 
     size = small_model().size
     sent = entries_sent(density, size) * (4 + 4) * (world - 1)
-    for rank, figures in enumerate(on_ranks(world, body)):
+    for rank, figures in enumerate(on_ranks(world, reduce_step)):
         assert set(figures) == FIGURES
         slots = len(small_model().slots)
         control = [8 * n for n in traffic_elements(control_size(slots), rank, world)]
@@ -203,44 +201,44 @@ def test_bytes_are_those_of_the_formula(world: int, density: float) -> None:
         assert figures["compress_s"] > 0 and figures["baseline_s"] > 0
 
 
-def test_the_error_norm_is_that_of_what_was_not_sent() -> None:
+def test_error_norm_is_that_of_the_residual() -> None:
     fabric = Fabric(2)
 
-    def body(rank: int) -> tuple[list[float], list[float]]:
+    def reduce_steps(rank: int) -> tuple[list[float], list[float]]:
         flat = small_model()
         reducer = TopKReducer(flat, fabric.collective(rank), 0.3)
         reported, expected = [], []
         for step in range(3):
             flat.grads.copy_(gradient(flat, rank, step))
-            meant = reducer.residual + flat.grads
+            total = reducer.residual + flat.grads
             reducer.finish(record_of(flat))
             reported.append(reducer.figures()["error_norm"])
-            expected.append(float(reducer.residual.norm() / meant.norm()))
+            expected.append(float(reducer.residual.norm() / total.norm()))
         return reported, expected
 
-    for reported, expected in on_ranks(2, body):
+    for reported, expected in on_ranks(2, reduce_steps):
         assert reported == pytest.approx(expected, rel=1e-5)
         assert all(0.1 < value < 0.9 for value in reported)
 
 
-def test_nothing_is_meant_and_nothing_goes_wrong() -> None:
-    """A rank without samples in a step brings zeros; so may all."""
+def test_all_zero_gradients_have_error_norm_0() -> None:
+    """A rank without samples in a step has zero gradients, possibly on all ranks."""
     fabric = Fabric(2)
 
-    def body(rank: int) -> tuple[Tensor, float]:
+    def reduce_step(rank: int) -> tuple[Tensor, float]:
         flat = small_model()
         reducer = TopKReducer(flat, fabric.collective(rank), 0.1)
         reducer.finish(record_of(flat))
         return flat.grads, reducer.figures()["error_norm"]
 
-    for grads, error in on_ranks(2, body):
+    for grads, error in on_ranks(2, reduce_step):
         assert not grads.any() and error == 0.0
 
 
-def test_a_nan_reaches_everybody() -> None:
+def test_nan_reaches_all_ranks() -> None:
     fabric = Fabric(2)
 
-    def body(rank: int) -> Tensor:
+    def reduce_step(rank: int) -> Tensor:
         flat = small_model()
         reducer = TopKReducer(flat, fabric.collective(rank), 0.02, check_finite=False)
         flat.grads.copy_(gradient(flat, rank, 0))
@@ -249,10 +247,10 @@ def test_a_nan_reaches_everybody() -> None:
         reducer.finish(record_of(flat))
         return flat.grads
 
-    assert all(grads[5].isnan() for grads in on_ranks(2, body))
+    assert all(grads[5].isnan() for grads in on_ranks(2, reduce_step))
 
 
-def test_alone_the_gradient_stays_as_it_is() -> None:
+def test_one_rank_does_not_compress() -> None:
     flat = small_model()
     reducer = TopKReducer(flat, Fabric(1).collective(0), 0.01)
     flat.grads.copy_(gradient(flat, 0, 0))
@@ -261,11 +259,11 @@ def test_alone_the_gradient_stays_as_it_is() -> None:
     assert not any(reducer.figures().values()) and not reducer.residual.any()
 
 
-def test_an_exchange_that_failed_leaves_the_residual_for_the_next_group() -> None:
+def test_failed_exchange_keeps_the_residual_for_the_next_group() -> None:
     fabric = Fabric(2, timeout_s=0.3)
-    fabric.kill(1, after=7)  # a barrier, three baselines, a step of two; then the second's last
+    fabric.kill(1, after=7)  # barrier, three baselines, two of step 0; then the last of step 1
 
-    def body(rank: int) -> TopKReducer:
+    def fail_second_step(rank: int) -> TopKReducer:
         flat = small_model()
         reducer = TopKReducer(flat, fabric.collective(rank), 0.1)
         flat.grads.copy_(gradient(flat, rank, 0))
@@ -277,21 +275,21 @@ def test_an_exchange_that_failed_leaves_the_residual_for_the_next_group() -> Non
         assert torch.equal(reducer.residual, before) and before.any()
         return reducer
 
-    olds = on_ranks(2, body)
-    again = Fabric(2)
+    old_reducers = on_ranks(2, fail_second_step)
+    new_fabric = Fabric(2)
 
     def next_group(rank: int) -> bool:
         flat = small_model()
-        reducer = TopKReducer(flat, again.collective(rank), 0.1)
-        if rank == 0:  # rank 1 is new and has none
-            reducer.inherit(olds[0])
-            return torch.equal(reducer.residual, olds[0].residual)
+        reducer = TopKReducer(flat, new_fabric.collective(rank), 0.1)
+        if rank == 0:  # rank 1 is a new worker without a residual
+            reducer.inherit(old_reducers[0])
+            return torch.equal(reducer.residual, old_reducers[0].residual)
         return not reducer.residual.any()
 
     assert on_ranks(2, next_group) == [True, True]
 
 
-def test_too_many_parameters_for_an_int32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_parameters_for_int32_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distplat.strategies.reduction.compressed._MOST_ELEMENTS", 10)
     with pytest.raises(ValueError, match="at most 10 parameters"):
         TopKReducer(small_model(), Fabric(1).collective(0), 0.1)

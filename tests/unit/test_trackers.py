@@ -1,4 +1,4 @@
-"""Trackers of experiments: one run there for one run here; what fails there costs no step."""
+"""Experiment trackers: one tracker run per run; their errors do not fail the run."""
 
 import importlib
 import json
@@ -24,7 +24,7 @@ from distplat.platform.progress import EvalSummary, StepSummary
 from distplat.platform.trackers import TrackerSpec, Trackio, WandB, points_of
 
 
-class Lin(Task):
+class LinearTask(Task):
     def __init__(self, fails: bool = False) -> None:
         self.fails = fails
 
@@ -39,14 +39,14 @@ class Lin(Task):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         if self.fails:
-            raise KeyError("no such thing")
+            raise KeyError("invalid key")
         return nn.functional.mse_loss(outputs, targets)
 
 
-class Book:
-    """A tracker that notes what it is told."""
+class RecordingTracker:
+    """Records its calls."""
 
-    opened: list["Book"]
+    opened: list["RecordingTracker"]
 
     def __init__(self, project: str, job: Any, folder: Path, known: str | None) -> None:
         self.project, self.known, self.id = project, known, known or f"run-{len(self.opened)}"
@@ -55,25 +55,25 @@ class Book:
         self.opened.append(self)
 
     def write(self, step: int, points: dict[str, float]) -> None:
-        kinds = {name.split("/")[0] for name in points}
-        self.steps.append((step, sorted(kinds & {"train", "eval"})))
+        groups = {name.split("/")[0] for name in points}
+        self.steps.append((step, sorted(groups & {"train", "eval"})))
 
     def close(self, failed: bool) -> None:
         self.failed = failed
 
 
-class Broken(Book):
+class FailingTracker(RecordingTracker):
     def __init__(self, project: str, job: Any, folder: Path, known: str | None) -> None:
         super().__init__(project, job, folder, known)
         raise ConnectionError("no route to the server")
 
 
 @pytest.fixture
-def book(monkeypatch: pytest.MonkeyPatch) -> type[Book]:
-    Book.opened = []
-    monkeypatch.setattr(trackers, "MLflow", Book)
+def tracker(monkeypatch: pytest.MonkeyPatch) -> type[RecordingTracker]:
+    RecordingTracker.opened = []
+    monkeypatch.setattr(trackers, "MLflow", RecordingTracker)
     monkeypatch.setattr(trackers, "find_spec", lambda name: name)
-    return Book
+    return RecordingTracker
 
 
 def spec(tmp_path: Path, tracker: Any = "mlflow", steps: int = 3, **more: Any) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def spec(tmp_path: Path, tracker: Any = "mlflow", steps: int = 3, **more: Any) -
     return {**fields, "trackers": [tracker], "storage_path": str(tmp_path)}
 
 
-def test_the_names_of_points_are_those_of_the_curves() -> None:
+def test_points_of_uses_the_names_of_metrics_jsonl() -> None:
     step = StepSummary(3, 0, 0.5, 8, {"data": 0.1}, 9, {"lr": 0.2})
     assert points_of(step) == {
         **{"train/loss": 0.5, "train/samples": 8.0},
@@ -90,17 +90,33 @@ def test_the_names_of_points_are_those_of_the_curves() -> None:
     assert points_of(EvalSummary(3, 8, {"accuracy": 0.75})) == {"eval/accuracy": 0.75}
 
 
-def test_a_run_is_one_run_and_goes_on_as_one(book: type[Book], tmp_path: Path) -> None:
-    first = Trainer(spec(tmp_path), Lin).fit()
-    given = spec(tmp_path, {"name": "mlflow", "project": "digits"}, steps=5)
-    Trainer(given, Lin, resume=first.path).fit()
-    begun, resumed = book.opened
+def test_resumed_run_continues_the_trackers_run(
+    tracker: type[RecordingTracker], tmp_path: Path
+) -> None:
+    first = Trainer(spec(tmp_path), LinearTask).fit()
+    fields = spec(tmp_path, {"name": "mlflow", "project": "digits"}, steps=5)
+    Trainer(fields, LinearTask, resume=first.path).fit()
+    first_tracker, second_tracker = tracker.opened
     train, evaluated = ["train"], ["eval"]  # an epoch has two steps
-    assert begun.steps == [(1, train), (2, train), (2, evaluated), (3, train), (3, evaluated)]
-    assert [step for step, kinds in resumed.steps if kinds == train] == [4, 5]
-    assert (begun.project, begun.known, begun.failed) == ("test", None, False)
-    assert (resumed.project, resumed.known, resumed.failed) == ("digits", begun.id, False)
-    assert json.loads((first.path / "tracker_mlflow.json").read_text()) == {"id": begun.id}
+    assert first_tracker.steps == [
+        (1, train),
+        (2, train),
+        (2, evaluated),
+        (3, train),
+        (3, evaluated),
+    ]
+    assert [step for step, groups in second_tracker.steps if groups == train] == [4, 5]
+    assert (first_tracker.project, first_tracker.known, first_tracker.failed) == (
+        "test",
+        None,
+        False,
+    )
+    assert (second_tracker.project, second_tracker.known, second_tracker.failed) == (
+        "digits",
+        first_tracker.id,
+        False,
+    )
+    assert json.loads((first.path / "tracker_mlflow.json").read_text()) == {"id": first_tracker.id}
 
 
 @pytest.mark.parametrize(
@@ -110,21 +126,23 @@ def test_a_run_is_one_run_and_goes_on_as_one(book: type[Book], tmp_path: Path) -
         '{"id": "' + "a" * 300 + '"}',
     ],
 )
-def test_an_id_of_no_tracker_is_not_gone_on_with(
-    content: str, book: type[Book], tmp_path: Path
+def test_invalid_tracker_id_is_rejected(
+    content: str, tracker: type[RecordingTracker], tmp_path: Path
 ) -> None:
     (tmp_path / "tracker_mlflow.json").write_text(content)
     with pytest.raises(StorageError, match=r"tracker_mlflow.json has no id of a tracker's run"):
         _open(tmp_path)
-    assert not book.opened
+    assert not tracker.opened
 
 
-def test_an_id_behind_a_link_is_not_read(book: type[Book], tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text('{"id": "mine"}')
-    (tmp_path / "tracker_mlflow.json").symlink_to(tmp_path / "mine")
+def test_tracker_id_behind_a_symlink_is_rejected(
+    tracker: type[RecordingTracker], tmp_path: Path
+) -> None:
+    (tmp_path / "target").write_text('{"id": "target"}')
+    (tmp_path / "tracker_mlflow.json").symlink_to(tmp_path / "target")
     with pytest.raises(StorageError, match="it is a link"):
         _open(tmp_path)
-    assert not book.opened
+    assert not tracker.opened
 
 
 def _open(before: Path) -> Any:
@@ -132,143 +150,143 @@ def _open(before: Path) -> Any:
     return trackers.open_tracker(TrackerSpec(name="mlflow", project=None), job, before, before)
 
 
-def test_a_run_that_fails_is_shown_as_one(book: type[Book], tmp_path: Path) -> None:
+def test_failed_run_is_marked_as_failed(tracker: type[RecordingTracker], tmp_path: Path) -> None:
     with pytest.raises(UserCodeError):
-        Trainer(spec(tmp_path, task_args={"fails": True}), Lin).fit()
-    assert [one.failed for one in book.opened] == [True]
+        Trainer(spec(tmp_path, task_args={"fails": True}), LinearTask).fit()
+    assert [opened.failed for opened in tracker.opened] == [True]
 
 
-def test_a_run_that_ends_before_its_trackers_begin_is_not_shown(
-    book: type[Book], tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_run_that_fails_before_it_starts_opens_no_tracker(
+    tracker: type[RecordingTracker], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
-    never = {**spec(tmp_path), "storage_path": f"file://{tmp_path}/file/below"}
+    unstarted = {**spec(tmp_path), "storage_path": f"file://{tmp_path}/file/below"}
     with caplog.at_level(logging.WARNING), pytest.raises(StorageError, match="nothing was trained"):
-        Trainer(never, Lin, storage_dir=tmp_path).fit()
-    assert not caplog.text and not book.opened
+        Trainer(unstarted, LinearTask, storage_dir=tmp_path).fit()
+    assert not caplog.text and not tracker.opened
 
 
-def test_a_tracker_that_fails_costs_no_step(
-    book: type[Book],
+def test_tracker_error_does_not_fail_the_run(
+    tracker: type[RecordingTracker],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(trackers, "MLflow", Broken)
+    monkeypatch.setattr(trackers, "MLflow", FailingTracker)
     with caplog.at_level(logging.WARNING):
-        result = Trainer(spec(tmp_path), Lin).fit()
-    assert result.totals.steps == 3 and len(book.opened) == 1, "it is tried once"
+        result = Trainer(spec(tmp_path), LinearTask).fit()
+    assert result.totals.steps == 3 and len(tracker.opened) == 1, "the tracker is opened once"
     assert caplog.text.count("no route to the server") == 1
     assert "mlflow: 6 records" in caplog.text
 
 
-@pytest.mark.parametrize("stopped", [True, False])
-def test_trackers_that_hang_are_waited_for_together_and_it_is_said(
-    stopped: bool,
-    book: type[Book],
+@pytest.mark.parametrize("is_interrupted", [True, False])
+def test_hanging_trackers_share_one_deadline(
+    is_interrupted: bool,
+    tracker: type[RecordingTracker],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """An interrupted run waits less: who sent the signal may be about to kill the process."""
+    """An interrupted run waits less, because SIGKILL may follow the signal."""
     hang, waits = threading.Event(), list[float]()
 
-    class Hanging(Book):
+    class HangingTracker(RecordingTracker):
         def close(self, failed: bool) -> None:
             hang.wait(30)
 
     def close(writer: object, limit_s: float) -> None:
         waits.append(limit_s)
 
-    monkeypatch.setattr(trackers, "MLflow", Hanging)
-    monkeypatch.setattr(trackers, "WandB", Hanging)
+    monkeypatch.setattr(trackers, "MLflow", HangingTracker)
+    monkeypatch.setattr(trackers, "WandB", HangingTracker)
     monkeypatch.setattr(callbacks, "_SAY_AFTER_S", 0.05)
     monkeypatch.setattr(BackgroundWriter, "close", close)
     job = Job.model_validate({**fields_of("ring", 0), "trackers": ["mlflow", "wandb"]})
     tracking = callbacks.Tracking(job.trackers, None)
     tracking.on_start(job, "run", tmp_path)
     with caplog.at_level(logging.WARNING):
-        tracking.on_end(Result(tmp_path, None), Interrupted(2) if stopped else None)
+        tracking.on_end(Result(tmp_path, None), Interrupted(2) if is_interrupted else None)
     hang.set()
-    limit_s = 10.0 if stopped else 60.0
-    assert len(waits) == 2 and all(limit_s - 5 < one < limit_s for one in waits)
+    limit_s = 10.0 if is_interrupted else 60.0
+    assert len(waits) == 2 and all(limit_s - 5 < wait < limit_s for wait in waits)
     assert f"on their way to mlflow, wandb, {limit_s:.0f} s at most" in caplog.text
 
 
 @pytest.mark.parametrize(
-    "given, told",
+    "names, message",
     [
         (["mlflow", "mlflow"], r"trackers\.1.*'mlflow' is listed twice"),
         (["mflow"], r"did you mean 'mlflow'\?"),
         ([{"name": "wandb", "entity": "me"}], "unknown field"),
     ],
 )
-def test_what_is_wrong_with_a_list_of_trackers(given: Any, told: str) -> None:
-    with pytest.raises(SpecError, match=told):
-        Trainer({**fields_of("ring", 0), "trackers": given}, Lin)
+def test_invalid_trackers_are_rejected(names: Any, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        Trainer({**fields_of("ring", 0), "trackers": names}, LinearTask)
 
 
-def test_a_library_that_is_not_installed_is_told_before_the_start(
+def test_missing_package_is_reported_before_the_start(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(SpecError, match=r"needs the package mlflow(.|\n)*distplat\[mlflow\]"):
-        Trainer(spec(tmp_path), Lin)
+        Trainer(spec(tmp_path), LinearTask)
 
 
-def test_a_dumped_list_of_trackers_is_read_again() -> None:
+def test_trackers_round_trip_through_model_dump() -> None:
     job = Job.model_validate({**fields_of("ring", 0), "trackers": ["wandb", {"name": "mlflow"}]})
     assert Job.model_validate(job.model_dump()) == job
 
 
-@pytest.mark.parametrize("kind", [Trackio, WandB])
-def test_a_key_in_a_job_does_not_reach_the_tracker(
-    kind: type[Trackio | WandB], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("cls", [Trackio, WandB])
+def test_secrets_of_the_job_are_masked(
+    cls: type[Trackio | WandB], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given: dict[str, Any] = {}
+    init_args: dict[str, Any] = {}
     library = MagicMock()
-    library.init.side_effect = lambda *args, **more: given.update(more) or MagicMock()
-    monkeypatch.setitem(sys.modules, kind.__name__.lower(), library)
+    library.init.side_effect = lambda *args, **kwargs: init_args.update(kwargs) or MagicMock()
+    monkeypatch.setitem(sys.modules, cls.__name__.lower(), library)
     args = {"hf_token": "canary", "layers": 3}
-    kind("project", Job.model_validate(spec(tmp_path) | {"task_args": args}), tmp_path, None)
-    assert given["config"]["task_args"] == {"hf_token": "***", "layers": 3}
+    cls("project", Job.model_validate(spec(tmp_path) | {"task_args": args}), tmp_path, None)
+    assert init_args["config"]["task_args"] == {"hf_token": "***", "layers": 3}
 
 
-def test_mlflow_has_one_run_of_two_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_has_one_run_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tracking = pytest.importorskip("mlflow.tracking")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # elsewhere it is a server's
-    first = Trainer(spec(tmp_path), Lin).fit()
-    Trainer(spec(tmp_path, steps=5), Lin, resume=first.path).fit()
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # production uses a server
+    first = Trainer(spec(tmp_path), LinearTask).fit()
+    Trainer(spec(tmp_path, steps=5), LinearTask, resume=first.path).fit()
     client = tracking.MlflowClient()
     (run,) = client.search_runs([client.get_experiment_by_name("test").experiment_id])
     losses = client.get_metric_history(run.info.run_id, "train/loss")
-    assert [one.step for one in losses] == [1, 2, 3, 4, 5]
+    assert [loss.step for loss in losses] == [1, 2, 3, 4, 5]
     assert (run.info.status, run.data.params["optimizer.lr"]) == ("FINISHED", "0.1")
     assert "eval/loss" in run.data.metrics
 
 
-def test_weights_and_biases_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_writes_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    result = Trainer(spec(tmp_path, "wandb"), Lin).fit()
+    result = Trainer(spec(tmp_path, "wandb"), LinearTask).fit()
     (written,) = result.path.glob("wandb/offline-run-*/*.wandb")
     run = json.loads((result.path / "tracker_wandb.json").read_text())["id"]
     assert run in written.name and b"train/loss" in written.read_bytes()
 
 
-def test_trackio_has_one_run_of_two_halves(
+def test_trackio_has_one_run_after_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     trackio = pytest.importorskip("trackio")
-    first = Trainer(spec(tmp_path, "trackio"), Lin).fit()
-    Trainer(spec(tmp_path, "trackio", steps=5), Lin, resume=first.path).fit()
+    first = Trainer(spec(tmp_path, "trackio"), LinearTask).fit()
+    Trainer(spec(tmp_path, "trackio", steps=5), LinearTask, resume=first.path).fit()
     (run,) = trackio.Api().runs("test")
     assert run.name == first.path.name and run.config["optimizer"]["lr"] == 0.1
     logs = importlib.import_module("trackio.sqlite_storage").SQLiteStorage.get_logs(
         "test", run.name
     )
-    assert [one["step"] for one in logs if "train/loss" in one] == [1, 2, 3, 4, 5]
-    assert any("eval/loss" in one for one in logs)
+    assert [entry["step"] for entry in logs if "train/loss" in entry] == [1, 2, 3, 4, 5]
+    assert any("eval/loss" in entry for entry in logs)
     assert capsys.readouterr().out == "", "stdout is for the result"

@@ -1,4 +1,4 @@
-"""A train function under `ring` against a plain loop over the same global batches."""
+"""Train functions under `ring`, compared with a plain loop over the same global batches."""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -36,27 +36,27 @@ from distplat.platform.progress import StepReport
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("make", [adam, momentum, adagrad])
-def test_parameters_are_those_of_a_plain_loop(world: int, make: Make) -> None:
+def test_parameters_match_plain_loop(world: int, make: Make) -> None:
     run = call_on_ranks(function_of(make, world), world)
     for rank in range(world):
         assert_equal(run.trained[rank], plain(make))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_clipping_sees_averaged_gradients(world: int) -> None:
+def test_clipping_uses_averaged_gradients(world: int) -> None:
     run = call_on_ranks(function_of(momentum, world, clip=0.1), world)
     assert_equal(run.trained[0], plain(momentum, clip=0.1))
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_gradients_may_be_kept_and_set_to_zero(overlap: bool) -> None:
+def test_zero_grad_without_set_to_none_matches_plain_loop(overlap: bool) -> None:
     job = function_job(2, strategy={"name": "ring", "overlap": overlap, "bucket_mb": 1e-5})
     run = call_on_ranks(function_of(adam, 2, set_to_none=False), job=job)
     assert_equal(run.trained[1], plain(adam))
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_no_sync_accumulates(world: int) -> None:
+def test_no_sync_accumulates_gradients(world: int) -> None:
     def train(config: Mapping[str, Any]) -> None:
         parts = SAMPLES // world // 2
         model = model_of()
@@ -93,7 +93,7 @@ def test_each_backward_adds_its_average_as_in_ddp() -> None:
     assert_equal(call_on_ranks(train, 2).trained[1], model.state_dict())
 
 
-def test_a_parameter_without_gradient_rests() -> None:
+def test_parameter_without_gradient_is_not_updated() -> None:
     def train(config: Mapping[str, Any]) -> None:
         model = Branches()
         start = {k: v.clone() for k, v in model.state_dict().items()}
@@ -103,12 +103,12 @@ def test_a_parameter_without_gradient_rests() -> None:
         for step in range(3):
             rank = distplat.get_context().rank
             backward(model(torch.ones(2, 4).double(), both=rank == 1 and step == 1).sum())
-            has = [one.weight.grad is not None for one in model.branches]
-            assert has == [True, step == 1, False]
+            has_gradient = [branch.weight.grad is not None for branch in model.branches]
+            assert has_gradient == [True, step == 1, False]
             optimizer.step()
             optimizer.zero_grad()
         assert torch.equal(model.branches[2].weight, start["branches.2.weight"])
-        mean = torch.full((1, 4), 1.0).double()  # two samples of ones on one of two ranks
+        mean = torch.full((1, 4), 1.0).double()  # average of two ones of one rank over two ranks
         before = start["branches.1.weight"]
         torch.testing.assert_close(
             model.branches[1].weight.detach(), before - 0.1 * (mean + 0.1 * before)
@@ -117,7 +117,7 @@ def test_a_parameter_without_gradient_rests() -> None:
     call_on_ranks(train, 2)
 
 
-def test_two_models_as_a_gan_has_them() -> None:
+def test_gan_with_two_models_matches_plain_loop() -> None:
     def step(g: nn.Module, d: nn.Module, og: Any, od: Any, batch: Tensor) -> None:
         backward(d(torch.cat([batch, g(batch).detach()])).square().mean())
         od.step()
@@ -143,12 +143,12 @@ def test_two_models_as_a_gan_has_them() -> None:
     g, d, og, od = make()
     for number in range(3):
         step(g, d, og, od, data_of().tensors[0][4 * number :][:4])
-    wanted = {f"0.{k}": v for k, v in g.state_dict().items()}
-    wanted |= {f"1.{k}": v for k, v in d.state_dict().items()}
-    assert_equal(call_on_ranks(train, 2).trained[1], wanted)
+    expected = {f"0.{k}": v for k, v in g.state_dict().items()}
+    expected |= {f"1.{k}": v for k, v in d.state_dict().items()}
+    assert_equal(call_on_ranks(train, 2).trained[1], expected)
 
 
-def test_a_frozen_model_is_rank_0s_and_a_step_has_its_help() -> None:
+def test_frozen_model_is_broadcast_from_rank_0() -> None:
     def train(config: Mapping[str, Any]) -> None:
         rank = distplat.get_context().rank
         teacher = model_of(rank + 5).requires_grad_(False)
@@ -167,7 +167,7 @@ def test_a_frozen_model_is_rank_0s_and_a_step_has_its_help() -> None:
     assert_equal(call_on_ranks(train, 2).trained[1], model.state_dict())
 
 
-def test_buffers_are_those_of_rank_0() -> None:
+def test_buffers_are_broadcast_from_rank_0() -> None:
     def train(config: Mapping[str, Any]) -> None:
         model = distplat.prepare(nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 1)))
         backward(model(torch.randn(4, 2) + distplat.get_context().rank).sum())
@@ -177,27 +177,27 @@ def test_buffers_are_those_of_rank_0() -> None:
         assert torch.equal(value, second[name]), name
 
 
-def strange_updates(kind: str) -> Callable[[Any], None]:
-    """Loops that are right on one process, and would train other models on each of several."""
+def diverging_updates(variant: str) -> Callable[[Any], None]:
+    """Return a train function that is correct on one rank, and diverges on several ranks."""
 
     def train(config: Any) -> None:
         model, head = model_of(), nn.Linear(1, 1, bias=False).double()
         loader = distplat.prepare(DataLoader(data_of(), batch_size=6))
-        if kind != "nothing prepared":
+        if variant != "nothing prepared":
             model = distplat.prepare(model)
-        parameters = [*model.parameters(), *(head.parameters() if kind == "a head" else ())]
+        parameters = [*model.parameters(), *(head.parameters() if variant == "a head" else ())]
         optimizer = torch.optim.SGD(parameters, lr=0.1)
         for step, batch in enumerate(loader):
-            if kind == "autograd.grad":
-                found = torch.autograd.grad(loss_of(model, batch), parameters)
+            if variant == "autograd.grad":
+                gradients = torch.autograd.grad(loss_of(model, batch), parameters)
                 with torch.no_grad():
-                    for one, gradient in zip(parameters, found, strict=True):
-                        one.sub_(gradient, alpha=0.1)
+                    for parameter, gradient in zip(parameters, gradients, strict=True):
+                        parameter.sub_(gradient, alpha=0.1)
                 continue
-            if kind == "a head later" and step == 2:
+            if variant == "a head later" and step == 2:
                 optimizer.add_param_group({"params": [*head.parameters()]})
             backward((head(model(batch[0])) - batch[1]).square().mean())
-            if kind == "written":
+            if variant == "written":
                 with torch.no_grad():
                     parameters[0].add_(distplat.get_context().rank)
             optimizer.step()
@@ -207,7 +207,7 @@ def strange_updates(kind: str) -> Callable[[Any], None]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "text"),
+    ("variant", "text"),
     [
         (
             "nothing prepared",
@@ -219,90 +219,90 @@ def strange_updates(kind: str) -> Callable[[Any], None]:
         ("written", r"at backward 3 '0\.weight' of rank 1 is not that of rank 0"),
     ],
 )
-def test_ranks_that_would_train_models_of_their_own_are_told(kind: str, text: str) -> None:
-    call_on_ranks(strange_updates(kind), 1)  # nobody else is there: all of it is right
+def test_diverging_updates_are_rejected(variant: str, text: str) -> None:
+    call_on_ranks(diverging_updates(variant), 1)  # valid on one rank
     with pytest.raises((SpecError, ValueError), match=text):
-        call_on_ranks(strange_updates(kind), 2)
+        call_on_ranks(diverging_updates(variant), 2)
 
 
-def test_optimizers_of_other_threads_are_not_looked_at() -> None:
-    """What a test or a notebook trains beside a run in memory is its own."""
-    met = threading.Barrier(3, timeout=30)
+def test_optimizers_of_other_threads_are_ignored() -> None:
+    """A test or a notebook may train another model during a run in memory."""
+    barrier = threading.Barrier(3, timeout=30)
 
     def train(config: Any) -> None:
         distplat.prepare(model_of())
-        met.wait()
-        met.wait()
+        barrier.wait()
+        barrier.wait()
 
-    runs = threading.Thread(target=call_on_ranks, args=(train, 2))
-    runs.start()
-    met.wait()
-    mine = nn.Linear(1, 1)
-    backward(mine(torch.ones(1, 1)).sum())
-    torch.optim.SGD(mine.parameters(), lr=1.0).step()
-    met.wait()
-    runs.join(30)
-    assert not runs.is_alive()
+    thread = threading.Thread(target=call_on_ranks, args=(train, 2))
+    thread.start()
+    barrier.wait()
+    other = nn.Linear(1, 1)
+    backward(other(torch.ones(1, 1)).sum())
+    torch.optim.SGD(other.parameters(), lr=1.0).step()
+    barrier.wait()
+    thread.join(30)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
-def test_gradients_from_before_prepare_count_as_in_one_process(strategy: str) -> None:
+def test_gradients_from_before_prepare_are_kept(strategy: str) -> None:
     def steps(model: nn.Module, optimizer: Any) -> None:
         inputs, targets = data_of().tensors
         for _ in range(2):
             backward((model(inputs) - targets).square().mean())
             optimizer.step()
 
-    def made() -> tuple[nn.Module, Any]:
+    def make() -> tuple[nn.Module, Any]:
         model = model_of()
         model.register_parameter("empty", nn.Parameter(torch.zeros(0, 3)))
-        for number, one in enumerate(model.parameters()):
-            one.grad = torch.full_like(one, number)
+        for number, parameter in enumerate(model.parameters()):
+            parameter.grad = torch.full_like(parameter, number)
         return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
-    whole = made()
+    whole = make()
     steps(*whole)
     job = function_job(1 if strategy == "ps-async" else 2, strategy=strategy)
-    found = call_on_ranks(lambda config: steps(*distplat.prepare(*made())), job=job).trained[0]
+    actual = call_on_ranks(lambda config: steps(*distplat.prepare(*make())), job=job).trained[0]
     for name, value in whole[0].state_dict().items():
-        assert torch.allclose(found[name], value, rtol=1e-10, atol=1e-12), name
+        assert torch.allclose(actual[name], value, rtol=1e-10, atol=1e-12), name
 
 
-def test_steps_are_what_rank_0_reports() -> None:
+def test_steps_and_losses_are_those_of_rank_0() -> None:
     def train(config: Mapping[str, Any]) -> None:
         loader = distplat.prepare(DataLoader(data_of(), batch_size=4))
-        every = distplat.prepare(DataLoader(data_of(), batch_size=4))
+        eval_loader = distplat.prepare(DataLoader(data_of(), batch_size=4))
         for number, _ in enumerate(loader):
-            with torch.no_grad():  # an evaluation trains on no sample
-                assert len([*every]) == 6
+            with torch.no_grad():  # samples of an evaluation are not counted
+                assert len([*eval_loader]) == 6
             rank = distplat.get_context().rank
             figures = {"loss": number + 10 * rank, "accuracy": torch.tensor(0.5)}
             distplat.report(figures)
 
-    reports = [one for one in call_on_ranks(train, 2).reports if isinstance(one, StepReport)]
-    assert [one.step for one in reports] == [*range(6)]
-    assert [one.loss for one in reports] == [*range(6)]
-    assert {one.samples for one in reports} == {8}
+    reports = [r for r in call_on_ranks(train, 2).reports if isinstance(r, StepReport)]
+    assert [report.step for report in reports] == [*range(6)]
+    assert [report.loss for report in reports] == [*range(6)]
+    assert {report.samples for report in reports} == {8}
     assert reports[0].figures == {"accuracy": 0.5}
 
 
-def test_it_goes_on_from_a_checkpoint_with_the_same_bits() -> None:
+def test_resumed_run_is_bit_identical() -> None:
     whole = call_on_ranks(resumable(4), 2)
     half = call_on_ranks(resumable(2), 2)
     assert sorted(half.checkpoints) == [1, 2]
-    rest = call_on_ranks(resumable(4), 2, saved=half.checkpoints[2])
+    resumed = call_on_ranks(resumable(4), 2, saved=half.checkpoints[2])
     for name, value in whole.trained[0].items():
-        assert torch.equal(rest.trained[1][name], value), name
-    assert [one.step for one in rest.reports] == [2, 3]
+        assert torch.equal(resumed.trained[1][name], value), name
+    assert [report.step for report in resumed.reports] == [2, 3]
 
 
-def test_the_context_tells_ranks_of_a_node() -> None:
-    seen: list[tuple[int, ...]] = []
+def test_context_has_world_and_local_ranks() -> None:
+    contexts: list[tuple[int, ...]] = []
 
     def train() -> None:
         context = distplat.get_context()
         distplat.barrier()
-        seen.append(
+        contexts.append(
             (
                 context.get_world_rank(),
                 context.get_world_size(),
@@ -313,11 +313,11 @@ def test_the_context_tells_ranks_of_a_node() -> None:
         )
 
     call_on_ranks(train, 3, nodes=lambda rank: "a" if rank == 1 else "b")  # type: ignore[arg-type]
-    assert sorted(seen) == [(0, 3, 0, 2, True), (1, 3, 0, 1, False), (2, 3, 1, 2, False)]
+    assert sorted(contexts) == [(0, 3, 0, 2, True), (1, 3, 0, 1, False), (2, 3, 1, 2, False)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_infinite_gradient_ends_the_run_unless_it_is_to_be_ignored(workers: int) -> None:
+def test_infinite_gradient_fails_the_run_unless_ignored(workers: int) -> None:
     def train(config: Mapping[str, Any]) -> None:
         model = distplat.prepare(model_of())
         optimizer = momentum(model.parameters())
@@ -331,51 +331,57 @@ def test_an_infinite_gradient_ends_the_run_unless_it_is_to_be_ignored(workers: i
     call_on_ranks(train, job=job)
 
 
-def test_an_infinite_gradient_that_a_loop_applies_itself_is_found_at_the_end() -> None:
+def test_infinite_gradient_of_a_manual_update_fails_the_run() -> None:
     def train(config: Mapping[str, Any]) -> None:
         model = distplat.prepare(model_of())
         backward(loss_of(model, data_of()[:2]) * float("inf"))
         with torch.no_grad():
-            for one in model.parameters():
-                one.sub_(one.grad)
+            for parameter in model.parameters():
+                parameter.sub_(parameter.grad)
 
     with pytest.raises((NonFiniteError, ValueError)):
         call_on_ranks(train, 2)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_what_is_infinite_in_one_model_keeps_no_other_from_its_step(strategy: str) -> None:
-    """The first backward reaches both, the second one the first alone."""
+def test_infinite_gradient_of_one_model_does_not_block_another(strategy: str) -> None:
+    """The gradients of `second` are reset before its step."""
 
     def train(config: Mapping[str, Any]) -> None:
         first, second = distplat.prepare(model_of(), nn.Linear(1, 1).double())
-        one, two = momentum(first.parameters()), momentum(second.parameters())
+        first_optimizer, second_optimizer = (
+            momentum(first.parameters()),
+            momentum(second.parameters()),
+        )
         inputs = data_of().tensors[0][:2]
         backward(second(first(inputs).detach()).sum() * float("inf"))
         backward(first(inputs).sum())
-        one.step()
-        two.zero_grad()
+        first_optimizer.step()
+        second_optimizer.zero_grad()
         backward(second(first(inputs)).sum())
-        two.step()
+        second_optimizer.step()
 
     call_on_ranks(train, job=function_job(2, strategy=strategy))
 
 
-def with_phases() -> nn.Module:
+def model_with_complex_buffer() -> nn.Module:
     model = model_of()
     model.register_buffer("phases", torch.zeros(2, dtype=torch.complex128))
     return model
 
 
-REFUSED: list[tuple[Callable[[], Any], str]] = [
+UNSUPPORTED: list[tuple[Callable[[], Any], str]] = [
     (lambda: DataLoader(data_of(), batch_size=None), "batch_size=None"),
     (lambda: 3, "prepare() got a int"),
-    (with_phases, "a model that prepare() got has the state 'phases' of type complex128"),
+    (
+        model_with_complex_buffer,
+        "a model that prepare() got has the state 'phases' of type complex128",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("make", "text"), REFUSED)
-def test_what_cannot_be_prepared_is_named(make: Callable[[], Any], text: str) -> None:
+@pytest.mark.parametrize(("make", "text"), UNSUPPORTED)
+def test_prepare_rejects_unsupported_objects(make: Callable[[], Any], text: str) -> None:
     def train(config: Mapping[str, Any]) -> None:
         distplat.prepare(make())
 
@@ -384,7 +390,7 @@ def test_what_cannot_be_prepared_is_named(make: Callable[[], Any], text: str) ->
     assert text in str(caught.value)
 
 
-def test_ranks_with_other_models_are_named() -> None:
+def test_models_that_differ_between_ranks_are_rejected() -> None:
     def train(config: Mapping[str, Any]) -> None:
         distplat.prepare(nn.Linear(2, 1 + distplat.get_context().rank // 2))
 
@@ -393,7 +399,7 @@ def test_ranks_with_other_models_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "checkpoint",
     [
         {"a": object()},
         {"a": [{1.5: 2}]},
@@ -403,51 +409,51 @@ def test_ranks_with_other_models_are_named() -> None:
     ],
     ids=["object", "key", "complex", "sparse", "texts"],
 )
-def test_what_a_checkpoint_cannot_hold_is_named(bad: Any) -> None:
+def test_unsupported_checkpoint_values_are_rejected(checkpoint: Any) -> None:
     def train(config: Mapping[str, Any]) -> None:
-        distplat.report({"loss": 1.0}, checkpoint=bad)
+        distplat.report({"loss": 1.0}, checkpoint=checkpoint)
 
     with pytest.raises(SpecError, match=r"checkpoint\['a'\]"):
         call_on_ranks(train)
 
 
-def test_a_report_without_names_is_told() -> None:
+def test_report_rejects_a_number_without_a_name() -> None:
     with pytest.raises(SpecError, match="got a float: it takes numbers by name"):
         call_on_ranks(lambda config: distplat.report(0.5))  # type: ignore[arg-type]
 
 
-def test_outside_of_a_run_the_words_say_so() -> None:
-    for word in (distplat.get_checkpoint, distplat.barrier, distplat.get_context):
+def test_api_outside_a_run_is_an_error() -> None:
+    for function in (distplat.get_checkpoint, distplat.barrier, distplat.get_context):
         with pytest.raises(SpecError, match="train function"):
-            word()
+            function()
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_all_ranks_stop_at_once_though_they_hear_of_it_apart(strategy: str) -> None:
-    made = [0, 0, 0]
+def test_all_ranks_stop_at_the_same_step(strategy: str) -> None:
+    steps = [0, 0, 0]
 
     def train(config: Mapping[str, Any]) -> None:
         rank = distplat.get_context().rank
         model = distplat.prepare(model_of())
         while not distplat.should_stop():
             backward(loss_of(model, data_of()[:2]))
-            made[rank] += 1
+            steps[rank] += 1
 
     def ending(rank: int) -> bool:
-        return made[rank] >= (3 if rank == 0 else 1)
+        return steps[rank] >= (3 if rank == 0 else 1)
 
     call_on_ranks(train, job=function_job(3, strategy=strategy), ending=ending)
-    assert made == [3, 3, 3]
+    assert steps == [3, 3, 3]
 
 
-def test_under_ps_async_each_rank_stops_by_itself() -> None:
-    made = [0, 0]
+def test_ps_async_stops_each_rank_on_its_own() -> None:
+    steps = [0, 0]
 
     def train(config: Mapping[str, Any]) -> None:
         rank = distplat.get_context().rank
         while not distplat.should_stop():
-            made[rank] += 1
+            steps[rank] += 1
 
     job = function_job(2, strategy="ps-async")
-    call_on_ranks(train, job=job, ending=lambda rank: made[rank] > 3 * rank)
-    assert made == [1, 4]
+    call_on_ranks(train, job=job, ending=lambda rank: steps[rank] > 3 * rank)
+    assert steps == [1, 4]

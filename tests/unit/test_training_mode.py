@@ -1,4 +1,4 @@
-"""Parts of a model in evaluation mode, which a step puts in training mode: said, not silent."""
+"""Warning about modules in evaluation mode, which each step sets to training mode."""
 
 import torch
 from jobs import job_of
@@ -20,37 +20,37 @@ class Plain(Task):
         return (outputs - targets).square().mean()
 
 
-class PartEvaluates(Plain):
+class PartInEvalMode(Plain):
     def model(self) -> nn.Module:
         model = super().model()
         model.get_submodule("0").eval()
         return model
 
 
-class AllEvaluates(Plain):
+class AllInEvalMode(Plain):
     def model(self) -> nn.Module:
         return super().model().eval()
 
 
-class Kept(nn.Sequential):
-    def train(self, mode: bool = True) -> "Kept":
+class PartStaysInEval(nn.Sequential):
+    def train(self, mode: bool = True) -> "PartStaysInEval":
         super().train(mode)
         self.get_submodule("0").eval()
         return self
 
 
-class KeepsPart(Plain):
+class OverridesTrain(Plain):
     def model(self) -> nn.Module:
-        return Kept(*super().model().children()).train()
+        return PartStaysInEval(*super().model().children()).train()
 
 
-def test_a_part_in_evaluation_mode_is_warned_of() -> None:
-    prepared = prepare(job_of("ring"), PartEvaluates())
-    (found,) = prepared.warnings
-    assert found.startswith("model() gives '0' in evaluation mode, and each step starts with")
+def test_submodule_in_evaluation_mode_has_a_warning() -> None:
+    prepared = prepare(job_of("ring"), PartInEvalMode())
+    (warning,) = prepared.warnings
+    assert warning.startswith("model() gives '0' in evaluation mode, and each step starts with")
     assert not prepared.flat.model.get_submodule("0.1").training
 
 
-def test_what_is_meant_is_not() -> None:
-    for task in (Plain, AllEvaluates, KeepsPart):
+def test_consistent_modes_have_no_warning() -> None:
+    for task in (Plain, AllInEvalMode, OverridesTrain):
         assert prepare(job_of("ring"), task()).warnings == []

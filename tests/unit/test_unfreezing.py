@@ -1,4 +1,4 @@
-"""Parameters that are frozen at first: they take part from a step on, on all ranks alike."""
+"""Parameters that are frozen at first and unfrozen in a later step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,12 +19,12 @@ from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.model.optim import LocalOptimizer
 from distplat.strategies.server.dense_store import DenseStore
 
-STEPS, THAWS_IN = 6, 3
+STEPS, UNFREEZE_STEP = 6, 3
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 class Net(nn.Module):
-    """A frozen layer in front."""
+    """The first layer is frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,8 +48,8 @@ def job(**more: Any) -> Job:
 
 
 def parts_of(step: int, world: int) -> list[Tensor]:
-    """The last rank has no samples in the step in which the layer is unfrozen."""
-    if world > 1 and step == THAWS_IN:
+    """Split the samples; in UNFREEZE_STEP the last of several ranks has none."""
+    if world > 1 and step == UNFREEZE_STEP:
         return [*X.chunk(world - 1), X[:0]]
     return [*X.chunk(world)]
 
@@ -59,39 +59,39 @@ def loss_of(net: nn.Module, x: Tensor) -> Tensor:
     return loss
 
 
-def plain(of: Job) -> dict[str, Tensor]:
+def train_plain(spec: Job) -> dict[str, Tensor]:
     net = Net()
-    kind = getattr(torch.optim, of.optimizer.name)
-    optimizer = kind(net.parameters(), **of.optimizer.arguments())
+    cls = getattr(torch.optim, spec.optimizer.name)
+    optimizer = cls(net.parameters(), **spec.optimizer.arguments())
     for step in range(STEPS):
-        if step == THAWS_IN:
+        if step == UNFREEZE_STEP:
             net.a.requires_grad_(True)
         optimizer.zero_grad()
         torch.autograd.backward(loss_of(net, X))
-        if of.clip_norm is not None:
-            nn.utils.clip_grad_norm_(net.parameters(), of.clip_norm)
+        if spec.clip_norm is not None:
+            nn.utils.clip_grad_norm_(net.parameters(), spec.clip_norm)
         optimizer.step()
     return net.state_dict()
 
 
 def compute(flats: Sequence[FlatModel], step: int) -> NDArray[np.bool_]:
-    """Every rank's forward and backward; gives who has a gradient on any rank."""
+    """Run forward and backward on each rank; return the mask of parameters with a gradient."""
     for flat, part in zip(flats, parts_of(step, len(flats)), strict=True):
         flat.begin_step()
         if len(part):
-            if step == THAWS_IN:
+            if step == UNFREEZE_STEP:
                 flat.model.get_submodule("a").requires_grad_(True)
             loss = loss_of(flat.model, part)
             flat.before_backward()
             torch.autograd.backward(loss)
             flat.collect()
         flat.check_layout(step)
-    found: NDArray[np.bool_] = np.logical_or.reduce([flat.present for flat in flats])
-    return found
+    present: NDArray[np.bool_] = np.logical_or.reduce([flat.present for flat in flats])
+    return present
 
 
-def check(flats: Sequence[FlatModel], of: Job) -> None:
-    expected = plain(of)
+def assert_matches_plain(flats: Sequence[FlatModel], spec: Job) -> None:
+    expected = train_plain(spec)
     for flat in flats:
         for name, value in flat.state_dict().items():
             torch.testing.assert_close(value, expected[name], rtol=1e-10, atol=1e-10, msg=name)
@@ -99,10 +99,10 @@ def check(flats: Sequence[FlatModel], of: Job) -> None:
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize("world", [1, 3])
-def test_ranks_that_update_alike(world: int, clip_norm: float | None) -> None:
-    of = job(clip_norm=clip_norm)
+def test_local_optimizers_match_plain_loop(world: int, clip_norm: float | None) -> None:
+    spec = job(clip_norm=clip_norm)
     flats = [FlatModel(Net(), unfreezes=True) for _ in range(world)]
-    optimizers = [LocalOptimizer(flat, of, STEPS) for flat in flats]
+    optimizers = [LocalOptimizer(flat, spec, STEPS) for flat in flats]
     for step in range(STEPS):
         present = compute(flats, step)
         for flat in flats:
@@ -112,21 +112,21 @@ def test_ranks_that_update_alike(world: int, clip_norm: float | None) -> None:
             flat.grads.copy_(total)
             optimizer.step(step, present)
     assert all(flat.active.all() for flat in flats)
-    check(flats, of)
+    assert_matches_plain(flats, spec)
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize("servers", [1, 2])
 @pytest.mark.parametrize("world", [1, 3])
-def test_servers_that_update(world: int, servers: int, clip_norm: float | None) -> None:
-    of = job(clip_norm=clip_norm)
+def test_servers_match_plain_loop(world: int, servers: int, clip_norm: float | None) -> None:
+    spec = job(clip_norm=clip_norm)
     flats = [FlatModel(Net(), unfreezes=True) for _ in range(world)]
     layout, shared = flats[0].layout, flats[0].params.clone()
     shards = []
     cuts = cut_shards(layout.size, servers, tail=layout.tail_size).shards
     for cut in cuts:
         own = layout.cut(cut.start, cut.stop)
-        plan = ShardPlan(of, "run", 1, world, STEPS, servers, layout=own)
+        plan = ShardPlan(spec, "run", 1, world, STEPS, servers, layout=own)
         shards.append(DenseStore(plan, shared[cut.start : cut.stop]))
         shards[-1].restore(0)
     for flat in flats:
@@ -142,10 +142,10 @@ def test_servers_that_update(world: int, servers: int, clip_norm: float | None) 
             shard.commit(step, norm if clip_norm else None)
         for flat in flats:
             flat.activate_tail(shards[0].seen, step)
-    check(flats, of)
+    assert_matches_plain(flats, spec)
 
 
-def test_until_then_nobody_touches_the_tail() -> None:
+def test_frozen_parameters_are_not_updated() -> None:
     flat = FlatModel(Net(), unfreezes=True)
     assert flat.layout.tail_size and flat.segments[-1].stop == flat.layout.tail
     frozen = flat.model.get_parameter("a.weight")
@@ -163,7 +163,7 @@ def unfreeze_on_one_rank(flats: Sequence[FlatModel]) -> None:
     flats[0].model.get_submodule("a").requires_grad_(True)
 
 
-def test_who_computes_without_it_is_told() -> None:
+def test_rank_that_stays_frozen_is_an_error() -> None:
     flats = [FlatModel(Net(), unfreezes=True) for _ in range(2)]
     unfreeze_on_one_rank(flats)
     present = compute(flats, 0)
@@ -172,7 +172,7 @@ def test_who_computes_without_it_is_told() -> None:
         flats[1].activate_tail(present, 0)
 
 
-def test_where_nobody_follows_it_is_refused() -> None:
+def test_strategy_without_unfreezing_rejects_it() -> None:
     flat = FlatModel(Net(), unfreezes=True)
     unfreeze_on_one_rank([flat])
     compute([flat], 0)
@@ -180,7 +180,7 @@ def test_where_nobody_follows_it_is_refused() -> None:
         flat.begin_step()
 
 
-def test_what_was_changed_while_frozen_is_refused() -> None:
+def test_parameter_changed_while_frozen_is_rejected() -> None:
     flat = FlatModel(Net(), unfreezes=True)
     flat.model.get_parameter("a.bias").fill_(1.0)
     flat.model.get_submodule("a").requires_grad_(True)
@@ -188,7 +188,7 @@ def test_what_was_changed_while_frozen_is_refused() -> None:
         compute([flat], 0)
 
 
-def test_a_backbone_much_larger_than_the_head_has_no_room() -> None:
+def test_backbone_much_larger_than_the_head_cannot_be_unfrozen() -> None:
     class Large(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -202,7 +202,7 @@ def test_a_backbone_much_larger_than_the_head_has_no_room() -> None:
         flat.check_layout(0)
 
 
-def test_frozen_during_the_run_a_parameter_rests() -> None:
+def test_parameter_frozen_during_the_run_is_not_updated() -> None:
     flat = FlatModel(Net())
     optimizer = LocalOptimizer(flat, job(), STEPS)
     for step in range(2):

@@ -1,4 +1,4 @@
-"""A signal while a run's copy is completed, in a process of its own with signals of its own."""
+"""A signal during a run's final upload, in a child process."""
 
 import json
 import os
@@ -26,22 +26,22 @@ Odd.hold = threading.Event()
 run_upload._FIRST_UPLOAD_S = 0.1
 folder = Path.cwd()
 
-def strike():
-    until = time.monotonic() + 60
-    marks = {"upload": "result.json", "training": "metrics.jsonl"}
-    def there():
-        return [one for one in folder.glob(f"runs/*/{marks[when]}") if one.stat().st_size]
-    while not there() and time.monotonic() < until:
+def send_signals():
+    deadline = time.monotonic() + 60
+    files = {"upload": "result.json", "training": "metrics.jsonl"}
+    def written():
+        return [path for path in folder.glob(f"runs/*/{files[when]}") if path.stat().st_size]
+    while not written() and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.3)
     os.kill(os.getpid(), getattr(signal, first))
     if second:
-        while not list(folder.glob("runs/*/result.json")) and time.monotonic() < until:
+        while not list(folder.glob("runs/*/result.json")) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.3)
         os.kill(os.getpid(), getattr(signal, second))
 
-threading.Thread(target=strike, daemon=True).start()
+threading.Thread(target=send_signals, daemon=True).start()
 fields = fields_of(
     workers=0, task="tasks_for_tests:Blobs", optimizer={"name": "AdamW", "lr": 0.1},
     global_batch_size=8, epochs=100000 if when == "training" else 2, checkpoint={"every_epochs": 1},
@@ -53,14 +53,14 @@ try:
 except DistplatError as error:
     print(error.exit_code)
 except KeyboardInterrupt:
-    print("at once")
+    print("interrupted twice")
 """
 
 
-def struck(folder: Path, *args: str) -> tuple[str, str, dict[str, object]]:
-    """Give what a run printed, what it warned of, and its result."""
+def run_with_signals(folder: Path, *args: str) -> tuple[str, str, dict[str, object]]:
+    """Return stdout, stderr and the result of a run that gets the signals."""
     paths = [str(SUPPORT), *sys.path]
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", SCRIPT, *args],
         capture_output=True,
         text=True,
@@ -69,18 +69,18 @@ def struck(folder: Path, *args: str) -> tuple[str, str, dict[str, object]]:
         env={**os.environ, "PYTHONPATH": ":".join(paths), "TASKS": str(TASKS)},
     )
     results = list(folder.glob("runs/*/result.json"))
-    assert results, done.stderr
-    return done.stdout.strip(), done.stderr, json.loads(results[0].read_text())
+    assert results, process.stderr
+    return process.stdout.strip(), process.stderr, json.loads(results[0].read_text())
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", "143"), slow("SIGINT", "130")])
-def test_a_signal_while_the_end_uploads_is_told_with_what_is_left(
+def test_signal_during_the_final_upload_reports_missing_files(
     name: str, code: str, tmp_path: Path
 ) -> None:
-    said, warned, result = struck(tmp_path, name, "", "upload")
-    assert said == code, warned
+    stdout, stderr, result = run_with_signals(tmp_path, name, "", "upload")
+    assert stdout == code, stderr
     (run,) = (tmp_path / "runs").iterdir()
-    last = warned.strip().splitlines()[-1]
+    last = stderr.strip().splitlines()[-1]
     assert last.startswith("the run has ended, but model.safetensors, ")
     assert f"not uploaded to odd://bucket/runs/{run.name}: its upload was interrupted" in last
     assert f"`distplat upload {run}` uploads it" in last
@@ -90,8 +90,8 @@ def test_a_signal_while_the_end_uploads_is_told_with_what_is_left(
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_uploads_until_the_next_signal(tmp_path: Path) -> None:
-    said, warned, result = struck(tmp_path, "SIGTERM", "SIGTERM", "training")
-    assert said == "143", warned
-    assert "its upload was interrupted; `distplat upload" in warned.splitlines()[-1]
+def test_stopped_run_uploads_until_the_next_signal(tmp_path: Path) -> None:
+    stdout, stderr, result = run_with_signals(tmp_path, "SIGTERM", "SIGTERM", "training")
+    assert stdout == "143", stderr
+    assert "its upload was interrupted; `distplat upload" in stderr.splitlines()[-1]
     assert result == {"status": "STOPPED", "error": "interrupted by SIGTERM"}

@@ -1,4 +1,4 @@
-"""What `distplat verify` says: of tasks that are as they should be, and of those that are not."""
+"""`distplat verify`: verdicts on correct and incorrect tasks, and the comparison itself."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ RING = Drawn(steps=8)
 
 
 class Classify(Task):
-    """Twenty-three samples of three classes, so that batches of eight are cut unevenly."""
+    """23 samples of three classes: the last batch of eight is smaller."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
@@ -66,13 +66,13 @@ def job(strategy: str, **more: Any) -> Job:
     return replace(RING, strategy=strategy, samples=23, batch=8, **more).job()
 
 
-def test_the_reference_is_short_and_owes_nothing_to_the_engine() -> None:
+def test_reference_is_short_and_independent_of_the_engine() -> None:
     text = (ROOT / "strategies/verification/reference.py").read_text()
     assert len(text.splitlines()) <= 150
-    found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
-    ours = {node.module for node in found if (node.module or "").startswith("distplat")}
-    home = "distplat.strategies.verification"
-    assert ours == {"distplat.strategies.task", home, f"{home}.recipes"}
+    imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+    modules = {node.module for node in imports if (node.module or "").startswith("distplat")}
+    package = "distplat.strategies.verification"
+    assert modules == {"distplat.strategies.task", package, f"{package}.recipes"}
 
 
 @pytest.mark.sweep(2)
@@ -85,19 +85,19 @@ def test_the_reference_is_short_and_owes_nothing_to_the_engine() -> None:
         ("hybrid", {"pipeline": 2, "cut": "even"}),
     ],
 )
-def test_a_task_that_means_what_is_trained(strategy: str, options: dict[str, Any]) -> None:
-    found = rows(Classify, job(strategy, options=options))
-    assert {check: row.verdict for check, row in found.items()} == {
+def test_correct_task_has_verdict_equal(strategy: str, options: dict[str, Any]) -> None:
+    results = rows(Classify, job(strategy, options=options))
+    assert {check: row.verdict for check, row in results.items()} == {
         "plain loop": EQUAL,
         "repeat": EQUAL,
         "whole batch": EQUAL,
     }
-    assert not any(row.failed for row in found.values())
-    assert (found["whole batch"].difference or 0.0) < 1e-12
+    assert not any(row.failed for row in results.values())
+    assert (results["whole batch"].difference or 0.0) < 1e-12
 
 
-class Shuffled(IterableDataset[Any]):
-    """Shuffles itself anew in each pass, with a generator of its own: ranks are threads here."""
+class ShuffledStream(IterableDataset[Any]):
+    """Shuffles each pass with its own generator, because the ranks are threads."""
 
     def __init__(self, *columns: Tensor) -> None:
         self.columns, self.epoch = columns, 0
@@ -106,56 +106,56 @@ class Shuffled(IterableDataset[Any]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:
-        draws = torch.Generator().manual_seed(self.epoch)
-        for place in torch.randperm(len(self.columns[0]), generator=draws).tolist():
-            inputs, target = (column[place] for column in self.columns)
+        generator = torch.Generator().manual_seed(self.epoch)
+        for index in torch.randperm(len(self.columns[0]), generator=generator).tolist():
+            inputs, target = (column[index] for column in self.columns)
             yield inputs + self.epoch, target
 
 
-class Streamed(Classify):
+class StreamTask(Classify):
     def train_data(self) -> Any:
-        return Shuffled(*super().train_data().tensors)
+        return ShuffledStream(*super().train_data().tensors)
 
 
-class StreamedByEpoch(Streamed):
+class StreamByEpochTask(StreamTask):
     def train_data(self) -> Any:
-        kind = type("Long", (Shuffled,), {"__len__": lambda self: 23})
-        return kind(*Classify.train_data(self).tensors)
+        stream = type("StreamWithLength", (ShuffledStream,), {"__len__": lambda self: 23})
+        return stream(*Classify.train_data(self).tensors)
 
 
 @pytest.mark.sweep(2)
-@pytest.mark.parametrize("kind", [Streamed, StreamedByEpoch])
+@pytest.mark.parametrize("cls", [StreamTask, StreamByEpochTask])
 @pytest.mark.parametrize(
     ("strategy", "options"), [("ring", {}), ("hybrid", {"pipeline": 2, "cut": "even"})]
 )
-def test_a_stream_is_verified(strategy: str, options: dict[str, Any], kind: type[Task]) -> None:
-    one = job(strategy, options=options)
-    found = rows(kind, one)
-    assert [row.verdict for row in found.values()] == [EQUAL] * 3
-    assert (found["whole batch"].difference or 0.0) < 1e-12
+def test_stream_has_verdict_equal(strategy: str, options: dict[str, Any], cls: type[Task]) -> None:
+    spec = job(strategy, options=options)
+    results = rows(cls, spec)
+    assert [row.verdict for row in results.values()] == [EQUAL] * 3
+    assert (results["whole batch"].difference or 0.0) < 1e-12
 
 
-class WarmedUp(Classify):
-    """With rates of its own."""
+class LrTask(Classify):
+    """Defines `lr`."""
 
     def lr(self, step: int, total: int) -> float:
         return min(1.0, (step + 1) / 4) * (1.0 - step / total)
 
 
-def test_rates_of_the_task_are_the_references_too() -> None:
-    found = rows(WarmedUp, job("ps-sync", options={"num_servers": 2}))
-    assert {row.verdict for row in found.values()} == {EQUAL}
+def test_reference_uses_the_tasks_lr() -> None:
+    results = rows(LrTask, job("ps-sync", options={"num_servers": 2}))
+    assert {row.verdict for row in results.values()} == {EQUAL}
 
 
 class TokenMean(Classify):
-    """A mean over something else than samples."""
+    """The loss is a weighted mean, not a mean over samples."""
 
     def loss(self, outputs: Any, targets: Any) -> Any:
         return nn.functional.cross_entropy(outputs, targets, weight=torch.tensor([1.0, 5.0, 0.2]))
 
 
-class Keyed(Classify):
-    """Dicts, which go into the model by keywords; it gives a dict, its loss in it."""
+class DictBatches(Classify):
+    """Batches and outputs are dicts; the model returns its loss."""
 
     def model(self) -> nn.Module:
         class Model(nn.Module):
@@ -177,8 +177,8 @@ class Keyed(Classify):
         return nn.functional.cross_entropy(outputs["logits"], targets["y"])
 
 
-class Stepped(Keyed):
-    """All of it in a `step`."""
+class StepTask(DictBatches):
+    """The same in `step`."""
 
     loss = Task.loss
 
@@ -186,31 +186,31 @@ class Stepped(Keyed):
         return model(**batch)
 
 
-class SteppedTokenMean(Stepped):
-    """A mean over something else than samples, from a `step`."""
+class StepTokenMean(StepTask):
+    """A weighted mean in `step`."""
 
     def step(self, model: nn.Module, batch: Any) -> Any:
         logits, weight = model(**batch)["logits"], torch.tensor([1.0, 5.0, 0.2])
         return nn.functional.cross_entropy(logits, batch["y"], weight=weight.to(logits.dtype))
 
 
-@pytest.mark.parametrize("kind", [Keyed, Stepped])
-def test_batches_of_any_form_are_verified(kind: type[Task]) -> None:
-    found = rows(kind, job("ring"))
-    assert {row.verdict for row in found.values()} == {EQUAL}
-    assert (found["whole batch"].difference or 0.0) < 1e-12
+@pytest.mark.parametrize("cls", [DictBatches, StepTask])
+def test_dict_batches_have_verdict_equal(cls: type[Task]) -> None:
+    results = rows(cls, job("ring"))
+    assert {row.verdict for row in results.values()} == {EQUAL}
+    assert (results["whole batch"].difference or 0.0) < 1e-12
 
 
-class InBatch(Classify):
-    """Each sample looks at the others."""
+class ContrastiveLoss(Classify):
+    """The loss of a sample depends on the other samples of the batch."""
 
     def loss(self, outputs: Any, targets: Any) -> Any:
         logits = outputs @ outputs.t()
         return nn.functional.cross_entropy(logits, torch.arange(len(logits)))
 
 
-class Centred(Classify):
-    """The model looks at the others."""
+class CenteringModel(Classify):
+    """The model's outputs depend on the other samples of the batch."""
 
     def model(self) -> nn.Module:
         class Centre(nn.Module):
@@ -220,8 +220,8 @@ class Centred(Classify):
         return nn.Sequential(Centre(), nn.Linear(5, 3))
 
 
-class CentredObject(Centred):
-    """What the model gives is an object of a class that nobody knows."""
+class CenteringModelWithObject(CenteringModel):
+    """The model returns an object of an unregistered class."""
 
     def model(self) -> nn.Module:
         class Wrapped(nn.Module):
@@ -240,68 +240,68 @@ class CentredObject(Centred):
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize(
-    ("kind", "says"),
+    ("cls", "fragment"),
     [
         (TokenMean, "(sum, weight)"),
-        (SteppedTokenMean, "(sum, weight)"),
-        (InBatch, "in-batch"),
-        (Centred, "the model"),
-        (CentredObject, "the model"),
+        (StepTokenMean, "(sum, weight)"),
+        (ContrastiveLoss, "in-batch"),
+        (CenteringModel, "the model"),
+        (CenteringModelWithObject, "the model"),
     ],
 )
-def test_what_cannot_be_put_together_differs_by_meaning(kind: type[Task], says: str) -> None:
-    found = rows(kind, job("ring"))
-    assert found["plain loop"].verdict == EQUAL
-    whole = found["whole batch"]
-    assert whole.verdict == MEANING and whole.failed and says in whole.reason
-    assert exit_code([*found.values()]) == 1
+def test_loss_across_samples_has_verdict_meaning(cls: type[Task], fragment: str) -> None:
+    results = rows(cls, job("ring"))
+    assert results["plain loop"].verdict == EQUAL
+    whole = results["whole batch"]
+    assert whole.verdict == MEANING and whole.failed and fragment in whole.reason
+    assert exit_code([*results.values()]) == 1
 
 
-class Normed(Classify):
+class BatchNormTask(Classify):
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3))
 
 
-def test_local_batch_norm_is_compared_frozen_and_said() -> None:
-    found = rows(Normed, job("ring"))
-    assert found["whole batch"].verdict == EQUAL
-    note = found["batch norm"]
-    assert note.verdict == NOT_COMPARED and not note.failed
+def test_batch_norm_is_compared_in_frozen_mode() -> None:
+    results = rows(BatchNormTask, job("ring"))
+    assert results["whole batch"].verdict == EQUAL
+    batch_norm = results["batch norm"]
+    assert batch_norm.verdict == NOT_COMPARED and not batch_norm.failed
 
 
-class Spoiled(Classify):
+class NanTask(Classify):
     def loss(self, outputs: Any, targets: Any) -> Any:
         return super().loss(outputs, targets) * float("nan")
 
 
-def test_a_task_that_is_not_finite_does_not_pass() -> None:
-    drawn = job("ring")
-    found = judge(drawn, references(drawn, make(Spoiled)), lambda *_: EngineRun(nan_run(drawn)))
-    assert exit_code(found) == 1 and "NaN" in found[0].reason
+def test_nan_loss_fails() -> None:
+    spec = job("ring")
+    results = judge(spec, references(spec, make(NanTask)), lambda *_: EngineRun(nan_run(spec)))
+    assert exit_code(results) == 1 and "NaN" in results[0].reason
 
 
-def nan_run(drawn: Job) -> Trained:
-    model = {n: v * float("nan") for n, v in Spoiled().model().state_dict().items()}
-    return Trained({drawn.steps or 0: model}, [float("nan")] * (drawn.steps or 0))
+def nan_run(spec: Job) -> Trained:
+    model = {n: v * float("nan") for n, v in NanTask().model().state_dict().items()}
+    return Trained({spec.steps or 0: model}, [float("nan")] * (spec.steps or 0))
 
 
-def test_a_refused_run_is_shown_with_its_own_code() -> None:
-    def refuses(*_: Any) -> EngineRun:
-        raise SpecError("not this one")
+def test_rejected_run_has_its_exit_code() -> None:
+    def reject(*_: Any) -> EngineRun:
+        raise SpecError("unsupported")
 
-    drawn = job("ring")
-    found = judge(drawn, references(drawn, make(Classify)), refuses)
-    assert [(row.verdict, row.failed) for row in found] == [(REFUSED, True)]
-    assert exit_code(found) == 2
-    lost = Row("ring", "run", REFUSED, failed=True, error=InfrastructureError("gone"))
-    assert exit_code([lost]) == 4 and exit_code([lost, replace(lost, error=None)]) == 1
+    spec = job("ring")
+    results = judge(spec, references(spec, make(Classify)), reject)
+    assert [(row.verdict, row.failed) for row in results] == [(REFUSED, True)]
+    assert exit_code(results) == 2
+    lost_row = Row("ring", "run", REFUSED, failed=True, error=InfrastructureError("gone"))
+    assert exit_code([lost_row]) == 4 and exit_code([lost_row, replace(lost_row, error=None)]) == 1
     assert exit_code([]) == 0
 
 
-def test_asynchronous_runs_are_watched_not_compared() -> None:
-    drawn = job("ring")
+def test_asynchronous_run_is_not_compared() -> None:
+    spec = job("ring")
     run = Trained({8: {}}, [2.0, 1.0, 0.5])
-    (row,) = watch_losses(drawn, "asynchronous", lambda *_: EngineRun(run, {"staleness_mean": 1.5}))
+    (row,) = watch_losses(spec, "asynchronous", lambda *_: EngineRun(run, {"staleness_mean": 1.5}))
     assert row.verdict == NOT_COMPARED and not row.failed
     assert "2 -> 0.5" in row.reason and "staleness 1.5" in row.reason
 
@@ -309,10 +309,10 @@ def test_asynchronous_runs_are_watched_not_compared() -> None:
 # -- the comparison itself --------------------------------------------------------------------
 
 
-def trained(
+def make_run(
     change: Callable[[int, dict[str, Tensor]], object] = lambda step, state: None,
 ) -> Trained:
-    """Two parameters and a buffer over four steps, `unused` without a gradient."""
+    """Return a run of four steps with two parameters, a buffer, and `unused` without a gradient."""
     states = {}
     for step in range(5):
         state = {name: torch.ones(3) * (1 + 0.1 * step) for name in ("used", "second", "buffer")}
@@ -325,85 +325,85 @@ def trained(
 TRAINABLE = ["used", "second", "unused"]
 
 
-def said(run: Trained, noise: Trained | None = None) -> tuple[str, int, str]:
-    found = compare(run, trained(), noise or trained(), TRAINABLE)
-    assert found.diverges
-    return found.name, found.step, found.reason
+def diagnose(run: Trained, noise: Trained | None = None) -> tuple[str, int, str]:
+    comparison = compare(run, make_run(), noise or make_run(), TRAINABLE)
+    assert comparison.diverges
+    return comparison.name, comparison.step, comparison.reason
 
 
 def add(name: str, amount: float, first: int = 1) -> Callable[[int, dict[str, Tensor]], object]:
     return lambda step, state: state[name].add_(amount * (step >= first))
 
 
-def test_rounding_is_no_difference_and_more_is_one() -> None:
-    noise = trained(add("used", 1e-5))
-    assert not compare(trained(add("used", 1e-4)), trained(), noise, TRAINABLE).diverges
-    assert compare(trained(add("used", 1e-3)), trained(), noise, TRAINABLE).diverges
-    assert compare(trained(add("second", 1e-4)), trained(), noise, TRAINABLE).diverges
+def test_rounding_noise_is_tolerated() -> None:
+    noise = make_run(add("used", 1e-5))
+    assert not compare(make_run(add("used", 1e-4)), make_run(), noise, TRAINABLE).diverges
+    assert compare(make_run(add("used", 1e-3)), make_run(), noise, TRAINABLE).diverges
+    assert compare(make_run(add("second", 1e-4)), make_run(), noise, TRAINABLE).diverges
 
 
-def test_where_they_part_first_and_by_how_much() -> None:
-    found = compare(trained(add("second", 0.5, first=3)), trained(), trained(), TRAINABLE)
-    assert (found.name, found.step) == ("second", 3)
-    assert found.difference == pytest.approx(0.5)
+def test_compare_reports_first_step_and_difference() -> None:
+    comparison = compare(make_run(add("second", 0.5, first=3)), make_run(), make_run(), TRAINABLE)
+    assert (comparison.name, comparison.step) == ("second", 3)
+    assert comparison.difference == pytest.approx(0.5)
 
 
-def test_states_that_a_run_left_out_are_passed_over() -> None:
-    run = trained(add("second", 0.5, first=2))
+def test_missing_states_are_skipped() -> None:
+    run = make_run(add("second", 0.5, first=2))
     run.states = {step: state for step, state in run.states.items() if step in (1, 4)}
-    assert said(run)[:2] == ("second", 4)
+    assert diagnose(run)[:2] == ("second", 4)
 
 
-def stuck(step: int, state: dict[str, Tensor]) -> None:
+def freeze(step: int, state: dict[str, Tensor]) -> None:
     state["used"].fill_(1.0)
 
 
-def doubled(step: int, state: dict[str, Tensor]) -> None:
+def double(step: int, state: dict[str, Tensor]) -> None:
     for name in ("used", "second"):
         state[name].fill_(1 + 0.2 * step)
 
 
-def lost(step: int, state: dict[str, Tensor]) -> None:
+def lose_updates(step: int, state: dict[str, Tensor]) -> None:
     state["used"][0] -= 0.05 * step
 
 
-def infinite(step: int, state: dict[str, Tensor]) -> None:
+def overflow(step: int, state: dict[str, Tensor]) -> None:
     state["used"] *= float("inf")
 
 
 REASONS: dict[str, tuple[Callable[[int, dict[str, Tensor]], object], str]] = {
     "unused": (add("unused", -0.01), "without a gradient"),
     "buffer": (add("buffer", 0.01), "buffers"),
-    "stuck": (stuck, "stay unchanged"),
-    "doubled": (doubled, "2 times as large"),
-    "lost": (lost, "lost or counts twice"),
-    "infinite": (infinite, "NaN or infinity"),
+    "stuck": (freeze, "stay unchanged"),
+    "doubled": (double, "2 times as large"),
+    "lost": (lose_updates, "lost or counts twice"),
+    "infinite": (overflow, "NaN or infinity"),
 }
 
 
 @pytest.mark.parametrize("case", REASONS)
-def test_the_likely_reason(case: str) -> None:
-    change, says = REASONS[case]
-    assert says in said(trained(change))[2]
+def test_compare_gives_a_likely_reason(case: str) -> None:
+    change, fragment = REASONS[case]
+    assert fragment in diagnose(make_run(change))[2]
 
 
-def test_a_loss_that_differs_at_once_is_the_data_or_the_buffers() -> None:
-    run = trained()
+def test_different_first_loss_points_to_data_and_buffers() -> None:
+    run = make_run()
     run.losses[0] += 0.1
-    name, step, reason = said(run)
+    name, step, reason = diagnose(run)
     assert (name, step) == (LOSS, 1) and "samples, buffers" in reason
 
 
-def test_other_tensors_are_named() -> None:
-    run = copy.deepcopy(trained())
+def test_additional_tensor_is_reported() -> None:
+    run = copy.deepcopy(make_run())
     run.states[4]["more"] = torch.ones(1)
-    assert said(run)[0] == "more"
+    assert diagnose(run)[0] == "more"
 
 
 # -- switches ----------------------------------------------------------------------------------
 
 
-class Dropping(Classify):
+class DropoutTask(Classify):
     def __init__(self) -> None:
         self.shares = torch.ones(3)
 
@@ -414,25 +414,27 @@ class Dropping(Classify):
         return self.train_data()
 
 
-def test_switches_change_what_they_say_and_nothing_else() -> None:
-    task = switched(Dropping, Switches(double=True, dropout=False, frozen_norm=True, samples=4))()
-    assert isinstance(task, Dropping) and task.eval_data() is None
+def test_switches_change_only_their_feature() -> None:
+    task = switched(
+        DropoutTask, Switches(double=True, dropout=False, frozen_norm=True, samples=4)
+    )()
+    assert isinstance(task, DropoutTask) and task.eval_data() is None
     model, data = task.model().train(), task.train_data()
     inputs, target = data[0]
     assert len(data) == 4
     assert inputs.dtype == torch.float64 and target.dtype == torch.int64
     assert all(p.dtype == torch.float64 for p in model.parameters())
-    first, again = model(inputs[None]), model(inputs[None])
-    assert torch.equal(first, again)
+    first, second = model(inputs[None]), model(inputs[None])
+    assert torch.equal(first, second)
     task.loss(first, target[None])
     assert task.shares.dtype == torch.float64
-    plain = switched(Dropping, Switches())()
+    plain = switched(DropoutTask, Switches())()
     assert all(module.training for module in plain.model().train().modules())
     assert type(plain.train_data()) is TensorDataset
 
 
-def test_the_child_answers_for_each_strategy(tmp_path: Path, monkeypatch: Any) -> None:
-    (tmp_path / "asked_of_child.py").write_text(
+def test_child_answers_for_each_strategy(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "child_task.py").write_text(
         "import torch\n"
         "from distplat import Task\n"
         "from torch.utils.data import TensorDataset\n"
@@ -442,9 +444,9 @@ def test_the_child_answers_for_each_strategy(tmp_path: Path, monkeypatch: Any) -
         "    def loss(self, outputs, targets): return (outputs - targets).square().mean()\n"
     )
     jobs = [job("ring"), job("hybrid", options={"pipeline": 2})]
-    fields = [one.model_dump(mode="json") for one in jobs]
-    asked = child.ChildRequest(fields, "asked_of_child:T", {}, str(tmp_path))
-    (tmp_path / child.REQUEST).write_text(json.dumps(asdict(asked)))
+    fields = [spec.model_dump(mode="json") for spec in jobs]
+    request = child.ChildRequest(fields, "child_task:T", {}, str(tmp_path))
+    (tmp_path / child.REQUEST).write_text(json.dumps(asdict(request)))
     monkeypatch.setattr(sys, "argv", ["child", str(tmp_path)])
     monkeypatch.setattr(sys, "path", [*sys.path])
     child.main()
@@ -453,32 +455,32 @@ def test_the_child_answers_for_each_strategy(tmp_path: Path, monkeypatch: Any) -
     assert "does not say how its model is split" in hybrid
 
 
-def test_a_task_that_calls_the_model_is_not_compared_under_hybrid() -> None:
+def test_task_with_step_is_not_compared_under_hybrid() -> None:
     assert (
-        child._uncut_reason(job("ring"), Stepped()) == "the task calls the model itself, in step()"
+        child._uncut_reason(job("ring"), StepTask()) == "the task calls the model itself, in step()"
     )
     assert child._uncut_reason(job("ring"), Classify()) == ""
 
 
-def test_of_large_models_not_every_state_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_models_keep_some_states_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distplat.strategies.verification.references._ROOM_BYTES", 600)
-    drawn = job("ring")
-    known = references(drawn, make(Classify))
-    assert known.every > 1 and len(known.plain.states) < 8 and 8 in known.plain.states
-    found = judge(drawn, known, engine(Classify))
-    assert {row.verdict for row in found} == {EQUAL}
+    spec = job("ring")
+    reference = references(spec, make(Classify))
+    assert reference.every > 1 and len(reference.plain.states) < 8 and 8 in reference.plain.states
+    results = judge(spec, reference, engine(Classify))
+    assert {row.verdict for row in results} == {EQUAL}
 
 
-def test_a_strategy_whose_ranks_differ_between_steps_is_watched(
+def test_strategy_with_synchronize_is_not_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Worker(RingWorker):
+    class WorkerWithSynchronize(RingWorker):
         def synchronize(self) -> None:
             pass
 
-    class Local(Ring):
-        worker = Worker
+    class LocalSgd(Ring):
+        worker = WorkerWithSynchronize
 
     assert not inexact_reason(job("ps-sync")) and not inexact_reason(job("ring"))
-    monkeypatch.setattr(verdicts, "make_strategy", lambda job: Local(RingOptions()))
+    monkeypatch.setattr(verdicts, "make_strategy", lambda job: LocalSgd(RingOptions()))
     assert "between steps" in inexact_reason(job("ring"))

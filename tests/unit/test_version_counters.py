@@ -1,4 +1,4 @@
-"""Which cases of a sweep `make test` has."""
+"""Selection of the cases of a sweep for `make test`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import marks
 import pytest
 
 
-class Case:
-    """As much of an item of pytest's as is looked at."""
+class FakeItem:
+    """The part of `pytest.Item` that `mark_sweeps` uses."""
 
-    def __init__(self, name: str, *given: Any) -> None:
+    def __init__(self, name: str, *decorators: Any) -> None:
         self.nodeid = name
-        self.marks = {one.name: one.mark for one in given}
+        self.marks = {decorator.name: decorator.mark for decorator in decorators}
 
     def get_closest_marker(self, name: str) -> Any:
         return self.marks.get(name)
@@ -22,26 +22,26 @@ class Case:
         self.marks[name] = getattr(pytest.mark, name)
 
 
-def kept(cases: list[Any]) -> list[str]:
+def selected(cases: list[Any]) -> list[str]:
     marks.mark_sweeps(cases)
-    return [one.nodeid for one in cases if "slow" not in one.marks]
+    return [case.nodeid for case in cases if "slow" not in case.marks]
 
 
-def test_a_grid_keeps_some_of_each_row_and_column() -> None:
+def test_sweep_selects_a_case_of_each_row_and_column() -> None:
     cases = [
-        Case(f"t[{row}-{column}]", pytest.mark.sweep(3)) for row in range(3) for column in "abc"
+        FakeItem(f"t[{row}-{column}]", pytest.mark.sweep(3)) for row in range(3) for column in "abc"
     ]
-    assert kept(cases) == ["t[0-a]", "t[1-c]", "t[2-b]"]
+    assert selected(cases) == ["t[0-a]", "t[1-c]", "t[2-b]"]
 
 
-def test_each_test_is_counted_by_itself_and_keeps_one_at_least() -> None:
-    once = [Case(name, pytest.mark.sweep(4)) for name in ("t[0]", "u[0]", "u[1]", "v")]
-    assert kept(once) == ["t[0]", "u[0]", "v"]
+def test_sweep_selects_at_least_one_case_of_each_test() -> None:
+    cases = [FakeItem(name, pytest.mark.sweep(4)) for name in ("t[0]", "u[0]", "u[1]", "v")]
+    assert selected(cases) == ["t[0]", "u[0]", "v"]
 
 
-def test_what_is_slow_or_no_sweep_stays_as_it_is() -> None:
+def test_slow_and_unmarked_tests_are_unchanged() -> None:
     cases = [
-        Case("t[0]", pytest.mark.sweep(2), pytest.mark.slow),
-        Case("t[1]", pytest.mark.sweep(2)),
+        FakeItem("t[0]", pytest.mark.sweep(2), pytest.mark.slow),
+        FakeItem("t[1]", pytest.mark.sweep(2)),
     ]
-    assert kept([*cases, Case("u[0]"), Case("u[1]")]) == ["t[1]", "u[0]", "u[1]"]
+    assert selected([*cases, FakeItem("u[0]"), FakeItem("u[1]")]) == ["t[1]", "u[0]", "u[1]"]

@@ -1,4 +1,4 @@
-"""Versions of Ray and Python that do not match are told before anything is shipped."""
+"""Versions of Ray and Python are checked before the upload."""
 
 import re
 import tomllib
@@ -24,7 +24,7 @@ from distplat.cli.versions import (
 from distplat.platform.errors import ClusterUnreachable
 
 ROOT = Path(__file__).parents[2]
-HERE = Versions("2.60.0", "3.11.9")
+LOCAL_VERSIONS = Versions("2.60.0", "3.11.9")
 
 
 @pytest.fixture
@@ -33,14 +33,14 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeJobApi]
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     Path("job.yaml").write_text(JOB)
     Path("lin.py").write_text("class Lin: ...\n")
-    with fake_job_api() as served:
-        yield served
+    with fake_job_api() as fake:
+        yield fake
 
 
-def test_the_oldest_versions_are_those_of_the_package() -> None:
+def test_oldest_versions_match_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    (needed,) = (one for one in project["dependencies"] if one.startswith("ray["))
-    assert needed == f"ray[default]>={OLDEST_RAY[0]}.{OLDEST_RAY[1]}"
+    (requirement,) = (item for item in project["dependencies"] if item.startswith("ray["))
+    assert requirement == f"ray[default]>={OLDEST_RAY[0]}.{OLDEST_RAY[1]}"
     assert OLDEST_PYTHON == OLDEST
 
 
@@ -48,23 +48,22 @@ def test_the_oldest_versions_are_those_of_the_package() -> None:
     ("ray_version", "python"),
     [("2.58.0", "3.11.9"), ("1.13.0", ""), ("2.60.0", "3.10.14"), ("2.60.0", "2.7")],
 )
-def test_a_cluster_that_is_too_old_is_refused_with_both_versions(
-    ray_version: str, python: str
-) -> None:
-    theirs = Versions(ray_version, python)
+def test_cluster_that_is_too_old_is_rejected(ray_version: str, python: str) -> None:
+    cluster_versions = Versions(ray_version, python)
     with pytest.raises(ClusterUnreachable) as raised:
-        check_cluster("http://h:8265", theirs, HERE, ())
+        check_cluster("http://h:8265", cluster_versions, LOCAL_VERSIONS, ())
     assert str(raised.value) == (
-        f"the cluster at http://h:8265 has {theirs}, and distplat needs Ray 2.59 and Python 3.11 "
-        "there, or later; this machine has Ray 2.60.0 on Python 3.11.9: start the cluster with that"
+        f"the cluster at http://h:8265 has {cluster_versions}, and distplat needs Ray 2.59 and "
+        "Python 3.11 there, or later; this machine has Ray 2.60.0 on Python 3.11.9: start the "
+        "cluster with that"
     )
     assert raised.value.exit_code == 3
 
 
 @pytest.mark.parametrize(
-    ("theirs", "given", "said"),
+    ("cluster_versions", "isolation", "has_warning"),
     [
-        (HERE, [], False),
+        (LOCAL_VERSIONS, [], False),
         (Versions("2.60.0", "3.11.2"), [], False),
         (Versions("2.60.0", ""), [], False),
         (Versions("2.60.0", "3.12.1"), [], True),
@@ -74,34 +73,36 @@ def test_a_cluster_that_is_too_old_is_refused_with_both_versions(
         (Versions("2.60.0", "3.10.1"), ["conda"], False),
     ],
 )
-def test_a_cluster_that_is_new_enough_gets_a_word_if_it_differs(
-    theirs: Versions, given: list[str], said: bool
+def test_cluster_with_another_version_has_a_warning(
+    cluster_versions: Versions, isolation: list[str], has_warning: bool
 ) -> None:
-    line = check_cluster("http://h:8265", theirs, HERE, given)
-    assert bool(line) == said
-    assert not said or (str(theirs) in line and str(HERE) in line)
+    line = check_cluster("http://h:8265", cluster_versions, LOCAL_VERSIONS, isolation)
+    assert bool(line) == has_warning
+    assert not has_warning or (str(cluster_versions) in line and str(LOCAL_VERSIONS) in line)
 
 
-def test_an_old_cluster_is_refused_before_anything_is_uploaded(
+def test_old_cluster_is_rejected_before_the_upload(
     api: FakeJobApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
     api.ray_version = "2.40.0"
     assert run(["submit", "job.yaml", "--address", api.url]) == 3
-    shown = capsys.readouterr().err
-    assert shown.startswith(f"error: the cluster at {api.url} has Ray 2.40.0 on Python 3.11.0, and")
-    assert f"this machine has {OURS}" in shown
-    assert "shipping" not in shown
+    stderr = capsys.readouterr().err
+    assert stderr.startswith(
+        f"error: the cluster at {api.url} has Ray 2.40.0 on Python 3.11.0, and"
+    )
+    assert f"this machine has {OURS}" in stderr
+    assert "shipping" not in stderr
     assert (api.packages, api.jobs) == ([], [])
 
 
-def test_another_ray_is_named_and_the_job_is_handed_in(
+def test_job_is_submitted_with_a_warning_about_another_ray(
     api: FakeJobApi, capsys: pytest.CaptureFixture[str]
 ) -> None:
     api.ray_version, api.python_version = "99.1.0", None
     assert run(["submit", "job.yaml", "--address", api.url]) == 0
-    shown = capsys.readouterr().err
-    assert f"the cluster has Ray 99.1.0, this machine {OURS}" in shown
-    assert shown.index("99.1.0") < shown.index("shipping 2 files")
+    stderr = capsys.readouterr().err
+    assert f"the cluster has Ray 99.1.0, this machine {OURS}" in stderr
+    assert stderr.index("99.1.0") < stderr.index("shipping 2 files")
     assert len(api.packages) == 2
     assert len(api.jobs) == 1
 
@@ -113,14 +114,14 @@ def test_another_ray_is_named_and_the_job_is_handed_in(
         (None, "install ray==2.1.0 in a Python "),
     ],
 )
-def test_a_driver_of_another_version_is_told_in_our_words(
+def test_version_mismatch_of_ray_has_a_remedy(
     python: str | None, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By what Ray really says."""
-    theirs = {"ray_version": "2.1.0", "python_version": python or OURS.python}
+    """The input is the message of Ray's own check."""
+    cluster_versions = {"ray_version": "2.1.0", "python_version": python or OURS.python}
 
     def refuse(*args: object, **kwargs: object) -> None:
-        check_version_info(theirs, "node 10.0.0.1")
+        check_version_info(cluster_versions, "node 10.0.0.1")
 
     monkeypatch.setattr("ray.init", refuse)
     monkeypatch.setattr("distplat.cli.join._check_ray", lambda address: None)
@@ -131,14 +132,14 @@ def test_a_driver_of_another_version_is_told_in_our_words(
     assert f"this process {OURS}: a driver must have the same; {remedy}" in text
 
 
-def test_only_a_patch_release_apart() -> None:
+def test_patch_release_mismatch_names_the_match_level() -> None:
     minor = ".".join(OURS.python.split(".")[:2])
     with pytest.raises(RuntimeError) as raised:
         check_version_info(
             {"ray_version": ray.__version__, "python_version": f"{minor}.99"}, "node", True, "patch"
         )
-    said = driver_mismatch("h:6379", str(raised.value))
-    assert re.search(r"; set RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL=minor, which lets", said)
+    message = driver_mismatch("h:6379", str(raised.value))
+    assert re.search(r"; set RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL=minor, which lets", message)
     check_version_info(
         {"ray_version": ray.__version__, "python_version": f"{minor}.99"}, "node", True, "minor"
     )

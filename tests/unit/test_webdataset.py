@@ -1,4 +1,4 @@
-"""Streams of WebDataset: what docs/streams.md says of them, with the library itself."""
+"""WebDataset streams as documented in docs/streams.md."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -25,8 +25,8 @@ from distplat.strategies.task import Task
 wds: Any = pytest.importorskip("webdataset")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
-SHARDS, EACH = 5, 6
-SAMPLES = SHARDS * EACH
+SHARDS, SAMPLES_PER_SHARD = 5, 6
+SAMPLES = SHARDS * SAMPLES_PER_SHARD
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +35,20 @@ def urls(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     names = [str(folder / f"{shard}.tar") for shard in range(SHARDS)]
     for shard, name in enumerate(names):
         with wds.TarWriter(name) as writer:
-            for number in range(EACH * shard, EACH * (shard + 1)):
+            for number in range(SAMPLES_PER_SHARD * shard, SAMPLES_PER_SHARD * (shard + 1)):
                 writer.write({"__key__": f"{number:03}", "cls": str(number)})
     return names
 
 
 @pytest.fixture(autouse=True)
-def as_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """WebDataset looks at these; a train function has them."""
+def torchrun_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """WebDataset reads these variables, which a train function has."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
 
 
-class Shuffled(IterableDataset[Any]):
-    """As in docs/streams.md."""
+class ShuffledStream(IterableDataset[Any]):
+    """The example of docs/streams.md."""
 
     def __init__(self, urls: list[str]) -> None:
         self.urls = urls
@@ -59,32 +59,34 @@ class Shuffled(IterableDataset[Any]):
         return iter(data.shuffle(8, seed=second))
 
 
-def plain(urls: list[str]) -> Any:
+def make_dataset(urls: list[str]) -> Any:
     return wds.WebDataset(urls, nodesplitter=None, shardshuffle=False)
 
 
-def numbers_of(rows: list[dict[str, Any]]) -> Tensor:
+def sample_numbers(rows: list[dict[str, Any]]) -> Tensor:
     return torch.tensor([int(row["cls"]) for row in rows])
 
 
-@pytest.mark.parametrize(("make", "shuffled"), [(plain, False), (Shuffled, True)])
+@pytest.mark.parametrize(("make", "is_shuffled"), [(make_dataset, False), (ShuffledStream, True)])
 def test_ranks_of_a_train_function_read_each_sample_once(
-    make: Callable[[list[str]], Any], shuffled: bool, urls: list[str]
+    make: Callable[[list[str]], Any], is_shuffled: bool, urls: list[str]
 ) -> None:
-    """One rank after the other: here they would share the generators of a process."""
+    """The ranks read one after the other, because they share the process's generators."""
     passes: list[list[list[int]]] = []
     for rank in range(2):
-        given = DataLoader(make(urls), 3, collate_fn=numbers_of)
-        group, told = Fabric(1).collective(0), lambda *_: None
-        loader = StreamLoader(given, DataShard(rank, 2, 5), torch.device("cpu"), told, group)
+        data_loader = DataLoader(make(urls), 3, collate_fn=sample_numbers)
+        group, ignore = Fabric(1).collective(0), lambda *_: None
+        loader = StreamLoader(
+            data_loader, DataShard(rank, 2, 5), torch.device("cpu"), ignore, group
+        )
         passes.append([torch.cat([*loader]).tolist() for _ in range(2)])
     for number in range(2):
         assert sorted(n for rank in passes for n in rank[number]) == [*range(SAMPLES)]
-    assert (passes[0][0] != passes[0][1]) == shuffled
+    assert (passes[0][0] != passes[0][1]) == is_shuffled
 
 
-class Numbers(Task):
-    """Notes what it trains on."""
+class RecordingTask(Task):
+    """Records its training samples."""
 
     def __init__(self, make: Callable[[], Any], seen: list[int]) -> None:
         self.make, self.seen = make, seen
@@ -96,7 +98,7 @@ class Numbers(Task):
         return self.make()
 
     def collate(self, rows: Any) -> Any:
-        return numbers_of(rows)
+        return sample_numbers(rows)
 
     def step(self, model: nn.Module, batch: Any) -> Tensor:
         self.seen += batch.tolist()
@@ -104,30 +106,30 @@ class Numbers(Task):
         return loss
 
 
-@pytest.mark.parametrize(("make", "workers"), [(plain, 2), (Shuffled, 1)])
-def test_a_task_trains_on_each_sample_in_each_pass(
+@pytest.mark.parametrize(("make", "workers"), [(make_dataset, 2), (ShuffledStream, 1)])
+def test_task_trains_on_each_sample_in_each_pass(
     make: Callable[[list[str]], Any], workers: int, urls: list[str]
 ) -> None:
     seen: list[int] = []
     job = job_of("ring", workers, epochs=2, global_batch_size=6)
-    train(job, partial(Numbers, partial(make, urls), seen))  # type: ignore[arg-type]
+    train(job, partial(RecordingTask, partial(make, urls), seen))  # type: ignore[arg-type]
     assert sorted(seen) == sorted([*range(SAMPLES)] * 2)
-    assert seen[:SAMPLES] != seen[SAMPLES:] or make is plain
+    assert seen[:SAMPLES] != seen[SAMPLES:] or make is make_dataset
 
 
-DRAWING: dict[str, Callable[[list[str]], Any]] = {
-    "shuffle": lambda urls: plain(urls).shuffle(8),
+OWN_GENERATOR: dict[str, Callable[[list[str]], Any]] = {
+    "shuffle": lambda urls: make_dataset(urls).shuffle(8),
     "detshuffle": lambda urls: wds.WebDataset(
         urls, nodesplitter=None, shardshuffle=100, detshuffle=True, seed=3
     ),
 }
 
 
-@pytest.mark.parametrize("kind", DRAWING)
-def test_what_draws_from_a_generator_of_its_own_is_told(kind: str, urls: list[str]) -> None:
+@pytest.mark.parametrize("name", OWN_GENERATOR)
+def test_shuffle_with_its_own_generator_is_rejected(name: str, urls: list[str]) -> None:
     def function(config: Mapping[str, Any]) -> None:
-        data = DRAWING[kind](urls)
-        list(distplat.prepare(DataLoader(data, 3, collate_fn=numbers_of)))
+        data = OWN_GENERATOR[name](urls)
+        list(distplat.prepare(DataLoader(data, 3, collate_fn=sample_numbers)))
 
     with pytest.raises(
         ValueError, match=r"(?s)gave another sample \d+ when.*a seed that __iter__ draws"
@@ -135,14 +137,14 @@ def test_what_draws_from_a_generator_of_its_own_is_told(kind: str, urls: list[st
         call_on_ranks(function)
 
 
-def test_shards_that_are_cut_by_rank_are_told_what_to_write(urls: list[str]) -> None:
-    """As `split_by_node` does, which the library's own error asks for."""
+def test_nodesplitter_by_rank_is_rejected(urls: list[str]) -> None:
+    """WebDataset's error message suggests `split_by_node`, which splits in this way."""
 
     def function(config: Mapping[str, Any]) -> None:
         rank = distplat.get_context().rank
-        cut = lambda shards: islice(shards, rank, None, 2)  # noqa: E731
-        data = wds.WebDataset(urls, nodesplitter=cut, shardshuffle=False)
-        distplat.prepare(DataLoader(data, 3, collate_fn=numbers_of))
+        split_by_rank = lambda shards: islice(shards, rank, None, 2)  # noqa: E731
+        data = wds.WebDataset(urls, nodesplitter=split_by_rank, shardshuffle=False)
+        distplat.prepare(DataLoader(data, 3, collate_fn=sample_numbers))
 
     with pytest.raises(SpecError, match=r"(?s)worker-1 other samples.*nodesplitter=None"):
         call_on_ranks(function, 2)

@@ -1,8 +1,8 @@
 """
-A loss that is a sum with a weight: one process on the whole batch is what every strategy gives.
+A loss as (sum, weight): every strategy matches one process on the whole batch.
 
-Sequences are of uneven lengths, so the mean over tokens is no mean over samples: dividing each
-micro-batch by its own tokens gives something else, and a test below sees that it would.
+Sequences have different lengths, so the mean over tokens is no mean over samples, and a division
+of each micro-batch by its own tokens gives another model (see the test of `OwnMean`).
 """
 
 from functools import cache
@@ -24,15 +24,15 @@ SAMPLES, BATCH, STEPS, WORDS, LONGEST = 23, 7, 9, 11, 6
 
 
 class Tokens(Task):
-    """Next-token loss over what is not padding, summed."""
+    """The loss is the sum over tokens that are no padding."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Embedding(WORDS, 5), nn.Tanh(), nn.Linear(5, WORDS)).double()
 
     def train_data(self) -> Dataset[Any]:
-        draw = torch.Generator().manual_seed(3)
-        ids = torch.randint(1, WORDS, (SAMPLES, LONGEST), generator=draw)
-        lengths = torch.randint(1, LONGEST + 1, (SAMPLES, 1), generator=draw)
+        generator = torch.Generator().manual_seed(3)
+        ids = torch.randint(1, WORDS, (SAMPLES, LONGEST), generator=generator)
+        lengths = torch.randint(1, LONGEST + 1, (SAMPLES, 1), generator=generator)
         targets = ids.roll(-1, 1).masked_fill(torch.arange(LONGEST) >= lengths, 0)
         return TensorDataset(ids, targets)
 
@@ -46,7 +46,7 @@ class Tokens(Task):
 
 
 class OwnMean(Tokens):
-    """The same, each micro-batch divided by its own tokens: what most scripts do."""
+    """The loss is the mean over the micro-batch's tokens, as in many scripts."""
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         summed, weight = super().loss(outputs, targets)
@@ -54,9 +54,7 @@ class OwnMean(Tokens):
         return mean
 
 
-def weighted_job(
-    strategy: dict[str, Any], workers: int, parts: int, clip: float | None = None
-) -> Job:
+def make_job(strategy: dict[str, Any], workers: int, parts: int, clip: float | None = None) -> Job:
     return job_of(
         strategy,
         workers,
@@ -70,8 +68,8 @@ def weighted_job(
 
 
 @cache
-def plain(clip: float | None) -> tuple[dict[str, Tensor], list[float], float]:
-    """Train in one process; give the model, the losses and the last evaluation."""
+def train_plain(clip: float | None) -> tuple[dict[str, Tensor], list[float], float]:
+    """Train in a plain loop; return the model, the losses and the last evaluation loss."""
     task = Tokens()
     torch.manual_seed(0)
     model, data = task.model(), task.train_data()
@@ -89,12 +87,12 @@ def plain(clip: float | None) -> tuple[dict[str, Tensor], list[float], float]:
         optimizer.step()
         losses.append(loss.item())
     with torch.no_grad():
-        summed, weight = task.loss(*map_model(model, data))
+        summed, weight = task.loss(*predict_all(model, data))
     state = {name: value.detach() for name, value in model.state_dict().items()}
     return state, losses, float(summed / weight)
 
 
-def map_model(model: nn.Module, data: Dataset[Any]) -> tuple[Tensor, Tensor]:
+def predict_all(model: nn.Module, data: Dataset[Any]) -> tuple[Tensor, Tensor]:
     ids, targets = default_collate([data[i] for i in range(SAMPLES)])
     return model(ids), targets
 
@@ -134,21 +132,21 @@ def name_of(world: Any) -> str:
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("clip", [None, 0.2])
 @pytest.mark.parametrize(("strategy", "workers", "parts"), WORLDS, ids=name_of)
-def test_every_world_gives_what_one_process_gives(
+def test_every_world_matches_plain_loop(
     strategy: dict[str, Any], workers: int, parts: int, clip: float | None
 ) -> None:
-    run = train(weighted_job(strategy, workers, parts, clip), Tokens)
-    state, losses, _ = plain(clip)
-    found = {name: value for part in run.trained for name, value in part.items()}
-    assert found.keys() == state.keys()
+    run = train(make_job(strategy, workers, parts, clip), Tokens)
+    state, losses, _ = train_plain(clip)
+    actual = {name: value for part in run.trained for name, value in part.items()}
+    assert actual.keys() == state.keys()
     for name, value in state.items():
-        assert torch.allclose(found[name], value, rtol=0, atol=1e-10), name
+        assert torch.allclose(actual[name], value, rtol=0, atol=1e-10), name
     assert losses_of(run) == pytest.approx(losses, abs=1e-10)
 
 
 def losses_of(run: LocalRun) -> list[float]:
-    """Give each step's loss, put together from the ranks' reports."""
-    found = []
+    """Return each step's loss, the weighted mean of the ranks' reports."""
+    losses = []
     for step in range(STEPS):
         parts = [
             report
@@ -158,8 +156,8 @@ def losses_of(run: LocalRun) -> list[float]:
         ]
         weights = [part.weight or 0.0 for part in parts]
         means = zip(parts, weights, strict=True)
-        found.append(sum(part.loss * weight for part, weight in means) / sum(weights))
-    return found
+        losses.append(sum(part.loss * weight for part, weight in means) / sum(weights))
+    return losses
 
 
 @pytest.mark.parametrize("task", [OwnMean, Tokens])
@@ -168,34 +166,36 @@ def losses_of(run: LocalRun) -> list[float]:
     [{"name": "ring"}, {"name": "hybrid", "pipeline": 2, "micro_batches": 2, "cut": "even"}],
     ids=name_of,
 )
-def test_a_loss_that_is_no_mean_over_samples_is_told_of(
+def test_mean_over_tokens_has_a_warning(
     strategy: dict[str, Any], task: type[Tokens], caplog: pytest.LogCaptureFixture
 ) -> None:
-    train(weighted_job(strategy, 2, 1), task)
-    told = "(sum, weight)" in caplog.text
-    assert told == (task is OwnMean), caplog.text
+    train(make_job(strategy, 2, 1), task)
+    has_warning = "(sum, weight)" in caplog.text
+    assert has_warning == (task is OwnMean), caplog.text
 
 
 @pytest.mark.parametrize("name", ["ring", "ps-sync"])
-def test_an_evaluation_is_a_mean_over_the_weights(name: str) -> None:
-    run = train(weighted_job({"name": name}, 2, 1), Tokens)
-    found = {r.rank: r for reports in run.reports for r in reports if isinstance(r, EvalReport)}
-    whole = sum(r.sums["loss"] for r in found.values())
-    assert whole / sum(r.counts["loss"] for r in found.values()) == pytest.approx(
-        plain(None)[2], abs=1e-10
+def test_evaluation_is_the_weighted_mean(name: str) -> None:
+    run = train(make_job({"name": name}, 2, 1), Tokens)
+    evaluations = {
+        r.rank: r for reports in run.reports for r in reports if isinstance(r, EvalReport)
+    }
+    loss_sum = sum(r.sums["loss"] for r in evaluations.values())
+    assert loss_sum / sum(r.counts["loss"] for r in evaluations.values()) == pytest.approx(
+        train_plain(None)[2], abs=1e-10
     )
 
 
-def test_a_mean_of_means_is_another_model() -> None:
-    """What this guards would be seen: dividing by a micro-batch's own tokens moves elsewhere."""
-    run = train(weighted_job({"name": "ring"}, 2, 1), OwnMean)
-    state, _, _ = plain(None)
+def test_mean_of_means_trains_another_model() -> None:
+    """The other tests can fail: division by a micro-batch's own tokens gives another model."""
+    run = train(make_job({"name": "ring"}, 2, 1), OwnMean)
+    state, _, _ = train_plain(None)
     assert any((run.trained[0][name] - value).abs().max() > 1e-4 for name, value in state.items())
 
 
-def test_an_asynchronous_push_is_divided_by_its_own_weight() -> None:
-    """One worker: each push is a step, so the run is the plain one."""
-    run = train(weighted_job({"name": "ps-async"}, 1, 2), Tokens)
-    state, _, _ = plain(None)
+def test_asynchronous_push_is_divided_by_its_own_weight() -> None:
+    """With one worker each push is a step, so the run matches the plain loop."""
+    run = train(make_job({"name": "ps-async"}, 1, 2), Tokens)
+    state, _, _ = train_plain(None)
     for name, value in state.items():
         assert torch.allclose(run.trained[0][name], value, rtol=0, atol=1e-10), name

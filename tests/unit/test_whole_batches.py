@@ -1,4 +1,4 @@
-"""Under hybrid, whole batches enter a model of blocks: dicts, and what a task's own call takes."""
+"""`hybrid` with batches that are dicts, or that the task passes to the model itself."""
 
 import random
 from functools import cache
@@ -34,11 +34,11 @@ class Block(nn.Module):
 
 
 class Tagger(nn.Module):
-    """Called as Hugging Face's models are, and without a mask where nothing is padded."""
+    """Called like a Hugging Face model; blocks get no mask if no sample is padded."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH, dtype=torch.float64)  # called behind the blocks
+        self.norm = nn.LayerNorm(WIDTH, dtype=torch.float64)  # called after the blocks
         self.table = nn.Embedding(WORDS, WIDTH, dtype=torch.float64)
         self.blocks = nn.ModuleList(Block() for _ in range(4))
         self.head = nn.Linear(WIDTH, 3, dtype=torch.float64)
@@ -54,15 +54,15 @@ class Tagger(nn.Module):
         return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
 
 
-def of_blocks(kind: type[Task], made: type[nn.Module] = Tagger) -> type[Task]:
+def with_blocks(cls: type[Task], model_class: type[nn.Module] = Tagger) -> type[Task]:
     def model(self: Task) -> nn.Module:
-        return made()
+        return model_class()
 
-    return type(kind.__name__, (kind,), {"model": model})
+    return type(cls.__name__, (cls,), {"model": model})
 
 
-class Own(Dicts):
-    """The model's own loss, a mean over words, with their number."""
+class ModelLoss(Dicts):
+    """The loss is the model's mean over words, with their number as weight."""
 
     def loss(self, outputs: Any, targets: Any) -> Any:
         count = (targets["labels"] != -100).sum()
@@ -70,7 +70,7 @@ class Own(Dicts):
 
 
 @cache
-def plain() -> tuple[dict[str, Tensor], float]:
+def train_plain() -> tuple[dict[str, Tensor], float]:
     torch.manual_seed(5)
     model, data = Tagger(), Sentences(SAMPLES)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -84,9 +84,9 @@ def plain() -> tuple[dict[str, Tensor], float]:
     return model.state_dict(), model(words, mask, classes)["loss"].item()
 
 
-def run_of(kind: type[Task], pipeline: int = 2, data: int = 1, **options: Any) -> LocalRun:
-    chosen, workers = grid_of(pipeline, 1, data, **options)
-    return train(hybrid_job(chosen, workers, steps=STEPS), kind)
+def run_of(cls: type[Task], pipeline: int = 2, data: int = 1, **options: Any) -> LocalRun:
+    strategy, workers = grid_of(pipeline, 1, data, **options)
+    return train(hybrid_job(strategy, workers, steps=STEPS), cls)
 
 
 GRIDS: list[dict[str, Any]] = [
@@ -99,27 +99,27 @@ GRIDS: list[dict[str, Any]] = [
 
 
 def assert_equal(run: LocalRun) -> None:
-    (expected, loss), found = plain(), whole(run)
-    assert found.keys() == expected.keys()
+    (expected, loss), actual = train_plain(), whole(run)
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
-    ends = [one for one in of_the_end(run) if one.sums]  # those of the last stage
-    assert total(ends, "loss") == pytest.approx(loss, rel=1e-9)
+        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12)
+    reports = [report for report in of_the_end(run) if report.sums]  # of the last stage
+    assert total(reports, "loss") == pytest.approx(loss, rel=1e-9)
 
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_padded_dicts_train_as_a_plain_loop(grid: dict[str, Any]) -> None:
-    """Micro-batches of one size have other lengths, and some need no mask."""
-    assert_equal(run_of(of_blocks(Own), **grid))
+def test_padded_dicts_match_plain_loop(grid: dict[str, Any]) -> None:
+    """Micro-batches differ in sequence length, and some need no mask."""
+    assert_equal(run_of(with_blocks(ModelLoss), **grid))
 
 
-@pytest.mark.parametrize("kind", [Dicts, Triples, Nested])
-def test_so_do_batches_that_the_task_takes_apart(kind: type[Task]) -> None:
-    assert_equal(run_of(of_blocks(kind), data=2))
+@pytest.mark.parametrize("cls", [Dicts, Triples, Nested])
+def test_tasks_with_forward_or_step_match_plain_loop(cls: type[Task]) -> None:
+    assert_equal(run_of(with_blocks(cls), data=2))
 
 
-class First(nn.Module):
+class FirstStage(nn.Module):
     def __init__(self, table: nn.Module) -> None:
         super().__init__()
         self.table = table
@@ -129,7 +129,7 @@ class First(nn.Module):
         return self.table(batch["input_ids"]), mask, batch["labels"]
 
 
-class Masked(nn.Module):
+class MaskedBlock(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
@@ -138,7 +138,7 @@ class Masked(nn.Module):
         return self.block(*value[:2]), *value[1:]
 
 
-class Last(nn.Module):
+class LastStage(nn.Module):
     def __init__(self, norm: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.norm, self.head = norm, head
@@ -149,26 +149,26 @@ class Last(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
-class Staged(Dicts):
-    """The first module of `stages` takes the dict; `loss` gets it, too."""
+class StagesTask(Dicts):
+    """The first module of `stages` and `loss` get the dict."""
 
     def model(self) -> nn.Module:
         return Tagger()
 
     def stages(self, model: Any) -> list[nn.Module]:
         return [
-            First(model.table),
-            *map(Masked, model.blocks),
-            Last(model.norm, model.head),
+            FirstStage(model.table),
+            *map(MaskedBlock, model.blocks),
+            LastStage(model.norm, model.head),
         ]
 
 
-def test_stages_of_the_tasks_own_take_a_dict() -> None:
-    assert_equal(run_of(Staged))
+def test_stages_of_the_task_may_take_a_dict() -> None:
+    assert_equal(run_of(StagesTask))
 
 
-class Mapped(Dicts):
-    """A dict of one tensor, for a model of one argument."""
+class OneKey(Dicts):
+    """Batches are dicts of one tensor, the model has one argument."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Embedding(WORDS, 8), nn.Linear(8, 8), nn.Linear(8, 3)).double()
@@ -183,20 +183,22 @@ class Mapped(Dicts):
         return {}
 
 
-def test_a_model_of_one_argument_takes_a_dict_of_one() -> None:
-    ways: list[tuple[Any, int]] = [({"name": "hybrid", "pipeline": 2}, 2), ("ring", 1)]
-    found, expected = (whole(train(job_of(way, workers, steps=2), Mapped)) for way, workers in ways)
+def test_model_of_one_argument_takes_a_dict_of_one_tensor() -> None:
+    configs: list[tuple[Any, int]] = [({"name": "hybrid", "pipeline": 2}, 2), ("ring", 1)]
+    actual, expected = (
+        whole(train(job_of(strategy, workers, steps=2), OneKey)) for strategy, workers in configs
+    )
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12)
 
 
-class TwoKeys(Mapped):
+class TwoKeys(OneKey):
     def collate(self, samples: list[Any]) -> Any:
         return {"input": padded(samples)[0], "labels": padded(samples)[2]}
 
 
-class Drawing(Triples):
-    """Draws in training alone, where no comparison sees it."""
+class DrawsTorch(Triples):
+    """Draws random numbers in training only, which a comparison in evaluation mode misses."""
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
         words = batch[0]
@@ -205,29 +207,29 @@ class Drawing(Triples):
         return model(words, batch[1])["logits"]
 
 
-class Picking(Triples):
+class DrawsPython(Triples):
     def forward(self, model: nn.Module, batch: Any) -> Any:
         return model(batch[0], batch[1])["logits"] * random.choice([1.0, 1.0])
 
 
-class Twice(Nested):
-    """Calls the model once more in training."""
+class CallsTwice(Nested):
+    """Calls the model twice in training."""
 
     def step(self, model: nn.Module, batch: Any) -> Any:
-        found = super().step(model, batch)
-        return super().step(model, batch) if model.training else found
+        outputs = super().step(model, batch)
+        return super().step(model, batch) if model.training else outputs
 
 
-class Cast(Tagger):
-    """In training its blocks run in another precision."""
+class AutocastTagger(Tagger):
+    """Runs the blocks under autocast in training."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.training):
             return super().forward(*args, **kwargs)
 
 
-class Backwards(Tagger):
-    """In training its blocks are called the other way round."""
+class ReversedTagger(Tagger):
+    """Calls the blocks in reverse order in training."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Any:
         x = self.table(input_ids)
@@ -236,34 +238,43 @@ class Backwards(Tagger):
         return {"logits": self.head(self.norm(x))}
 
 
-REFUSED: dict[str, tuple[type[Task], str]] = {
-    "draws": (of_blocks(Drawing), r"Drawing\.forward\(\) draws random numbers before it calls"),
-    "draws by python": (of_blocks(Picking), r"Picking\.forward\(\) names `random`"),
-    "twice": (of_blocks(Twice), "calls blocks in another order than they are listed in, or again"),
-    "many": (of_blocks(Listed), "calls blocks in another order than they are listed in, or again"),
+UNSUPPORTED: dict[str, tuple[type[Task], str]] = {
+    "draws": (
+        with_blocks(DrawsTorch),
+        r"DrawsTorch\.forward\(\) draws random numbers before it calls",
+    ),
+    "draws by python": (with_blocks(DrawsPython), r"DrawsPython\.forward\(\) names `random`"),
+    "twice": (
+        with_blocks(CallsTwice),
+        "calls blocks in another order than they are listed in, or again",
+    ),
+    "many": (
+        with_blocks(Listed),
+        "calls blocks in another order than they are listed in, or again",
+    ),
     "dataclass": (
-        of_blocks(Packed),
+        with_blocks(Packed),
         "a pipeline takes tensors as inputs, train_data gives a Graph",
     ),
-    "autocast": (of_blocks(Dicts, Cast), r"its blocks run inside of torch\.autocast"),
-    "backwards": (of_blocks(Dicts, Backwards), "calls blocks in another order"),
+    "autocast": (with_blocks(Dicts, AutocastTagger), r"its blocks run inside of torch\.autocast"),
+    "backwards": (with_blocks(Dicts, ReversedTagger), "calls blocks in another order"),
     "stages": (
-        type("Both", (Staged,), {"forward": lambda self, model, batch: model(**batch)}),
+        type("Both", (StagesTask,), {"forward": lambda self, model, batch: model(**batch)}),
         r"Both\.forward\(\) calls the whole model, which can be cut only if it",
     ),
     "two keys": (TwoKeys, "takes `input`, and a batch is a dict of input, labels"),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_cut_so_is_refused(name: str) -> None:
-    kind, told = REFUSED[name]
-    with pytest.raises(SpecError, match=told):
-        run_of(kind)
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_unsupported_models_are_rejected(name: str) -> None:
+    cls, message = UNSUPPORTED[name]
+    with pytest.raises(SpecError, match=message):
+        run_of(cls)
 
 
-def test_hooks_of_the_whole_model_are_called_once_or_refused() -> None:
-    class Hooked(Own):
+def test_forward_hook_runs_once_and_pre_hook_is_rejected() -> None:
+    class WithForwardHook(ModelLoss):
         def model(self) -> nn.Module:
             model = Tagger()
             model.register_forward_hook(
@@ -271,43 +282,43 @@ def test_hooks_of_the_whole_model_are_called_once_or_refused() -> None:
             )
             return model
 
-    assert_equal(run_of(Hooked))
+    assert_equal(run_of(WithForwardHook))
 
-    class Before(Own):
+    class WithPreHook(ModelLoss):
         def model(self) -> nn.Module:
             model = Tagger()
             model.register_forward_pre_hook(lambda module, inputs: None)
             return model
 
     with pytest.raises(SpecError, match="has a forward pre-hook, and is called with a whole batch"):
-        run_of(Before)
+        run_of(WithPreHook)
 
 
 @pytest.mark.parametrize("victim", [0, 3])
-def test_a_lost_rank_learns_the_order_of_parts_and_the_forms(victim: int) -> None:
-    """Forms are told anew in each attempt; a norm that is called last is where the others know."""
-    unfailed = Workers(of_blocks(Own)).attempt()
-    workers, fabric = Workers(of_blocks(Own)), Fabric(WORLD)
+def test_replaced_rank_gets_order_of_blocks_and_shapes(victim: int) -> None:
+    """Each attempt exchanges the shapes, and the new rank learns where the norm is called."""
+    unfailed = Workers(with_blocks(ModelLoss)).attempt()
+    workers, fabric = Workers(with_blocks(ModelLoss)), Fabric(WORLD)
     fabric.kill(victim, after=12, group="world")
     assert workers.attempt(fabric) is None
     workers.renew(victim)
     model = workers.attempt()
     assert model is not None and unfailed is not None and same(model, unfailed)
-    assert min(workers.starts) == max(workers.starts) > 0, "survivors keep what they have"
+    assert min(workers.starts) == max(workers.starts) > 0, "surviving ranks keep their state"
 
 
-class Mixed(nn.Linear):
-    """What follows a word does not change it."""
+class CausalLinear(nn.Linear):
+    """The output at a position depends on previous positions only."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(super().forward(x.cumsum(1)))
 
 
 class Pairs(Task):
-    """Pairs of words and classes, padded by micro-batch; no list of blocks."""
+    """Pairs of words and classes, padded by micro-batch; the model is sequential."""
 
     def model(self) -> nn.Module:
-        layers = [Mixed(WIDTH, WIDTH) for _ in range(4)]
+        layers = [CausalLinear(WIDTH, WIDTH) for _ in range(4)]
         return nn.Sequential(nn.Embedding(WORDS, WIDTH), *layers, nn.Linear(WIDTH, 3)).double()
 
     def train_data(self) -> Sentences:
@@ -326,25 +337,25 @@ class Pairs(Task):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_pairs_that_collate_pads_train_as_under_ring(grid: dict[str, Any]) -> None:
-    rule = {"name": "SGD", "lr": 0.05, "momentum": 0.9}
-    job = job_of("ring", optimizer=rule, steps=STEPS, seed=5, global_batch_size=BATCH)
-    alone = train(job, Pairs)
-    found = whole(run_of(Pairs, **grid))
-    for name, value in alone.trained[0].items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+def test_padded_pairs_match_ring(grid: dict[str, Any]) -> None:
+    optimizer = {"name": "SGD", "lr": 0.05, "momentum": 0.9}
+    job = job_of("ring", optimizer=optimizer, steps=STEPS, seed=5, global_batch_size=BATCH)
+    ring = train(job, Pairs)
+    actual = whole(run_of(Pairs, **grid))
+    for name, value in ring.trained[0].items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12)
 
 
 class PaddedSentences(Sentences):
-    """Pads what is asked for together, itself."""
+    """Pads the samples of a batch in `__getitems__`."""
 
     def __getitems__(self, ids: list[int]) -> list[Any]:
         words, _, classes = padded([self[number] for number in ids])
         return [*zip(words, classes, strict=True)]
 
 
-def test_a_data_set_that_pads_by_itself_is_told_what_to_write() -> None:
+def test_data_set_that_pads_is_rejected() -> None:
     data = {"train_data": lambda self: PaddedSentences(SAMPLES), "collate": Task.collate}
-    kind = type("Bare", (Pairs,), data)
+    cls = type("Bare", (Pairs,), data)
     with pytest.raises(SpecError, match=r"they may differ where .* its own collate\(\)"):
-        run_of(kind)
+        run_of(cls)

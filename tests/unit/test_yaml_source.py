@@ -1,4 +1,4 @@
-"""YAML text to values and places: what is read, what is refused, and what it says."""
+"""parse_yaml: values, positions and errors."""
 
 import math
 from itertools import pairwise
@@ -16,7 +16,7 @@ from distplat.platform.yaml_source import (
 )
 
 
-def refusal(text: str) -> str:
+def error_of(text: str) -> str:
     with pytest.raises(SpecError) as caught:
         parse_yaml(text, "job.yaml")
     return str(caught.value)
@@ -57,19 +57,19 @@ def refusal(text: str) -> str:
         ("\ufeffa: 1\r\nb: 2\r\n", {"a": 1, "b": 2}),
     ],
 )
-def test_values(text: str, value: object) -> None:
-    read, _ = parse_yaml(text, "job.yaml")
-    assert read == value
-    assert type(read) is type(value)
+def test_parses_values(text: str, value: object) -> None:
+    parsed, _ = parse_yaml(text, "job.yaml")
+    assert parsed == value
+    assert type(parsed) is type(value)
 
 
-def test_nan_is_read() -> None:
-    read, _ = parse_yaml("[.nan]", "job.yaml")
-    assert isinstance(read, list)
-    assert math.isnan(read[0])
+def test_parses_nan() -> None:
+    parsed, _ = parse_yaml("[.nan]", "job.yaml")
+    assert isinstance(parsed, list)
+    assert math.isnan(parsed[0])
 
 
-def test_marks_are_the_places_of_keys_and_items() -> None:
+def test_marks_are_the_positions_of_keys_and_items() -> None:
     _, marks = parse_yaml("a: 1\nb:\n  c: {d: 2}\n  e:\n  - x\n  - f: 3\n", "job.yaml")
     assert marks == {
         ("a",): (1, 1),
@@ -83,7 +83,7 @@ def test_marks_are_the_places_of_keys_and_items() -> None:
     }
 
 
-def test_an_alias_is_marked_below_both_its_paths_and_is_a_value_of_its_own() -> None:
+def test_alias_is_marked_below_both_paths_and_copied() -> None:
     value, marks = parse_yaml("a: &x {c: 1}\nb: *x", "job.yaml")
     assert marks["a", "c"] == marks["b", "c"] == (1, 8)
     assert isinstance(value, dict)
@@ -158,16 +158,16 @@ def test_an_alias_is_marked_below_both_its_paths_and_is_a_value_of_its_own() -> 
         ('a: "\\ud800"', "job.yaml:1:4: a: half of a surrogate pair is no text"),
     ],
 )
-def test_refusals_say_what_and_where(text: str, message: str) -> None:
-    assert refusal(text) == message
+def test_errors_have_position_and_hint(text: str, message: str) -> None:
+    assert error_of(text) == message
 
 
-def test_all_keys_that_are_set_twice_are_reported() -> None:
-    assert refusal("a: 1\na: 2\nb: 3\nb: 4").count("set twice") == 2
+def test_all_duplicate_keys_are_reported() -> None:
+    assert error_of("a: 1\na: 2\nb: 3\nb: 4").count("set twice") == 2
 
 
 def test_the_caret_follows_a_long_line() -> None:
-    _, shown, caret = refusal("k: " + "x" * 500 + "y: 1").split("\n")
+    _, shown, caret = error_of("k: " + "x" * 500 + "y: 1").split("\n")
     assert shown[len(caret) - 1] == ":"
     assert len(shown) < 120
 
@@ -182,11 +182,11 @@ def test_the_caret_follows_a_long_line() -> None:
         ("a: " + "9" * (MAX_DIGITS + 1), f"a number may have {MAX_DIGITS} digits, this has 301"),
     ],
 )
-def test_limits(text: str, message: str) -> None:
-    assert message in refusal(text)
+def test_texts_beyond_the_limits_are_rejected(text: str, message: str) -> None:
+    assert message in error_of(text)
 
 
-def test_just_inside_the_limits() -> None:
+def test_texts_at_the_limits_are_parsed() -> None:
     deep, _ = parse_yaml("[" * MAX_DEPTH + "]" * MAX_DEPTH, "job.yaml")
     wide, _ = parse_yaml("- a\n" * (MAX_NODES - 1), "job.yaml")
     assert isinstance(deep, list)
@@ -194,17 +194,17 @@ def test_just_inside_the_limits() -> None:
     assert len(wide) == MAX_NODES - 1
 
 
-def test_an_alias_counts_as_all_that_it_stands_for() -> None:
+def test_aliases_count_as_their_values() -> None:
     names = "abcdefghij"
     bomb = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in pairwise(names)
     )
-    assert "each alias counted in full" in refusal(bomb)
+    assert "each alias counted in full" in error_of(bomb)
 
 
-def test_aliases_cannot_nest_deeper_than_brackets() -> None:
+def test_aliases_count_for_the_nesting_depth() -> None:
     chain = "a0: &a0 []\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, MAX_DEPTH + 1))
-    assert f"nested deeper than {MAX_DEPTH}" in refusal(chain)
+    assert f"nested deeper than {MAX_DEPTH}" in error_of(chain)
 
 
 @pytest.mark.parametrize(
@@ -225,5 +225,5 @@ def test_aliases_cannot_nest_deeper_than_brackets() -> None:
         "\0",
     ],
 )
-def test_a_text_that_looks_like_something_else_is_quoted_in_writing(text: str) -> None:
+def test_ambiguous_texts_are_quoted(text: str) -> None:
     assert parse_yaml(dump_yaml({"a": [text]}), "")[0] == {"a": [text]}
