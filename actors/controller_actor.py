@@ -114,6 +114,7 @@ class ControllerActor:
         self._stop_order = StopOrder.NONE  #: stop order of the run
         self._started, self._over = threading.Event(), threading.Event()
 
+    @override
     def __repr__(self) -> str:
         """Name in Ray's logs."""
         return self._name
@@ -292,6 +293,7 @@ class _OutboxHandler(QueueHandler):
         super().__init__(queue.SimpleQueue())
         self._outbox = outbox
 
+    @override
     def enqueue(self, record: logging.LogRecord) -> None:
         self._outbox.put(record)
 

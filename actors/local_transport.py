@@ -249,6 +249,7 @@ class Packed:
 class _Pickler(pickle.Pickler):
     shared: list[Any]
 
+    @override
     def persistent_id(self, obj: Any) -> int | None:
         if not isinstance(obj, Actor | StoredObject | Future):
             return None
@@ -259,5 +260,6 @@ class _Pickler(pickle.Pickler):
 class _Unpickler(pickle.Unpickler):
     shared: list[Any]
 
+    @override
     def persistent_load(self, pid: Any) -> Any:
         return self.shared[pid]

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from typing_extensions import override
+
 from distplat.platform.progress import (
     Best,
     EvalSummary,
@@ -115,6 +117,7 @@ class Result:
             table.append(("model", str(self.checkpoint)))
         return table
 
+    @override
     def __str__(self) -> str:
         """Return the table as text, a name and its value per line."""
         rows = self.rows()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.text import Text
+from typing_extensions import override
 
 from distplat.actors.callbacks import Callback
 from distplat.platform.errors import encodable, printable
@@ -93,12 +94,14 @@ class View(Callback):
             self._progress = _progress(terminal_console(self._out))
             self._bar = self._progress.add_task("starting", total=None, figures="")
 
+    @override
     def on_start(self, job: Job, run: str, path: Path) -> None:
         """Start the display, and print a description of the run."""
         if self._progress is not None:
             self._progress.start()
         self._print(f"run {run}: {_description(job)}, starting")
 
+    @override
     def on_step(self, step: StepSummary) -> None:
         """Show a step; steps in quick succession are skipped."""
         if self.quiet:
@@ -111,12 +114,14 @@ class View(Callback):
             self._last_drawn = now
             self._draw(step, now)
 
+    @override
     def on_evaluation(self, evaluation: EvalSummary) -> None:
         """Show an evaluation."""
         figures = [f"{name} {number_text(value)}" for name, value in evaluation.metrics.items()]
         when = f"after step {evaluation.step}" if evaluation.step else "before the first step"
         self._print("  ".join([f"evaluation {when}", *figures]))
 
+    @override
     def on_failure(self, failure: FailureEvent) -> None:
         """Print the failure and the replaced workers."""
         replaced = ", ".join(failure.replaced) or "no actor"
@@ -125,15 +130,18 @@ class View(Callback):
             f"attempt {failure.attempt}: replacing {replaced}, going on after step {failure.step}"
         )
 
+    @override
     def on_recovery(self, recovery: Recovery) -> None:
         """Print the time of the recovery."""
         seconds = f"{recovery.seconds:.1f} s"
         self._print(f"attempt {recovery.attempt}: all workers are at work after {seconds}")
 
+    @override
     def on_resize(self, resized: Resized) -> None:
         """Print the new number of workers."""
         self._print(f"attempt {resized.attempt}: {resize_text(resized)}")
 
+    @override
     def on_end(self, result: Result, error: BaseException | None) -> None:
         """Restore the terminal."""
         if self._progress is not None:

@@ -16,6 +16,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING
 
+from typing_extensions import override
+
 from distplat.actors import ray_compat
 from distplat.actors.messages import PollResult, WorkOrder
 from distplat.actors.model_pieces import ModelPiece, piece_of
@@ -53,6 +55,7 @@ class Worker:
         self._thread: threading.Thread | None = None
         self._failure: DistplatError | None = None  #: set if the session could not be created
 
+    @override
     def __repr__(self) -> str:
         """Name in Ray's logs."""
         return self._name

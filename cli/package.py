@@ -16,6 +16,8 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import Any, NoReturn
 
+from typing_extensions import override
+
 from distplat.cli.figures import size_text
 from distplat.platform.errors import Problem, SpecError
 
@@ -101,6 +103,7 @@ class Package:
     modules: "tuple[Package, ...]" = ()
     """Packages of the user's `py_modules`."""
 
+    @override
     def __str__(self) -> str:
         """`shipping 12 files, 3.2 MB, of /home/me/job; the largest: weights.bin 3 MB`."""
         return f"shipping {'; and '.join(map(Package._facts, (self, *self.modules)))}"

@@ -9,6 +9,8 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from distplat.platform.errors import ClusterUnreachable
 
 OLDEST_PYTHON = (3, 11)
@@ -28,6 +30,7 @@ class Versions:
     python: str
     """Empty: unknown."""
 
+    @override
     def __str__(self) -> str:
         """`Ray 2.60.0 on Python 3.11.9`."""
         return f"Ray {self.ray} on Python {self.python}" if self.python else f"Ray {self.ray}"

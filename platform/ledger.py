@@ -239,6 +239,7 @@ class StepLedger(Ledger):
         return self._backup > 0
 
     @property
+    @override
     def complete(self) -> bool:
         """Whether enough pushes for the present version are staged."""
         return len(self._staged) >= self.world - self._backup

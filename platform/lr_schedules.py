@@ -107,6 +107,7 @@ class Schedule(LRSchedule):
     def needs_length(self) -> bool:
         return self.name in ("linear", "cosine", "wsd")
 
+    @override
     def _after(self, base: float, step: int, steps: int) -> float:
         match self.name:
             case "constant":
@@ -134,6 +135,7 @@ class ConstantLR(LRSchedule):
     factor: UnitInterval = 1.0 / 3
     total_iters: Count = 5
 
+    @override
     def _after(self, base: float, step: int, steps: int) -> float:
         return base * self.factor if step < self.total_iters else base
 
@@ -146,6 +148,7 @@ class LinearLR(LRSchedule):
     end_factor: UnitInterval = 1.0
     total_iters: Count = 5
 
+    @override
     def _after(self, base: float, step: int, steps: int) -> float:
         progress = min(step, self.total_iters) / self.total_iters
         return base * (self.start_factor + (self.end_factor - self.start_factor) * progress)
@@ -158,6 +161,7 @@ class PolynomialLR(LRSchedule):
     total_iters: Count = 5
     power: NonNegative = 1.0
 
+    @override
     def _after(self, base: float, step: int, steps: int) -> float:
         left = 1.0 - min(step, self.total_iters) / self.total_iters
         return base * float(left**self.power)
@@ -170,6 +174,7 @@ class StepLR(LRSchedule):
     step_size: Count
     gamma: Positive = 0.1
 
+    @override
     def _after(self, base: float, step: int, steps: int) -> float:
         return base * _power(self.gamma, step // self.step_size)
 
@@ -181,6 +186,7 @@ class MultiStepLR(LRSchedule):
     milestones: tuple[Count, ...] = Field(min_length=1)
     gamma: Positive = 0.1
 
+    @override
     def _after(self, base: float, step: int, steps: int) -> float:
         return base * _power(self.gamma, bisect_right(sorted(self.milestones), step))
 
@@ -191,6 +197,7 @@ class ExponentialLR(LRSchedule):
     name: Literal["ExponentialLR"]
     gamma: Positive
 
+    @override
     def _after(self, base: float, step: int, steps: int) -> float:
         return base * _power(self.gamma, step)
 
@@ -202,6 +209,7 @@ class CosineAnnealingLR(LRSchedule):
     T_max: Count
     eta_min: NonNegative = 0.0
 
+    @override
     def _after(self, base: float, step: int, steps: int) -> float:
         return _cosine(base, self.eta_min, step / self.T_max)
 
@@ -214,6 +222,7 @@ class CosineAnnealingWarmRestarts(LRSchedule):
     T_mult: Count = 1
     eta_min: NonNegative = 0.0
 
+    @override
     def _after(self, base: float, step: int, steps: int) -> float:
         length = self.T_0
         if self.T_mult == 1:
@@ -251,6 +260,7 @@ class OneCycleLR(LRSchedule):
     def rate(self, base: float, step: int, total_steps: int) -> float:
         return super().rate(self.max_lr or base, step, total_steps)
 
+    @override
     def _after(self, base: float, step: int, steps: int) -> float:
         first = base / self.div_factor
         last, top = first / self.final_div_factor, self.pct_start * steps - 1.0
@@ -279,6 +289,7 @@ class CyclicLR(LRSchedule):
     gamma: Positive = 1.0
     cycle_momentum: Flag = True
 
+    @override
     def _after(self, base: float, step: int, steps: int) -> float:
         length = self.step_size_up + (self.step_size_down or self.step_size_up)
         cycle, rising = math.floor(1 + step / length), self.step_size_up / length
@@ -309,6 +320,7 @@ class SequentialLR(LRSchedule):
     schedulers: tuple[Annotated[Chainable, Field(discriminator="name")], ...] = Field(min_length=1)
     milestones: tuple[Count, ...]
 
+    @override
     def _after(self, base: float, step: int, steps: int) -> float:
         index = bisect_right(self.milestones, step)
         begin = self.milestones[index - 1] if index else 0
@@ -355,6 +367,7 @@ class ReduceLROnPlateau(LRSchedule):
             base = lower
         return base
 
+    @override
     def _after(self, base: float, step: int, steps: int) -> float:
         """Return the rate before any evaluation; `Plateau` applies the reductions."""
         return base

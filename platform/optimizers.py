@@ -328,6 +328,7 @@ class TaskOptimizer(Optimizer):
     def _name(self) -> dict[str, Any]:
         return {"name": self.name}
 
+    @override
     def rates(self) -> tuple[float, ...]:
         """Return `lr` of each param group."""
         return self.of_groups

@@ -12,6 +12,7 @@ import re
 from typing import Any, NoReturn
 
 import yaml
+from typing_extensions import override
 from yaml.error import Mark, MarkedYAMLError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from yaml.reader import ReaderError
@@ -54,6 +55,7 @@ class _Reader(yaml.SafeLoader):
         self.positions: Positions = {}
         self.problems: list[Problem] = []
 
+    @override
     def compose_node(self, parent: Node | None, index: int) -> Node | None:
         """
         Compose a node and its children.
@@ -164,6 +166,7 @@ class _Writer(yaml.SafeDumper):
 
     yaml_implicit_resolvers = _Reader.yaml_implicit_resolvers
 
+    @override
     def ignore_aliases(self, data: object) -> bool:
         """Write shared values twice, without anchors."""
         return True

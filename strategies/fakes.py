@@ -194,11 +194,13 @@ class InMemoryCollective(Collective):
         return self._traffic
 
     @property
+    @override
     def rank(self) -> int:
         """Number in the group, from 0."""
         return self._members.index(self._me)
 
     @property
+    @override
     def world(self) -> int:
         """Ranks in the group."""
         return len(self._members)

@@ -15,6 +15,8 @@ Megatron-LM (Shoeybi et al. 2019), and their combination as in Narayanan et al. 
 from dataclasses import replace
 from typing import ClassVar
 
+from typing_extensions import override
+
 from distplat.platform.errors import Problem
 from distplat.platform.spec import Job
 from distplat.strategies.catalog import register
@@ -35,6 +37,7 @@ class Hybrid(Strategy[HybridOptions]):
     averages = True
 
     @classmethod
+    @override
     def complete(cls, job: Job) -> Job:
         """
         Fill in the sizes that the job does not set.
@@ -51,11 +54,13 @@ class Hybrid(Strategy[HybridOptions]):
         strategy = job.strategy.model_copy(update={"options": options})
         return job.model_copy(update={"strategy": strategy, "gradient_accumulation": accumulation})
 
+    @override
     def detail(self) -> str:
         """Return the sizes of the three dimensions."""
         options = self.options
         return f"pipeline {options.pipeline} x tensor {options.tensor} x data {options.data}"
 
+    @override
     def roles(self, job: Job) -> Roles:
         """Return a group of all workers, placed replica by replica, and `ps-sync`'s servers."""
         options = self.options
@@ -72,14 +77,17 @@ class Hybrid(Strategy[HybridOptions]):
             wire=WIRES[options.wire],
         )
 
+    @override
     def micro_batches(self, job: Job) -> int:
         """Return the value of the option."""
         return self.options.micro(job)
 
+    @override
     def problems(self, job: Job) -> list[Problem]:
         """Reject sizes that do not fit, and options without effect."""
         return problems(self.options, job)
 
+    @override
     def survives_worker_loss(self) -> bool:
         """
         Return whether every part of the model has data-parallel peers, from which it can be

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from distplat.platform.errors import Problem
 from distplat.platform.fields import Flag, NonNegative
@@ -46,6 +47,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
     averages = True
     options_type = PsAsyncOptions
 
+    @override
     def roles(self, job: Job) -> Roles:
         """Return the server group, and for a train function a collective group."""
         options = self.options
@@ -60,6 +62,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
         group = GroupSpec(timeout_s=limit_s, setting=setting) if job.own_loop else None
         return options.roles(consistency, collective=group)
 
+    @override
     def own_loop_problems(self, job: Job) -> list[Problem]:
         """Reject `replication`: a train function restarts on all workers when a server is lost."""
         if self.options.replication == 1:
@@ -67,6 +70,7 @@ class PsAsync(Strategy[PsAsyncOptions]):
         text = "is for tasks: all workers of a train function restart when a server is lost"
         return [Problem(("strategy", "replication"), text, "remove it")]
 
+    @override
     def survives_worker_loss(self) -> bool:
         """Return True: the servers hold all state."""
         return True

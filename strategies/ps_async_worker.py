@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing_extensions import override
+
 from distplat.platform.load import load_figures
 from distplat.strategies.algorithms.reduce import clip_factor
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
@@ -22,6 +24,7 @@ class PsAsyncWorker(PsWorker[PsAsyncOptions]):
     _state: ModelState  #: set by `setup`
     _norm: float | None = None  #: norm of the last pushed gradient, before clipping
 
+    @override
     def setup(self, context: Context) -> int:
         """
         Load the servers' parameters.
@@ -45,6 +48,7 @@ class PsAsyncWorker(PsWorker[PsAsyncOptions]):
         tables = context.table_steps
         return flat.version if tables is None else min(flat.version, tables)
 
+    @override
     def exchange(self, step: int, local: StepControl) -> StepControl:
         """
         Push the gradient; return when it is applied and the newest parameters are loaded.
@@ -70,6 +74,7 @@ class PsAsyncWorker(PsWorker[PsAsyncOptions]):
         self._last = self._shards.push(self._pushes, local, step)
         return local
 
+    @override
     def update(self, step: int, total: StepControl) -> None:
         """Count the push: the servers have already applied or skipped the update."""
         self._pushes += 1
@@ -78,16 +83,19 @@ class PsAsyncWorker(PsWorker[PsAsyncOptions]):
         self._state.finish(self._pushes, skipped=total.skip)
         self._stale_sum += self._last.staleness
 
+    @override
     def checkpoint(self, version: int) -> CheckpointPart:
         """Return the servers' state and rank 0's buffers on rank 0, nothing on other ranks."""
         if self._context.rank != 0:
             return CheckpointPart()
         return server_part(self._context.flat, self._shards, version, may_skip=True)
 
+    @override
     def synchronize(self) -> None:
         """Load the newest parameters, which are the final ones after the last task."""
         self._shards.refresh()
 
+    @override
     def figures(self) -> dict[str, float]:
         """Return staleness (last push, mean), waiting time, load and gradient norm."""
         return {

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from distplat.platform.errors import Problem
 from distplat.platform.spec import Consistency, Job
@@ -49,6 +50,7 @@ class PsSync(Strategy[PsSyncOptions]):
     gathers = True
     options_type = PsSyncOptions
 
+    @override
     def roles(self, job: Job) -> Roles:
         """Return the server group, and for a train function a collective group."""
         options = self.options
@@ -59,6 +61,7 @@ class PsSync(Strategy[PsSyncOptions]):
         consistency = Consistency(backup_workers=options.backup_workers)
         return options.roles(consistency, resizes=True, split_by_load=options.split == "load")
 
+    @override
     def problems(self, job: Job) -> list[Problem]:
         """Reject invalid numbers of backup workers, and unsupported combinations."""
         backup, world = self.options.backup_workers, job.scaling.world
@@ -85,6 +88,7 @@ class PsSync(Strategy[PsSyncOptions]):
             return [Problem(("strategy", "split"), "has no effect with one server", "remove it")]
         return []
 
+    @override
     def own_loop_problems(self, job: Job) -> list[Problem]:
         """Reject options of the servers' update, which a train function's workers run."""
         defaults, names = PsSyncOptions(), ("backup_workers", "replication", "wire", "split")
@@ -92,6 +96,7 @@ class PsSync(Strategy[PsSyncOptions]):
         text = "is for tasks: servers only sum the gradients of a train function"
         return [Problem(("strategy", name), text, "remove it") for name in changed]
 
+    @override
     def survives_worker_loss(self) -> bool:
         """Return True: the servers hold all state."""
         return True

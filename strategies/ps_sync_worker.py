@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from typing_extensions import override
+
 from distplat.platform.load import load_figures
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.checkpoint.parts import server_part
@@ -22,10 +24,12 @@ class PsSyncWorker(PsWorker[PsSyncOptions]):
 
     _state: ModelState  #: set by `setup`
 
+    @override
     def can_unfreeze(self) -> bool:
         """Return True: servers store frozen parameters after the trained ones."""
         return True
 
+    @override
     def setup(self, context: Context) -> int:
         """Move the model to memory that servers can access, and load their parameters."""
         self._context, self._shards = context, context.shards
@@ -54,6 +58,7 @@ class PsSyncWorker(PsWorker[PsSyncOptions]):
         # A rank that stopped before the servers answered does not know the result of the step.
         state.sync(flat.version, first, left_out=self._shards.left_out())
 
+    @override
     def skips(self, step: int) -> bool:
         """Return whether the other ranks have completed the step without this rank."""
         is_late = self._pushed.version > step
@@ -62,6 +67,7 @@ class PsSyncWorker(PsWorker[PsSyncOptions]):
             self._state.keep(step + 1)
         return is_late
 
+    @override
     def exchange(self, step: int, local: StepControl) -> StepControl:
         """Push; return when the shards have the gradients that the step needs."""
         self._state.end_forwards(step)
@@ -76,6 +82,7 @@ class PsSyncWorker(PsWorker[PsSyncOptions]):
             self._context.flat.activate_tail(self._shards.seen(), step)
         return total
 
+    @override
     def update(self, step: int, total: StepControl) -> None:
         """Commit the update, if the shards need the gradient's norm over all shards for it."""
         if self._pushed.norm is not None:
@@ -86,6 +93,7 @@ class PsSyncWorker(PsWorker[PsSyncOptions]):
             self._pushed = replace(self._pushed, grad_norm=None)
         self._state.finish(step + 1, skipped=total.skip)
 
+    @override
     def checkpoint(self, version: int) -> CheckpointPart:
         """Return the servers' state and rank 0's buffers on rank 0, nothing on other ranks."""
         if self._context.rank != 0:
@@ -94,6 +102,7 @@ class PsSyncWorker(PsWorker[PsSyncOptions]):
             self._context.flat, self._shards, version, may_skip=bool(self.options.backup_workers)
         )
 
+    @override
     def synchronize(self) -> None:
         """
         Load the newest parameters if ranks may have different versions, which ends with the last
@@ -103,6 +112,7 @@ class PsSyncWorker(PsWorker[PsSyncOptions]):
         if self.options.backup_workers and may_differ:
             self._shards.refresh()
 
+    @override
     def figures(self) -> dict[str, float]:
         """
         Return waiting time, load, gradient norm and, with backup workers, dropped and skipped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.strategies.model.ema import with_average
 from distplat.strategies.model.flat import FlatModel
@@ -17,10 +18,12 @@ class PsWorker(WorkerStrategy[OptionsT]):
     _context: Context  #: set by `setup`
     _shards: Shards  #: set by `setup`
 
+    @override
     def average(self) -> Tensor:
         """Fetch each shard's average after its newest update."""
         return self._shards.average()
 
+    @override
     def trained(self, flat: FlatModel) -> dict[str, Tensor]:
         """Return the model and its averaged weights; no other worker is needed."""
         if self._context.job.ema is None:

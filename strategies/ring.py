@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from typing_extensions import override
 
 from distplat.platform.errors import Problem
 from distplat.platform.fields import Count, Flag, Positive, Seconds
@@ -74,6 +75,7 @@ class Ring(Strategy[RingOptions]):
     gathers = True
     updates_whole = True
 
+    @override
     def roles(self, job: Job) -> Roles:
         """Return one group of all workers."""
         options = self.options
@@ -83,6 +85,7 @@ class Ring(Strategy[RingOptions]):
             )
         )
 
+    @override
     def problems(self, job: Job) -> list[Problem]:
         """Reject options without effect, and combinations that are not supported."""
         options, explicit = self.options, self.options.model_fields_set
@@ -112,6 +115,7 @@ class Ring(Strategy[RingOptions]):
             problems.append(Problem(("strategy", "backend"), text, hint))
         return problems
 
+    @override
     def own_loop_problems(self, job: Job) -> list[Problem]:
         """Reject options of the update, which a train function runs itself."""
         options = self.options
@@ -125,6 +129,7 @@ class Ring(Strategy[RingOptions]):
             problems.append(Problem(("strategy", "compression"), text, hint))
         return problems
 
+    @override
     def survives_worker_loss(self) -> bool:
         """
         Return whether each worker holds all state; a sharded optimizer's state is lost with a

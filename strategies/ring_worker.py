@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.strategies.checkpoint.checkpoint_types import CheckpointPart
 from distplat.strategies.checkpoint.parts import model_part, optimizer_part
@@ -53,10 +54,12 @@ class RingWorker(WorkerStrategy[RingOptions]):
     _state: ModelState  #: set by `setup`
     _optimizer: LocalOptimizer | ShardedUpdate
 
+    @override
     def can_unfreeze(self) -> bool:
         """Return whether each rank holds the whole optimizer: sharded parts are fixed."""
         return not self.options.shard_optimizer
 
+    @override
     def setup(self, context: Context) -> int:
         """Load the newest parameters of any rank; in a new run those of rank 0."""
         flat, collective = context.flat, context.collective
@@ -92,6 +95,7 @@ class RingWorker(WorkerStrategy[RingOptions]):
         self._state.keep(version)
         return version
 
+    @override
     def last_backward(self) -> None:
         """Allow each bucket to be sent as soon as its last gradient is computed."""
         assert self._reducer is not None, "setup() comes first"
@@ -100,6 +104,7 @@ class RingWorker(WorkerStrategy[RingOptions]):
         if not self._state.ranks_wait:
             self._reducer.last_backward()
 
+    @override
     def exchange(self, step: int, local: StepControl) -> StepControl:
         """Sum the gradients; each rank's are already divided by the global batch."""
         assert self._reducer is not None, "setup() comes first"
@@ -109,6 +114,7 @@ class RingWorker(WorkerStrategy[RingOptions]):
         self._state.synchronize(step, total.state_changed)
         return total
 
+    @override
     def update(self, step: int, total: StepControl) -> None:
         """Apply the same update on every rank."""
         if total.skip:
@@ -117,6 +123,7 @@ class RingWorker(WorkerStrategy[RingOptions]):
             self._optimizer.step(step, total.present, total.scale)
         self._state.finish(step + 1, skipped=total.skip)
 
+    @override
     def checkpoint(self, version: int) -> CheckpointPart:
         """Return model and optimizer on rank 0; a sharded optimizer's parts on every rank."""
         model = model_part(self._flat) if self._collective.rank == 0 else CheckpointPart()
@@ -125,10 +132,12 @@ class RingWorker(WorkerStrategy[RingOptions]):
             return model.plus(optimizer_part(self._flat, self._optimizer.memory(), start))
         return model
 
+    @override
     def average(self) -> Tensor:
         """Return the averaged weights; with a sharded optimizer, gathered from all ranks."""
         return self._optimizer.average()
 
+    @override
     def trained(self, flat: FlatModel) -> dict[str, Tensor]:
         """Return the model and its averaged weights."""
         if not self._averages:
@@ -137,6 +146,7 @@ class RingWorker(WorkerStrategy[RingOptions]):
         self._collective.barrier()
         return state
 
+    @override
     def figures(self) -> dict[str, float]:
         """Return metrics of the exchange, the gradient norm and the optimizer's memory."""
         assert self._reducer is not None, "setup() comes first"

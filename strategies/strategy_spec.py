@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from pydantic import Field
+from typing_extensions import override
 
 from distplat.platform.errors import Problem
 from distplat.platform.fields import Resources, Spec
@@ -140,6 +141,7 @@ class Strategy(Generic[OptionsT]):
     optimizer is possible. If not, jobs with `optimizer: {name: task}` are rejected.
     """
 
+    @override
     def __init_subclass__(cls, **more: Any) -> None:
         """Reject a class written for the earlier API, in which a strategy was a single class."""
         super().__init_subclass__(**more)

@@ -24,6 +24,7 @@ from importlib import import_module
 from typing import Any, ClassVar, Generic
 
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.progress import AnyReport
@@ -162,6 +163,7 @@ class WorkerStrategy(ABC, Generic[OptionsT]):
     step.
     """
 
+    @override
     def __init_subclass__(cls, **more: Any) -> None:
         """Reject methods that have been renamed."""
         super().__init_subclass__(**more)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.platform.errors import MismatchError, ranks_text
 from distplat.strategies.collective import SENDABLE, ReduceOp
@@ -80,6 +81,7 @@ class Header(NamedTuple):
         """Read the bytes of `pack`."""
         return cls(*_LAYOUT.unpack(data))
 
+    @override
     def __str__(self) -> str:
         """Describe the operation, as in `broadcast of 7 float32 from rank 0`."""
         text = self.name if self.name == "barrier" else f"{self.name} of {self.contents}"

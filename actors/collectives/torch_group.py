@@ -376,6 +376,7 @@ class TorchGroup(CollectiveGroup):
         """Whether the group was aborted, or the attempt abandoned."""
         return self._aborted or self.settings.abandoned.is_set()
 
+    @override
     def _abort(self) -> None:
         self._aborted = True
         self._disconnect()
@@ -392,6 +393,7 @@ class TorchGroup(CollectiveGroup):
                 with suppress(RuntimeError):
                     group.recv([torch.empty(1)], peer, _UNUSED).wait(timedelta(milliseconds=1))
 
+    @override
     def _leave(self) -> None:
         """Close the connections; pending operations fail."""
         failed = bool(self._meter.unfinished or self._failure or self._is_aborted)

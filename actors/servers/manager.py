@@ -30,6 +30,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from distplat.actors.messages import Membership, MemoryAddress, ModelFacts, TableMap
 from distplat.actors.ray_transport import alone
 from distplat.actors.retrying_calls import RETRY_PAUSE_S, Call, ask
@@ -177,6 +179,7 @@ class ServerManager:
             self._transport, group, servers, limits, make, assign, self._losing
         )
 
+    @override
     def __repr__(self) -> str:
         """Name in Ray's logs."""
         return self._name

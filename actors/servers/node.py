@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from distplat.actors.messages import TablePart
 from distplat.actors.process_setup import quick_imports
 from distplat.actors.ray_transport import alone
@@ -64,6 +66,7 @@ class ServerNode:
 
                 self.serving = TableServing(tables, transport)
 
+    @override
     def __repr__(self) -> str:
         """Name in Ray's logs."""
         return self._name

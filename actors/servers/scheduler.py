@@ -15,6 +15,8 @@ import asyncio
 import time
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from distplat.platform.awake_clock import AwakeClock
 from distplat.platform.errors import FencedError, ProtocolError
 from distplat.platform.spec import Consistency, Job
@@ -74,6 +76,7 @@ class Scheduler:
         self._leaving: set[int] = set()
         self._changed = asyncio.Event()  #: replaced by a new event at every change
 
+    @override
     def __repr__(self) -> str:
         """Name in Ray's logs."""
         return self._name

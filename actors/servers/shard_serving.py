@@ -322,6 +322,7 @@ class ShardServing(Serving[ShardServer]):
         self._replication.state.check_serves()
         return self._server.commit(rank, seq, norm, self._deliver(rank))
 
+    @override
     def _promoted(self, term: int) -> MemoryAddress:
         assert self._segment is not None, "only a server with a shard is promoted"
         logger.info("shard %d is served here now, term %d", self._cut.index, term)
@@ -351,6 +352,7 @@ class ShardServing(Serving[ShardServer]):
         finally:
             listener.close()
 
+    @override
     def close(self) -> None:
         """Stop serving mailboxes, and seal the segment; the end of the process does the same."""
         with self._turn:

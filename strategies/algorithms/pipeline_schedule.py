@@ -43,6 +43,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from typing_extensions import override
+
 from distplat.platform.errors import Problem, SpecError, hint
 
 
@@ -65,6 +67,7 @@ class Action:
     chunk: int = 0
     """Index among the stage's chunks of layers."""
 
+    @override
     def __str__(self) -> str:
         """Such as `F3`, with one prime for each chunk before this one."""
         return f"{self.kind}{self.micro_batch}{chr(39) * self.chunk}"

@@ -74,16 +74,11 @@ class RankBatch(NamedTuple):
     unique: int
     """Number of samples that are not repetitions."""
     fingerprint: int = 0
-    """
-    Fingerprint of all ranks' batch of a stream, or of a sampler's order; see `StepControl.batch`.
-    """
+    """Of all ranks' batch of a stream, or of a sampler's order; see `StepControl.batch`."""
 
 
 OnBatch = Callable[[object, RankBatch | None, float, int], None]
-"""
-Called with each batch of a pass, the seconds spent waiting for it, and the epoch. None instead of a
-batch: the pass has ended.
-"""
+"""Called with a batch (None: the pass has ended), the seconds waited for it, and the epoch."""
 
 
 @dataclass
@@ -136,6 +131,7 @@ class ShardedLoader(ABC):
             return getattr(self._given, name)
         raise AttributeError(f"a prepared DataLoader has no {name!r}", name=name, obj=self)
 
+    @override
     def __setattr__(self, name: str, value: Any) -> None:
         """Reject attributes whose change would have no effect on the batches."""
         if name in _READ_ONLY and (name in vars(self) or name in _FORWARDED):
@@ -423,6 +419,7 @@ class SkippingSampler(Sampler[Any]):
     def __len__(self) -> int:
         return len(self._sampler)
 
+    @override
     def __iter__(self) -> Iterator[Any]:
         return itertools.islice(self._sampler, self.first, None)
 
@@ -442,6 +439,7 @@ class SizeRecordingBatches(Sampler[Any]):
     def __len__(self) -> int:
         return len(self._batches)
 
+    @override
     def __iter__(self) -> Iterator[Any]:
         sizes = self._sizes
         for indices in self._batches:

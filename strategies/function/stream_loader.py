@@ -170,6 +170,7 @@ class _Part(IterableDataset[Any]):
         """Set the epoch of the next pass, and the number of its batches to skip."""
         self._next[0], self._next[1] = epoch, first
 
+    @override
     def __iter__(self) -> Iterator[tuple[list[Any], RankBatch, StreamPosition]]:
         info = get_worker_info()
         loader, loaders = (0, 1) if info is None else (info.id, info.num_workers)

@@ -15,6 +15,7 @@ from torch.utils.data import (
     TensorDataset,
     get_worker_info,
 )
+from typing_extensions import override
 
 from distplat.platform.checkpoints import is_due
 from distplat.platform.progress import UNBOUNDED
@@ -309,6 +310,7 @@ class Samples(Dataset[Any]):
         self._data: Any = data
         self._collate = collate
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         """Pickle for a loader process; classes of a script are pickled by value."""
         return {"_data": ByValue(self._data), "_collate": ByValue(self._collate)}

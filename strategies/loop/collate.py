@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
+from typing_extensions import override
 
 from distplat.strategies.loop.containers import items_in, rebuilt, with_fields
 from distplat.strategies.loop.loaders import ByValue, all_importable
@@ -20,6 +21,7 @@ class _Dataclass(ABC):  # noqa: B024  used in issubclass() only
     """Any dataclass, except mappings and tuples, which have rules of torch."""
 
     @classmethod
+    @override
     def __subclasshook__(cls, subclass: type) -> bool:
         return hasattr(subclass, "__dataclass_fields__") and not issubclass(
             subclass, Mapping | tuple

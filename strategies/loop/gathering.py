@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.spec import Job
@@ -126,6 +127,7 @@ class _Announcement(NamedTuple):
         operation, call, dtype, rows, dimensions, *row_shape = numbers
         return cls(operation, call, dtype, rows, tuple(row_shape[:dimensions]))
 
+    @override
     def __str__(self) -> str:
         """`makes call 1 with rows of float32 [3]`."""
         if self.operation == _END:
@@ -303,6 +305,7 @@ class _Gather(torch.autograd.Function):
     """Rows of all ranks; the gradient of a rank's own rows is summed over all ranks."""
 
     @staticmethod
+    @override
     def forward(ctx: Any, tensor: Tensor, gathering: Gathering, call: int) -> Tensor:
         """Return the rows of all ranks."""
         ctx.gathering, ctx.call = gathering, call
@@ -311,6 +314,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @override
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """Return the gradient of this rank's rows."""
         return ctx.gathering.sum_over_ranks(gradient, ctx.call)[ctx.own_rows], None, None

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from distplat.platform.errors import DeadlineExceeded
 from distplat.platform.spec import Job
@@ -89,20 +90,24 @@ class LoaderContext(ForkServerContext):
         self._starting: list[Connection] = []
         self.set_forkserver_preload(["torch.utils.data", __name__])
 
+    @override
     def Process(self, *args: Any, **kwargs: Any) -> "_LoaderProcess":  # type: ignore[override]
         """Create a process; `unlink_semaphores` waits for its start."""
         reader, writer = self.Pipe(duplex=False)
         self._starting.append(reader)
         return _LoaderProcess(writer, *args, **kwargs)
 
+    @override
     def Lock(self) -> synchronize.Lock:
         """Create a lock."""
         return self._track(super().Lock())
 
+    @override
     def Semaphore(self, value: int = 1) -> synchronize.Semaphore:
         """Create a semaphore."""
         return self._track(super().Semaphore(value))
 
+    @override
     def BoundedSemaphore(self, value: int = 1) -> synchronize.BoundedSemaphore:
         """Create a bounded semaphore."""
         return self._track(super().BoundedSemaphore(value))
@@ -147,6 +152,7 @@ class _LoaderProcess(ForkServerProcess):
         super().__init__(*args, **kwargs)
         self._ready: Connection | None = ready
 
+    @override
     def start(self) -> None:
         """Start the process; see `multiprocessing.Process`."""
         assert self._ready is not None, "a process is started once"
@@ -155,6 +161,7 @@ class _LoaderProcess(ForkServerProcess):
         self._ready.close()  # from here on only the process holds this end
         self._ready = None
 
+    @override
     def run(self) -> None:
         """Run the target; see `multiprocessing.Process`."""
         if self._ready is not None:
@@ -198,6 +205,7 @@ class ByValue:
     def __init__(self, value: Any) -> None:
         self._value = value
 
+    @override
     def __reduce__(self) -> tuple[Any, ...]:
         buffer = io.BytesIO()
         _ByValuePickler(buffer).dump(self._value)

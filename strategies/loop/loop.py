@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from torch.utils.data import Dataset
+from typing_extensions import override
 
 from distplat.platform.errors import Abandoned
 from distplat.platform.progress import UNBOUNDED, AnyReport, EvalReport, StepReport, join_evals
@@ -202,6 +203,7 @@ class Loop(_LoopBase):
     metrics: TaskMetrics
     """The task's metrics with state."""
 
+    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         self.job = self.prepared.job
@@ -376,6 +378,7 @@ class LeasedLoop(_LoopBase):
     compute: TaskModel
     leases: Leases
 
+    @override
     def __post_init__(self) -> None:
         super().__post_init__()
         self._pushes = 0  #: number of the next push in this attempt

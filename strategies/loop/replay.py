@@ -221,6 +221,7 @@ class ReplayShards(Shards):
         """Do nothing: asynchronous shards apply a push without commit."""
         return Pushed()
 
+    @override
     def refresh(self) -> None:
         """Wait for the end of the run; earlier pulls follow the logs."""
         self._group.finish(self._rank)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import cloudpickle
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from typing_extensions import override
 
 from distplat.platform.sampler import ENDLESS
 from distplat.strategies.algorithms.seeds import (
@@ -185,9 +186,11 @@ class StreamSamples(Dataset[Any]):
     def __len__(self) -> int:
         return ENDLESS if self._size is None else self._size
 
+    @override
     def __getitem__(self, number: int) -> Any:
         return self.read(number, 1).batch[0]
 
+    @override
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for a loader process, which reads the stream from its start."""
         idle: dict[str, Any] = {"_reader": None, "_samples": None, "_ahead": [], "_looks_at": -1}

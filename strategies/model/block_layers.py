@@ -262,6 +262,7 @@ class BeforeBlocks(Runner):
     def external_objects(self) -> tuple[object, ...]:
         return self._call.holders
 
+    @override
     def forward(self, inputs: Any) -> Any:
         """
         Return the first block's features, and the arguments of all blocks' calls.
@@ -343,6 +344,7 @@ class BlockLayer(nn.Module):
         super().__init__()
         self.block, self._number, self._last = block, number, last
 
+    @override
     def forward(self, value: Any) -> Any:
         """Return the inputs of the next layer: features, or the last block's outputs."""
         args, kwargs = _parsed(value["calls"])[self._number]
@@ -383,6 +385,7 @@ class AfterBlocks(Runner):
     def external_objects(self) -> tuple[object, ...]:
         return self._call.holders
 
+    @override
     def forward(self, value: Any) -> Any:
         """Return the model's outputs."""
         outputs = value["outputs"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.algorithms.partition import bounds
@@ -102,6 +103,7 @@ class Stage(Runner):
             for name, part in layer.parts.items():
                 self._attach(name, part, saved=id(part) not in unsaved)
 
+    @override
     def forward(self, inputs: Any) -> Any:
         """Run all layers; each is called with the outputs of the previous one."""
         for module in self.in_order:
@@ -182,6 +184,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self._modes = torch_modes()
 
+    @override
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """
         Create a node of the graph.
@@ -194,6 +197,7 @@ class _Tracer(fx.Tracer):
             raise ValueError(f"it runs {target} inside of {changed}, which a trace leaves out")
         return super().create_node(kind, target, *args, **kwargs)
 
+    @override
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Trace only into `nn.Sequential` without hooks: a trace would run hooks only once."""
         return type(m) is not nn.Sequential or bool(called_hooks(m))

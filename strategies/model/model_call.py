@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.task import Task, method_of, model_call_method
@@ -99,6 +100,7 @@ class BatchInput(nn.Module):
         names = [] if model is None else [*inspect.signature(model.forward).parameters]
         self._argument = next(iter(names), None)
 
+    @override
     def forward(self, inputs: Any) -> Any:
         """
         Return the layer's outputs.

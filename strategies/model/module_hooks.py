@@ -149,7 +149,8 @@ class _DDPInterface(DistributedDataParallel):
     require_forward_param_sync = property(lambda self: False, lambda self, on: None)
     static_graph = property(lambda self: False, lambda self, on: None)
 
-    @property
+    @property  # type: ignore[explicit-override]  # mypy looks for it at the setter, too
+    @override
     def require_backward_grad_sync(self) -> bool:
         """Whether a backward averages; set by `no_sync()`, and directly by some training loops."""
         return self._enabled and not self._calling

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.torch_compat import tree_leaves, tree_map
@@ -44,6 +45,7 @@ class Placeholder(nn.Module):
         # A tuple, so that the copy is not registered as a child.
         self._original = (copy.deepcopy(module, cast(dict[int, Any], empty)),)
 
+    @override
     def __getattr__(self, name: str) -> Any:
         """
         Return an attribute of the replaced module.
@@ -60,6 +62,7 @@ class Placeholder(nn.Module):
             )
         return attribute
 
+    @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the outputs of the handler set by `placeholder_outputs`."""
         return self._handler(*args, **kwargs)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective, gather_numbers, gather_tensors
@@ -206,6 +207,7 @@ class _Normalize(torch.autograd.Function):
     """Normalizes with the statistics of all ranks."""
 
     @staticmethod
+    @override
     def forward(
         ctx: Any,
         x: Tensor,
@@ -230,6 +232,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @override
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight and bias; of weight and bias, this rank's part."""
         x, weight, mean, scale, total = ctx.saved_tensors

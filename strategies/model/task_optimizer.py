@@ -178,6 +178,7 @@ class TaskUpdate(LocalOptimizer):
             self._average = AveragedVector(job.ema, flat.params, flat.layout)
         self._checked_state = False
 
+    @override
     def memory(self) -> dict[str, Tensor]:
         """
         Return the optimizers' state: JSON bytes under `TREE`, and the tensors that it refers to.
@@ -193,6 +194,7 @@ class TaskUpdate(LocalOptimizer):
         head = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         return {TREE: head, **{f"{TREE}/{n}": tensor for n, tensor in enumerate(tensors)}}
 
+    @override
     def load(self, state: Mapping[str, Tensor]) -> None:
         """
         Load a copy of the `memory` of equal optimizers; an empty one resets them.
@@ -223,6 +225,7 @@ class TaskUpdate(LocalOptimizer):
         return self._flat.params if self._average is None else self._average.values
 
     @property
+    @override
     def state_bytes(self) -> int:
         """Size of the optimizers' state in bytes."""
         average = 0 if self._average is None else self._average.state_bytes
@@ -230,6 +233,7 @@ class TaskUpdate(LocalOptimizer):
         values = chain.from_iterable(s.values() for s in states if isinstance(s, Mapping))
         return average + sum(value.nbytes for value in values if isinstance(value, Tensor))
 
+    @override
     def _update(self, step: int, present: Presence) -> None:
         """Run each optimizer's step, with the same random numbers on every rank."""
         flat, rates = self._flat, iter(rate_of(self._job, step, self._total))

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from distplat.strategies.model.parameter_layout import bits_of, fill
 
@@ -47,6 +48,7 @@ _DROPOUTS: Mapping[Any, tuple[int, str]] = {
 class WithoutDropout(TorchFunctionMode):
     """Disables dropout in torch's functions, so that they draw no random numbers."""
 
+    @override
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function with a dropout probability of 0."""
         named = dict(kwargs or {})

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from typing_extensions import override
 
 from distplat.strategies.algorithms.pipeline_schedule import (
     Action,
@@ -87,11 +88,9 @@ class StageContext:
 
     chunks: dict[int, Chunk]
     """Chunks of this rank, by virtual stage."""
-    stage: int
-    """Stage of this rank."""
+    stage: int  #: of this rank
     stages: int
-    channel: Channel
-    """Channel to the other stages."""
+    channel: Channel  #: to the other stages
     autocast: Callable[[], AbstractContextManager[object]]
     """Returns the context manager for forwards."""
     alive: Callable[[], None]
@@ -369,10 +368,12 @@ def chunk_inputs(
 
 class _NonLeaf(Function):
     @staticmethod
+    @override
     def forward(ctx: Any, inputs: Tensor) -> Tensor:
         return inputs.data  # not a view: autograd forbids in-place writes to a view of a leaf
 
     @staticmethod
+    @override
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return gradients[0]
 

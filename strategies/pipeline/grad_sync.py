@@ -30,6 +30,7 @@ class PartOptimizer(LocalOptimizer):
     norm = 0.0
     """2-norm of the gradient of all parts; set before each update if the job clips."""
 
+    @override
     def _norm(self) -> float:
         return self.norm
 
@@ -111,11 +112,13 @@ class AllReduceGradSync(GradSync):
         )
         return take_over_newest(flat, self._optimizer, group, context.checkpoint_step)
 
+    @override
     def last_backward(self) -> None:
         """Send each bucket as soon as its last gradient is computed."""
         if self._reducer is not None:
             self._reducer.last_backward()
 
+    @override
     def pause(self) -> None:
         """Stop sending: following backwards do not make gradients final."""
         if self._reducer is not None:
@@ -175,6 +178,7 @@ class AllReduceGradSync(GradSync):
         assert self._optimizer is not None, "sync_state() comes first"
         return self._optimizer.average()
 
+    @override
     def figures(self) -> dict[str, float]:
         """Return figures of the all-reduce and the size of the optimizer state."""
         assert self._optimizer is not None, "sync_state() comes first"
@@ -329,6 +333,7 @@ class PsGradSync(GradSync):
     def average(self) -> Tensor:
         return self._shards.average()
 
+    @override
     def figures(self) -> dict[str, float]:
         """Return this rank's wait for servers and their load, summed over the part's servers."""
         figures = {"waiting_s": self._pushed.waiting_s, **load_figures(self._pushed.loads)}

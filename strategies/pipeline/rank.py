@@ -22,6 +22,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distplat.platform.pipeline_trace import TraceEvent, TraceReport
 from distplat.platform.tensor_file import EMA_PREFIX
@@ -119,11 +120,13 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
     _grad_sync: GradSync | None = None
     _pipeline: Pipeline  #: set by `setup`
 
+    @override
     def build_model(self, task: Task) -> nn.Module:
         """Build the model, on the meta device if the job says so."""
         refuse_weights(task)
         return task.model() if self.options.init == "build" else on_meta(task.model)
 
+    @override
     def cut_model(
         self, prepared: Prepared, rank: int, collective: Collective | None
     ) -> tuple[FlatModel, Holding]:
@@ -158,6 +161,7 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
         if self._part is not None:
             reconnect(self._part.module, self._slices)
 
+    @override
     def setup(self, context: Context) -> int:
         """
         Connect to the other ranks, and bring all parts to the same version.
@@ -220,10 +224,12 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
         self._executor = Executor(stage_context, reach)
         return Pipeline(self._prepared, options, at, self._executor, self._sync)
 
+    @override
     def compute(self, prepared: Prepared, context: Context) -> Compute:
         """Return this rank's part of the pipeline."""
         return self._pipeline
 
+    @override
     def exchange(self, step: int, local: StepControl) -> StepControl:
         """
         Sum the gradients of a step over the peers; return when all ranks of the grid have done so.
@@ -262,11 +268,13 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
         self._replica.all_reduce(total)
         return math.sqrt(float(total))
 
+    @override
     def update(self, step: int, total: StepControl) -> None:
         """Update this rank's part, and report the trace if it is the traced step."""
         self._sync.update(step, total)
         self._trace(step)
 
+    @override
     def figures(self) -> dict[str, float]:
         """Return the figures of pipeline and gradient sync."""
         figures = self._sync.figures()
@@ -288,6 +296,7 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
         if step == trace_step and options.pipeline > 1:
             self._report(self._metrics.trace(step, spans, options.schedule, options.pipeline))
 
+    @override
     def trained(self, flat: FlatModel) -> dict[str, Tensor]:
         """
         Return this rank's part of the model; the first slice returns all slices, the others none.
@@ -305,10 +314,12 @@ class HybridWorker(WorkerStrategy[HybridOptions]):
         self._everybody.barrier()
         return state
 
+    @override
     def average(self) -> Tensor:
         """Return the average of this rank's part."""
         return self._sync.average()
 
+    @override
     def checkpoint(self, version: int) -> CheckpointPart:
         """Return this rank's part for a checkpoint; empty unless in the first replica."""
         return CheckpointPart() if self._position.replica > 0 else self._sync.part(version)

@@ -150,6 +150,7 @@ class _WithPreHooks(nn.Module):
         super().__init__()
         self.module, self._hooks = module, tuple(hooks)
 
+    @override
     def forward(self, inputs: Any) -> Any:
         if isinstance(inputs, Batch):
             text = "the whole model has a forward pre-hook, and is called with a whole batch"
@@ -174,6 +175,7 @@ class _WithForwardHooks(nn.Module):
         super().__init__()
         self.module, self._hooks = module, tuple(hooks)
 
+    @override
     def forward(self, inputs: Any) -> Any:
         outputs = self.module(inputs)
         for hook in self._hooks:
@@ -199,6 +201,7 @@ class _NotOnThisRank:
             return self._part.training
         self._refuse(f"`{name}` of the whole model" if self._part is not None else "inputs")
 
+    @override
     def __setattr__(self, name: str, value: object) -> None:
         self._refuse(f"`{name}` of the whole model, to write it" if self._part else "inputs")
 
@@ -307,6 +310,7 @@ class _Seeded(nn.Module):
         super().__init__()
         self.chunk, self._seed = chunk, seed
 
+    @override
     def forward(self, inputs: Any) -> Any:
         # A layer may work in place, and recomputation needs the same inputs.
         return self.chunk.seeded(clone_tensors(inputs), self._seed)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import SENDABLE
@@ -98,6 +99,7 @@ class _TensorForm(NamedTuple):
     gradient: bool
     """Whether a gradient is sent back."""
 
+    @override
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
 
@@ -107,6 +109,7 @@ class _Constant:
     where: str
     value: bool | int | float | str | None
 
+    @override
     def __str__(self) -> str:
         return repr(self.value)
 
@@ -312,6 +315,7 @@ def _format_structure(structure: Any) -> str:
 
 
 class _Leaf:
+    @override
     def __repr__(self) -> str:
         return "*"
 

@@ -276,6 +276,7 @@ class BucketReducer(Reducer):
             figures |= self._wire.figures(figures["working_s"])
         return figures
 
+    @override
     def close(self) -> None:
         """
         Remove the hooks from the model.

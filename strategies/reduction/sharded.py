@@ -72,6 +72,7 @@ class ShardedUpdate(LocalOptimizer, Reducer):
         self._meter = Meter(group)
         self._exchange_s = 0.0
 
+    @override
     def finish(self, local: StepControl) -> StepControl:
         """
         Sum the gradients of this rank's part over all ranks, in place; see `Reducer`.
@@ -127,6 +128,7 @@ class ShardedUpdate(LocalOptimizer, Reducer):
     def figures(self) -> dict[str, float]:
         return {**self._meter.lap(), "exposed_s": self._exchange_s}
 
+    @override
     def state(self) -> dict[str, Tensor]:
         """Return nothing: no rank can send the part that another rank needs."""
         return {}

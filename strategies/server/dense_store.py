@@ -225,6 +225,7 @@ class DenseStore(ServerStore, ReplicatedStore):
             self.staleness.ensure_rank(rank, self.version, self.params)
             self.staleness.record_pull(rank, version, values)
 
+    @override
     def push(self, push: PushId, gradient: Tensor, control: StepControl | None = None) -> Verdict:
         """
         Stage a gradient, and compute the sum once all ranks have pushed.

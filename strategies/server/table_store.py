@@ -164,6 +164,7 @@ class TableStore(ServerStore, ReplicatedStore):
         if self.backup_link is not None:
             self.backup_link.send(StepBack(version))
 
+    @override
     def push(self, push: PushId, gradient: Sequence[RowGradients], control: RowControl) -> Verdict:
         """
         Stage a rank's gradients.
@@ -462,6 +463,7 @@ class TableServer(Server[TableStore], PartSource):
         with self._changed:
             return packed_part(self.store.tables[table], first, count)
 
+    @override
     def _patience(self, step: int) -> tuple[float, str]:
         """Return a step's deadline; unlike a shard's, the first step has no longer one."""
         return self._limits.step_s, "step_timeout_s"

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distplat.platform.shard_map import TableSpec
 
@@ -82,11 +83,13 @@ class Sharded(nn.Module):
         """Whether a look-up now records gradients, as for `nn.Embedding`."""
         return torch.is_grad_enabled() and self.table.requires_grad
 
+    @override
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         """Save the module without `table`, which is empty."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         del destination[f"{prefix}table"]
 
+    @override
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Load the module; a state dict has no `table`."""
         super()._load_from_state_dict({**state_dict, f"{prefix}table": self.table}, prefix, *args)
@@ -119,6 +122,7 @@ class Sharded(nn.Module):
             allowed = f"0 to {self.num_embeddings - 1}" if self.num_embeddings else "0 and more"
             raise IndexError(f"id {wrong} is out of range: allowed are {allowed}")
 
+    @override
     def extra_repr(self) -> str:
         """Return the same text as `nn.Embedding`."""
         padding = f", padding_idx={self.padding_idx}" if self.padding_idx is not None else ""
@@ -141,6 +145,7 @@ class ShardedEmbedding(Sharded):
         ValueError: an invalid argument.
     """
 
+    @override
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of ids: shape [...] -> [..., embedding_dim]."""
         rows, inverse, padding = self._look_up(ids)
@@ -180,6 +185,7 @@ class ShardedEmbeddingBag(Sharded):
             raise ValueError(f"mode must be 'sum', 'mean' or 'max', got {mode!r}")
         self.mode, self.include_last_offset = mode, include_last_offset
 
+    @override
     def forward(
         self, ids: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
     ) -> Tensor:

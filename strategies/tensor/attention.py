@@ -7,6 +7,7 @@ Attention split by heads, which are independent of each other (Shoeybi et al. 20
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.tensor.exchange import (
@@ -122,6 +123,7 @@ class SplitMultiheadAttention(nn.MultiheadAttention):
     bounds: Bounds
     """Range of heads, by rank."""
 
+    @override
     def forward(
         self,
         query: Tensor,

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.strategies.collective import Collective, gather_values
@@ -64,6 +65,7 @@ class Branch(nn.Module):
     branch_group: "Branches"
     index: int
 
+    @override
     def forward(self, inputs: Tensor) -> Tensor:
         """Return the branch's output, computed on any rank."""
         return self.branch_group.output(self.index, inputs)
@@ -164,6 +166,7 @@ class _Exchanged(Function):
     """Forward gathers all outputs; backward needs no exchange, as gradients are complete."""
 
     @staticmethod
+    @override
     def forward(
         ctx: Any,
         grad_anchor: Tensor,
@@ -190,6 +193,7 @@ class _Exchanged(Function):
         return outputs
 
     @staticmethod
+    @override
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
         return (None, None, None, None, *(gradients[index] for index in ctx.own))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
+from typing_extensions import override
 
 from distplat.strategies.collective import Collective
 
@@ -89,11 +90,13 @@ def apply(function: type[Function], *arguments: object) -> Tensor:
 
 class _Copied(Function):
     @staticmethod
+    @override
     def forward(ctx: Any, value: Tensor, group: Collective) -> Tensor:
         ctx.group = group
         return value.view_as(value)
 
     @staticmethod
+    @override
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         # A copy, because other nodes may still read the incoming gradient.
         total = gradients[0].clone(memory_format=torch.contiguous_format)
@@ -103,34 +106,40 @@ class _Copied(Function):
 
 class _Summed(Function):
     @staticmethod
+    @override
     def forward(ctx: Any, part: Tensor, group: Collective) -> Tensor:
         ctx.mark_dirty(part)
         group.all_reduce(part)
         return part
 
     @staticmethod
+    @override
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return gradients[0], None
 
 
 class _Gathered(Function):
     @staticmethod
+    @override
     def forward(ctx: Any, columns: Tensor, bounds: Bounds, group: Collective) -> Tensor:
         ctx.bounds, ctx.group = bounds, group
         return all_columns(columns, bounds, group)
 
     @staticmethod
+    @override
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return own_columns(gradients[0], ctx.bounds, ctx.group), None, None
 
 
 class _Scattered(Function):
     @staticmethod
+    @override
     def forward(ctx: Any, value: Tensor, bounds: Bounds, group: Collective) -> Tensor:
         ctx.bounds, ctx.group = bounds, group
         return own_columns(value, bounds, group)
 
     @staticmethod
+    @override
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return all_columns(gradients[0], ctx.bounds, ctx.group), None, None
 

@@ -15,6 +15,7 @@ from typing import TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from distplat.platform.errors import Problem, SpecError
 from distplat.platform.tensor_slices import TensorSlice
@@ -147,6 +148,7 @@ class ColumnLinear(nn.Linear):
     gathers: bool
     """Whether the output is gathered; otherwise it stays split."""
 
+    @override
     def forward(self, input: Tensor) -> Tensor:
         """[..., in] -> [..., own columns], or [..., out] if they are gathered."""
         if self.gathers:
@@ -187,6 +189,7 @@ class RowLinear(nn.Linear):
     bounds: Bounds
     title: str
 
+    @override
     def forward(self, input: Tensor) -> Tensor:
         """[..., own rows] or [..., in] -> [..., out]."""
         width, size = input.shape[-1], self.bounds[-1][1]
@@ -214,6 +217,7 @@ class VocabularyEmbedding(nn.Embedding):
     size: int
     """Number of rows on all ranks."""
 
+    @override
     def forward(self, input: Tensor) -> Tensor:
         """[...] indices -> [..., features]."""
         local = input - self.start

@@ -57,6 +57,7 @@ class TorchRowWiseAdagrad(torch.optim.Optimizer):
         super().__init__(list(params), defaults)
 
     @torch.no_grad()
+    @override
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the rows that have a gradient."""
         for group in self.param_groups:

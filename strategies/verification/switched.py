@@ -60,6 +60,7 @@ class Switched(Task):
             cls_ = getattr(importlib.import_module(module), name)
         return switched(cls_, Switches(**switches))(**task_args)
 
+    @override
     def model(self) -> nn.Module:
         """Implemented by the user's class, like all methods here."""
         raise NotImplementedError
@@ -130,6 +131,7 @@ class _SwitchedData(Dataset[Any]):
         limit = self._switches.samples
         return len(self._data) if limit is None else min(limit, len(self._data))
 
+    @override
     def __getitem__(self, index: int) -> Any:
         sample = self._data[index]
         return _converted(sample) if self._switches.double else sample
@@ -149,6 +151,7 @@ class _Stream(IterableDataset[Any]):
         if hasattr(self._data, "set_epoch"):
             self._data.set_epoch(epoch)
 
+    @override
     def __iter__(self) -> Iterator[Any]:
         return map(_converted, self._data) if self._switches.double else iter(self._data)
 
