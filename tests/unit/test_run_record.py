@@ -1,4 +1,4 @@
-"""Run directories read back: whole, still being written, damaged, and none at all."""
+"""Reading of run directories: complete, incomplete, damaged and missing."""
 
 import json
 import math
@@ -17,12 +17,12 @@ from distplat.platform.run_record import find_run, read_run
 from distplat.platform.run_report import phase_times
 
 
-def test_what_a_run_has_written_is_read(tmp_path: Path) -> None:
+def test_reads_all_record_kinds(tmp_path: Path) -> None:
     lines = [step(0), step(1), evaluation(2, loss=1.5), FAILURE, RECOVERY, RESIZED, SAVED]
     path = made_run(tmp_path, lines, result={"status": "SUCCEEDED"}, trace=made_trace())
     record = read_run(path)
     assert record.job["name"] == "digits"
-    assert [one.step for one in record.steps] == [0, 1]
+    assert [entry.step for entry in record.steps] == [0, 1]
     assert record.steps[0].seconds["compute"] == 0.06
     assert record.evaluations[0].metrics == {"loss": 1.5}
     assert record.failures[0].replaced == ("worker-1",)
@@ -34,7 +34,7 @@ def test_what_a_run_has_written_is_read(tmp_path: Path) -> None:
     assert record.notes == []
 
 
-def test_a_line_that_is_being_written_is_no_damage(tmp_path: Path) -> None:
+def test_partial_last_line_is_not_reported(tmp_path: Path) -> None:
     path = made_run(tmp_path, [step(0)])
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')
@@ -43,13 +43,13 @@ def test_a_line_that_is_being_written_is_no_damage(tmp_path: Path) -> None:
     assert record.notes == []
 
 
-def test_damage_is_noted_and_left_out(tmp_path: Path) -> None:
+def test_damaged_files_and_lines_are_noted_and_skipped(tmp_path: Path) -> None:
     path = made_run(tmp_path, [step(0), {"kind": "step"}, {"no": "kind"}, step(1)])
     (path / "result.json").write_text("{")
     (path / "job.yaml").write_text("- no\n- job\n")
     (path / "pipeline_trace.json").write_text('{"events": []}')
     record = read_run(path)
-    assert [one.step for one in record.steps] == [0, 1]
+    assert [entry.step for entry in record.steps] == [0, 1]
     assert [note.split(":")[0] for note in record.notes] == [
         "job.yaml is damaged and skipped",
         "metrics.jsonl",
@@ -59,12 +59,12 @@ def test_damage_is_noted_and_left_out(tmp_path: Path) -> None:
     assert "2 damaged lines" in record.notes[1]
 
 
-def test_the_job_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_job_is_read_as_yaml_1_2(tmp_path: Path) -> None:
     path = made_run(tmp_path, job="optimizer: {lr: 1e-05}\n")
-    assert read_run(path).job == {"optimizer": {"lr": 1e-05}}  # YAML 1.1 has a text there
+    assert read_run(path).job == {"optimizer": {"lr": 1e-05}}  # a string in YAML 1.1
 
 
-def test_a_damaged_job_says_where(tmp_path: Path) -> None:
+def test_note_of_damaged_job_has_line_and_column(tmp_path: Path) -> None:
     path = made_run(tmp_path, job="name: a\nname: b\n")
     (note,) = read_run(path).notes
     assert note == "job.yaml is damaged and skipped: job.yaml:2:1: name: set twice: " + (
@@ -76,7 +76,7 @@ def test_a_damaged_job_says_where(tmp_path: Path) -> None:
     "line",
     ["[]", "7", "null", '{"kind": "step", "step": "x"}', '{"kind": "evaluation", "metrics": 3}'],
 )
-def test_no_line_stops_the_reading(line: str, tmp_path: Path) -> None:
+def test_malformed_line_is_noted_and_skipped(line: str, tmp_path: Path) -> None:
     path = made_run(tmp_path, [step(0)])
     with (path / "metrics.jsonl").open("a") as file:
         file.write(f"{line}\n{json.dumps(step(1))}\n")
@@ -85,31 +85,31 @@ def test_no_line_stops_the_reading(line: str, tmp_path: Path) -> None:
     assert len(record.notes) == 1
 
 
-def test_kinds_of_other_versions_are_passed_over(tmp_path: Path) -> None:
+def test_ignores_unknown_kinds(tmp_path: Path) -> None:
     record = read_run(made_run(tmp_path, [{"kind": "weather", "rain": True}, step(0)]))
     assert len(record.steps) == 1
     assert record.notes == []
 
 
-def test_a_failure_of_an_older_run_is_read(tmp_path: Path) -> None:
+def test_reads_failure_kind_of_older_versions(tmp_path: Path) -> None:
     older = FAILURE | {"kind": "setback"}
     record = read_run(made_run(tmp_path, [step(0), older, FAILURE]))
     assert record.failures == [record.failures[0]] * 2
 
 
-def test_a_step_that_was_made_twice_counts_once(tmp_path: Path) -> None:
+def test_repeated_step_counts_once(tmp_path: Path) -> None:
     lines = [step(0), step(1), step(2), FAILURE, step(1, loss=7.0), step(2)]
     record = read_run(made_run(tmp_path, lines))
-    assert [one.step for one in record.steps] == [0, 1, 2]
+    assert [entry.step for entry in record.steps] == [0, 1, 2]
     assert record.steps[1].loss == 7.0
 
 
-def test_null_is_no_number(tmp_path: Path) -> None:
+def test_null_loss_is_nan(tmp_path: Path) -> None:
     record = read_run(made_run(tmp_path, [step(0, loss=None)]))
     assert math.isnan(record.steps[0].loss)
 
 
-def test_what_is_missing_is_noted(tmp_path: Path) -> None:
+def test_missing_files_are_noted(tmp_path: Path) -> None:
     path = made_run(tmp_path, job=None)
     (path / "metrics.jsonl").unlink()
     (path / "result.json").write_text('{"status": "FAILED", "error": "early"}')
@@ -120,7 +120,7 @@ def test_what_is_missing_is_noted(tmp_path: Path) -> None:
     ]
 
 
-def test_a_trace_whose_times_run_backwards_is_damaged(tmp_path: Path) -> None:
+def test_trace_event_that_ends_before_its_start_is_damaged(tmp_path: Path) -> None:
     trace = made_trace()
     trace["events"][0] |= {"start_s": 3.0, "end_s": 1.0}
     record = read_run(made_run(tmp_path, trace=trace))
@@ -128,14 +128,12 @@ def test_a_trace_whose_times_run_backwards_is_damaged(tmp_path: Path) -> None:
     assert "an event from 3.0 to 1.0" in record.notes[0]
 
 
-def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
+def test_rejects_directory_without_run(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="holds no run"):
         read_run(tmp_path)
 
 
-def test_runs_are_found_by_path_and_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_find_run_by_path_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = made_run(tmp_path / "runs", name="digits-1")
     monkeypatch.chdir(tmp_path)
     assert find_run(Path("digits-1")) == find_run(Path("runs/digits-1")) == path
@@ -147,31 +145,35 @@ def test_runs_are_found_by_path_and_by_name(
         find_run(Path("elsewhere/x"))
 
 
-def test_what_the_platform_writes_is_what_is_read(tmp_path: Path) -> None:
+def test_reads_what_run_directory_writes(tmp_path: Path) -> None:
     job = job_of(name="real", task="a:B", epochs=1)
     directory = RunDirectory(job, "one", tmp_path)
-    made = StepSummary(0, 0, 1.5, 4, {"compute": 0.5}, 2, {"sent_bytes": 8.0})
-    judged = EvalSummary(1, 3, {"accuracy": 0.5})
+    step_summary = StepSummary(0, 0, 1.5, 4, {"compute": 0.5}, 2, {"sent_bytes": 8.0})
+    eval_summary = EvalSummary(1, 3, {"accuracy": 0.5})
     failure = FailureEvent(1, 1, "lost", ("worker-0",), 0.5)
     resized = Resized(2, 1, 2, 3, 0.25)
-    for summary in (made, judged, failure, resized):
+    for summary in (step_summary, eval_summary, failure, resized):
         directory.record(summary)
     directory.finish("SUCCEEDED", {"seconds": 1.0})
     record = read_run(directory.path)
-    assert (record.steps, record.evaluations, record.failures) == ([made], [judged], [failure])
+    assert (record.steps, record.evaluations, record.failures) == (
+        [step_summary],
+        [eval_summary],
+        [failure],
+    )
     assert record.resizes == [resized]
     assert record.job["name"] == "real"
     assert record.notes == []
 
 
-def test_a_directory_that_may_not_be_read_is_said(tmp_path: Path) -> None:
+def test_unreadable_file_raises_storage_error(tmp_path: Path) -> None:
     path = made_run(tmp_path)
     (path / "result.json").mkdir()
     with pytest.raises(StorageError, match=r"cannot read .*result\.json"):
         read_run(path)
 
 
-def test_a_run_of_very_many_steps_is_thinned_and_its_last_step_is_there(
+def test_long_run_is_downsampled_and_keeps_last_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_record, "MAX_STEPS", 100)
@@ -183,10 +185,10 @@ def test_a_run_of_very_many_steps_is_thinned_and_its_last_step_is_there(
         file.write('{"kind": "step", "st')
     with mock.patch.object(json, "loads", wraps=json.loads) as loads:
         record = read_run(tmp_path)
-    assert loads.call_count < 400, "what is dropped is not read: that takes minutes for millions"
+    assert loads.call_count < 400, "skipped lines must not be parsed: millions take minutes"
     assert len(record.steps) <= 102
     assert record.every == 16
-    assert [one.step for one in record.steps] == [*range(16, steps, 16), steps]
+    assert [entry.step for entry in record.steps] == [*range(16, steps, 16), steps]
     assert "long run: only one in 16 steps is counted" in record.notes
     assert "metrics.jsonl: 2 damaged lines are skipped" in record.notes
     (part,) = phase_times(record.steps, record.every)

@@ -1,4 +1,4 @@
-"""A run whose `storage_path` is a URL: what is there, what is not, and what goes on from it."""
+"""Runs whose `storage_path` is a URL: upload, storage faults, fetch and resume."""
 
 import errno
 import json
@@ -41,8 +41,8 @@ from distplat.platform.total_memory import DoesNotFit
 
 
 @pytest.fixture(autouse=True)
-def _well(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("distplat.platform.run_upload._WARN_AFTER_S", 60.0)  # however busy we are
+def _reset_storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("distplat.platform.run_upload._WARN_AFTER_S", 60.0)  # no warning under load
     Odd.reset()
     yield
     Odd.reset()
@@ -71,40 +71,42 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-def test_the_copy_is_the_run_directory_and_a_run_goes_on_from_it(tmp_path: Path) -> None:
-    there = tmp_path / "there"
-    whole = fit(tmp_path / "one", f"file://{there}")
-    assert whole.path.parent == tmp_path / "one" / "runs"
-    assert whole.url == f"file://{there}/{whole.path.name}"
-    copy = contents(there / whole.path.name)
-    assert copy == contents(whole.path)
+def test_copy_equals_run_directory_and_can_be_resumed(tmp_path: Path) -> None:
+    remote = tmp_path / "there"
+    first = fit(tmp_path / "one", f"file://{remote}")
+    assert first.path.parent == tmp_path / "one" / "runs"
+    assert first.url == f"file://{remote}/{first.path.name}"
+    copy = contents(remote / first.path.name)
+    assert copy == contents(first.path)
     expected = {"job.yaml", "metrics.jsonl", "model.safetensors", "result.json"}
     expected |= {f"checkpoints/step-0000{step}/{MANIFEST}" for step in (15, 20)}
     assert copy.keys() >= expected
-    assert not any("step-000010" in name for name in copy), "deleted here, so deleted there"
+    assert not any("step-000010" in name for name in copy), (
+        "a pruned checkpoint is also removed remotely"
+    )
 
     other = tmp_path / "empty"
     (other / "runs").mkdir(parents=True)
-    left = OwnedFolder(other / "runs", ".resumed-")
-    left.release()  # of a driver that was killed
-    step = f"{whole.url}/checkpoints/step-000015"
-    resumed = fit(other, f"file://{there}", resume=step)
-    assert resumed.checkpoint is not None and whole.checkpoint is not None
-    assert resumed.checkpoint.read_bytes() == whole.checkpoint.read_bytes()
-    assert [one.step for one in resumed.history] == list(range(16, 21))
+    leftover = OwnedFolder(other / "runs", ".resumed-")
+    leftover.release()  # like a killed driver
+    step = f"{first.url}/checkpoints/step-000015"
+    resumed = fit(other, f"file://{remote}", resume=step)
+    assert resumed.checkpoint is not None and first.checkpoint is not None
+    assert resumed.checkpoint.read_bytes() == first.checkpoint.read_bytes()
+    assert [summary.step for summary in resumed.history] == list(range(16, 21))
     assert json.loads((resumed.path / "result.json").read_text())["resumed_from"] == step
-    longer = fit(other, "runs", resume=whole.url, epochs=5)
-    assert [one.step for one in longer.history] == list(range(21, 26))
-    last = f"{whole.url}/checkpoints/step-000020"
+    longer = fit(other, "runs", resume=first.url, epochs=5)
+    assert [summary.step for summary in longer.history] == list(range(21, 26))
+    last = f"{first.url}/checkpoints/step-000020"
     assert json.loads((longer.path / "result.json").read_text())["resumed_from"] == last
     assert longer.url is None
-    wait_for(lambda: not left.path.exists())
+    wait_for(lambda: not leftover.path.exists())
 
 
-def test_a_storage_that_hangs_costs_the_copy_and_not_the_run(
+def test_hanging_storage_fails_only_the_upload(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    local_disks_have_time(monkeypatch)
+    stop_local_disk_clock(monkeypatch)
     Odd.hold = threading.Event()
     failure = {"storage_timeout_s": 0.8}
     with caplog.at_level(logging.WARNING), pytest.raises(StorageError) as raised:
@@ -120,7 +122,7 @@ def test_a_storage_that_hangs_costs_the_copy_and_not_the_run(
 
 
 @pytest.mark.parametrize(
-    ("error", "what"),
+    ("error", "message"),
     [
         (FileNotFoundError("The specified bucket does not exist"), "bucket does not exist"),
         (PermissionError("Access Denied"), "Access Denied"),
@@ -128,45 +130,45 @@ def test_a_storage_that_hangs_costs_the_copy_and_not_the_run(
         (NotADirectoryError(errno.ENOTDIR, "Not a directory"), "Not a directory"),
     ],
 )
-def test_a_storage_that_takes_nothing_is_told_before_anything_is_trained(
+def test_unwritable_storage_fails_before_training(
     error: Exception,
-    what: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    tried = []
+    attempts = []
 
     def refuse(*args: Any, **more: Any) -> None:
-        tried.append(args)
+        attempts.append(args)
         raise error
 
     monkeypatch.setattr(Odd, "_open", refuse)
-    with pytest.raises(StorageError, match=f"{what}.*; nothing was trained: create the bucket"):
+    with pytest.raises(StorageError, match=f"{message}.*; nothing was trained: create the bucket"):
         fit(tmp_path, "odd://bucket/runs", failure={"storage_timeout_s": 4})
     (result,) = tmp_path.glob("runs/*/result.json")
-    assert json.loads(result.read_text())["status"] == "FAILED" and len(tried) == 2
+    assert json.loads(result.read_text())["status"] == "FAILED" and len(attempts) == 2
     assert (result.parent / "metrics.jsonl").read_text() == "" and not caplog.text
 
 
-def test_a_storage_that_is_not_there_for_a_moment_ends_no_run(
+def test_transient_storage_failure_does_not_end_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures = [ConnectionRefusedError("no server"), TimeoutError(), PermissionError("too early")]
-    opened = Odd._open
+    original_open = Odd._open
 
-    def fail(self: Odd, *args: Any, **more: Any) -> Any:
+    def fail_first(self: Odd, *args: Any, **more: Any) -> Any:
         if failures:
             raise failures.pop()
-        return opened(self, *args, **more)
+        return original_open(self, *args, **more)
 
-    monkeypatch.setattr(Odd, "_open", fail)
+    monkeypatch.setattr(Odd, "_open", fail_first)
     result = fit(tmp_path, "odd://bucket/runs")
     assert not failures and any("result.json" in path for path in Odd.done)
     assert result.url == f"odd://bucket/runs/{result.path.name}"
 
 
-def test_a_storage_that_is_waited_for_in_vain_holds_up_no_signal(
+def test_check_access_can_be_interrupted_and_times_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Odd.hold = threading.Event()
@@ -181,36 +183,36 @@ def test_a_storage_that_is_waited_for_in_vain_holds_up_no_signal(
     check_access(tmp_path, "odd://bucket/runs", 600.0, lambda: None)
 
 
-def closed(upload: RunUpload, within_s: float = 30.0) -> str:
-    """Give what `close` gives; it must come back."""
-    found: list[str] = []
-    thread = threading.Thread(target=lambda: found.append(upload.close()), daemon=True)
+def close_within(upload: RunUpload, within_s: float = 30.0) -> str:
+    """Return the result of `upload.close()`; fail if it hangs."""
+    results: list[str] = []
+    thread = threading.Thread(target=lambda: results.append(upload.close()), daemon=True)
     thread.start()
     thread.join(within_s)
-    assert found, "the end waits for ever"
-    return found[0]
+    assert results, "close() hangs"
+    return results[0]
 
 
 @pytest.mark.parametrize(
-    ("flag", "why"),
+    ("flag", "reason"),
     [("refuses", "Unable to locate credentials"), ("shortens", "has 6 bytes, 7 were written")],
 )
-def test_a_storage_that_takes_nothing_is_given_up_at_the_end(
-    flag: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_close_gives_up_if_no_write_succeeds(
+    flag: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A library forgets what it was to write without asking the storage: that is no answer."""
+    """The client library drops its buffer after a failed write, which is no success."""
     monkeypatch.setattr(Odd, flag, True)
     (tmp_path / "job.yaml").write_text("name: a")
     warnings: list[str] = []
     monkeypatch.setattr("distplat.platform.run_upload._WARN_AFTER_S", 0.2)
-    missing = closed(copy_of(tmp_path, warnings, limit_s=0.8))
+    missing = close_within(copy_of(tmp_path, warnings, limit_s=0.8))
     assert missing.startswith("job.yaml not uploaded to odd://bucket/")
-    assert missing.endswith(f"{why}; `distplat upload {tmp_path}` uploads it")
+    assert missing.endswith(f"{reason}; `distplat upload {tmp_path}` uploads it")
     assert len(warnings) == 2 and "the run continues" in warnings[0]
     assert "the end of the run waits for its copy at odd://bucket/" in warnings[1]
 
 
-def test_who_breaks_an_upload_off_is_told_what_is_where(
+def test_interrupted_close_reports_incomplete_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Odd.refuses = True
@@ -218,7 +220,7 @@ def test_who_breaks_an_upload_off_is_told_what_is_where(
     warnings: list[str] = []
     upload = copy_of(tmp_path, warnings)
 
-    def interrupt(asked: Callable[[], bool]) -> None:
+    def interrupt(condition: Callable[[], bool]) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(upload, "_wait_until_complete", interrupt)
@@ -226,11 +228,15 @@ def test_who_breaks_an_upload_off_is_told_what_is_where(
         upload.close()
     upload._thread.join(30)
     assert not upload._thread.is_alive()
-    told = f"is incomplete: its upload was interrupted; all is in {tmp_path}, and `distplat upload"
-    assert [told in one for one in warnings].count(True) == 1  # its thread may warn, too
+    expected = (
+        f"is incomplete: its upload was interrupted; all is in {tmp_path}, and `distplat upload"
+    )
+    assert [expected in line for line in warnings].count(
+        True
+    ) == 1  # the upload thread may warn, too
 
 
-def test_a_failure_is_told_once_and_tried_again(tmp_path: Path) -> None:
+def test_failed_upload_is_reported_once_and_retried(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("name: a")
     Odd.failures, warnings = 2, list[str]()
     upload = copy_of(tmp_path, warnings)
@@ -243,67 +249,69 @@ def test_a_failure_is_told_once_and_tried_again(tmp_path: Path) -> None:
     assert [path.rpartition("/")[2] for path in Odd.done] == ["job.yaml", "result.json"]
 
 
-def test_a_local_disk_that_cannot_be_read_for_a_moment(
+def test_transient_local_read_error_is_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint(Catalogue(tmp_path / "checkpoints"), 1)
-    warnings, real = list[str](), Catalogue.steps
+    warnings, read_steps = list[str](), Catalogue.steps
 
-    def stale(self: Catalogue) -> list[int]:
+    def fail_once(self: Catalogue) -> list[int]:
         if warnings:
-            return real(self)
+            return read_steps(self)
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-    monkeypatch.setattr(Catalogue, "steps", stale)
+    monkeypatch.setattr(Catalogue, "steps", fail_once)
     upload = copy_of(tmp_path, warnings)
     assert upload.close() == ""
     assert "Stale file handle; the run continues" in warnings[0]
     assert warnings[1].endswith(" answers again")
 
 
-def test_manifest_last_and_removed_first(tmp_path: Path) -> None:
+def test_manifest_is_uploaded_last_and_removed_first(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "checkpoints")
     checkpoint(catalogue, 1)
     upload = copy_of(tmp_path)
-    there = RemoteStorage(f"odd://bucket/{tmp_path.name}", 20.0)
-    wait_for(lambda: MANIFEST in there.names("checkpoints/step-000001"))
+    remote = RemoteStorage(f"odd://bucket/{tmp_path.name}", 20.0)
+    wait_for(lambda: MANIFEST in remote.names("checkpoints/step-000001"))
     checkpoint(catalogue, 2)
     catalogue.prune(1, written=2)
     assert upload.close() == ""
     root = f"/bucket/{tmp_path.name}/checkpoints"
-    one = [f"{root}/step-000001/{name}" for name in ("model.safetensors", STATE, MANIFEST)]
-    two = [name.replace("000001", "000002") for name in one]
-    gone = [f"rm {one[-1]}", f"rm {root}/step-000001"]
-    assert Odd.done == [*one, *two, *gone], "an older one goes when the newer one is whole"
-    assert there.names("checkpoints") == ["step-000002"]
+    first = [f"{root}/step-000001/{name}" for name in ("model.safetensors", STATE, MANIFEST)]
+    second = [name.replace("000001", "000002") for name in first]
+    removals = [f"rm {first[-1]}", f"rm {root}/step-000001"]
+    assert Odd.done == [*first, *second, *removals], (
+        "a checkpoint is removed after the upload of the next"
+    )
+    assert remote.names("checkpoints") == ["step-000002"]
 
 
-def wait_for(true: Any) -> None:
+def wait_for(condition: Any) -> None:
     pause = threading.Event()
     for _ in range(6000):
-        if true():
+        if condition():
             return
         pause.wait(0.01)
-    pytest.fail("it never came")
+    pytest.fail("condition not met within a minute")
 
 
-def test_later_steps_of_before_a_rollback_stay_until_they_are_made_again(tmp_path: Path) -> None:
+def test_rollback_keeps_later_checkpoints_until_rewritten(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "checkpoints")
-    there = RemoteStorage(f"odd://bucket/{tmp_path.name}", 20.0)
+    remote = RemoteStorage(f"odd://bucket/{tmp_path.name}", 20.0)
     for step in (1, 3):
         checkpoint(catalogue, step)
     upload = copy_of(tmp_path)
-    wait_for(lambda: all(MANIFEST in there.names(f"checkpoints/step-00000{n}") for n in (1, 3)))
+    wait_for(lambda: all(MANIFEST in remote.names(f"checkpoints/step-00000{n}") for n in (1, 3)))
     catalogue.set_aside(1)
     checkpoint(catalogue, 2)
-    wait_for(lambda: MANIFEST in there.names("checkpoints/step-000002"))
-    assert "step-000003" in there.names("checkpoints")
+    wait_for(lambda: MANIFEST in remote.names("checkpoints/step-000002"))
+    assert "step-000003" in remote.names("checkpoints")
     catalogue.write(3, {"model.safetensors": [b"again"]}, {})
     assert upload.close() == ""
-    assert there.read("checkpoints/step-000003/model.safetensors", 0, 99) == b"again"
+    assert remote.read("checkpoints/step-000003/model.safetensors", 0, 99) == b"again"
 
 
-def test_a_checkpoint_that_is_deleted_while_it_is_brought_comes_whole(tmp_path: Path) -> None:
+def test_checkpoint_pruned_during_its_upload_is_complete(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "checkpoints")
     checkpoint(catalogue, 1)
     Odd.hold = threading.Event()
@@ -313,11 +321,11 @@ def test_a_checkpoint_that_is_deleted_while_it_is_brought_comes_whole(tmp_path: 
     catalogue.prune(1, written=2)
     Odd.hold.set()
     assert upload.close() == ""
-    brought = [path.split("/")[-2] for path in Odd.done if path.endswith(MANIFEST)]
-    assert brought[:2] == ["step-000001", "step-000002"]
+    manifests = [path.split("/")[-2] for path in Odd.done if path.endswith(MANIFEST)]
+    assert manifests[:2] == ["step-000001", "step-000002"]
 
 
-def test_a_checkpoint_without_manifest_is_passed_over(tmp_path: Path) -> None:
+def test_fetch_skips_checkpoint_without_manifest(tmp_path: Path) -> None:
     url, warnings = uploaded(tmp_path, (1, 2)), list[str]()
     RemoteStorage(url, 20.0).remove(f"checkpoints/step-000002/{MANIFEST}")
     (tmp_path / "a").mkdir()
@@ -330,7 +338,7 @@ def test_a_checkpoint_without_manifest_is_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "gone", "manifest"])
-def test_a_damaged_one_is_named_and_the_one_before_is_taken(damage: str, tmp_path: Path) -> None:
+def test_fetch_falls_back_from_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
     url, warnings = uploaded(tmp_path, (1, 2)), list[str]()
 
     def spoil(step: int) -> None:
@@ -355,7 +363,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(damage: str, tmp_pat
         fetch(url, tmp_path / "b", 20.0, warnings.append)
 
 
-def test_a_checkpoint_that_does_not_fit_into_memory_is_not_brought(
+def test_fetch_rejects_checkpoint_larger_than_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = uploaded(tmp_path, (1, 200))
@@ -366,7 +374,7 @@ def test_a_checkpoint_that_does_not_fit_into_memory_is_not_brought(
     assert [path.name for path in (tmp_path / "a").rglob("*.*")] == [MANIFEST]
 
 
-def test_a_storage_where_much_hangs_is_asked_no_more(tmp_path: Path) -> None:
+def test_storage_with_many_hanging_operations_is_not_called(tmp_path: Path) -> None:
     Odd.hold = threading.Event()
     storage = RemoteStorage("odd://bucket/run", 0.04)
     for _ in range(8):
@@ -376,14 +384,14 @@ def test_a_storage_where_much_hangs_is_asked_no_more(tmp_path: Path) -> None:
         storage.names("a")
 
 
-def test_a_storage_that_does_not_answer_is_no_reason_for_an_older_one(tmp_path: Path) -> None:
+def test_fetch_does_not_fall_back_on_timeout(tmp_path: Path) -> None:
     url = uploaded(tmp_path, (1, 2))
     Odd.hold = threading.Event()
     with pytest.raises(NoAnswer, match=r"missing: its storage; `failure\.storage_timeout_s`"):
         fetch(url, tmp_path, 0.1, pytest.fail)
 
 
-def test_a_large_file_goes_and_comes_in_parts(tmp_path: Path) -> None:
+def test_large_file_is_transferred_in_parts(tmp_path: Path) -> None:
     path, size = tmp_path / "large", 2 * PART_BYTES + 17
     path.write_bytes(bytes(range(251)) * (size // 251 + 1))
     storage = RemoteStorage(f"file://{tmp_path}/there", 60.0)
@@ -416,24 +424,24 @@ def test_a_large_file_goes_and_comes_in_parts(tmp_path: Path) -> None:
         ("memory://runs", "memory:// is gone with the process"),
     ],
 )
-def test_which_urls_are_taken(url: str, problem: str) -> None:
+def test_url_problem(url: str, problem: str) -> None:
     assert is_url(url)
     text, hint = url_problem(url)
     assert text.startswith(problem) and bool(text) == bool(problem) == bool(hint)
     assert "hush" not in text + hint
 
 
-def local_disks_have_time(patch: pytest.MonkeyPatch) -> None:
-    """Have no deadline of theirs pass: only the storage behind the URL is to be late."""
+def stop_local_disk_clock(patch: pytest.MonkeyPatch) -> None:
+    """Disable deadlines of local disks: only the remote storage is late."""
     clock = SimpleNamespace(monotonic=lambda: 0.0, sleep=time.sleep)
     patch.setattr("distplat.platform.disk.time", clock)
 
 
-def test_a_library_that_is_missing_is_named_with_the_extra(
+def test_missing_library_names_its_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert missing_library("file:///a") == ("", "")
-    for scheme in ("s3", "gs", "sftp"):  # another test may have used it
+    for scheme in ("s3", "gs", "sftp"):  # another test may have registered it
         monkeypatch.delitem(_registry, scheme, raising=False)
     monkeypatch.setattr("distplat.platform.remote_storage.find_spec", lambda name: None)
     text, hint = missing_library("s3://bucket/a")
@@ -445,56 +453,56 @@ def test_a_library_that_is_missing_is_named_with_the_extra(
     assert text == "sftp:// needs a package that is not installed" and "paramiko" in hint
 
 
-def test_a_library_that_cannot_be_imported_is_told_as_the_storages(
+def test_import_error_of_storage_library_names_the_url(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It does not go with the version of another one, for example."""
+    """Example: two installed packages have incompatible versions."""
 
-    def broken(scheme: str) -> None:
+    def raise_import_error(scheme: str) -> None:
         raise ImportError("cannot import name 'x' from 'y'")
 
-    monkeypatch.setattr("fsspec.get_filesystem_class", broken)
+    monkeypatch.setattr("fsspec.get_filesystem_class", raise_import_error)
     with pytest.raises(StorageError, match=r"^odd://bucket/run/checkpoints/: cannot import name"):
         fetch("odd://bucket/run", tmp_path, 0.1, pytest.fail)
 
 
-def test_the_command_line(
+def test_submit_and_validate_with_url(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(spec(f"file://{tmp_path}/there")))
-    line = ["submit", str(file), "--working-dir", str(TASKS)]
-    assert command([*line, "-o", "json"]) == 0
+    submit = ["submit", str(file), "--working-dir", str(TASKS)]
+    assert command([*submit, "-o", "json"]) == 0
     url = json.loads(capfd.readouterr().out)["url"]
-    more = ["--set", "epochs=5", "--resume", url]
-    assert command([*line, *more, "--dry-run"]) == 0
+    resume = ["--set", "epochs=5", "--resume", url]
+    assert command([*submit, *resume, "--dry-run"]) == 0
     assert f"would resume after step 20, from {url}" in capfd.readouterr().err
-    assert command([*line, *more]) == 0
+    assert command([*submit, *resume]) == 0
     assert "copy           file:///" in capfd.readouterr().out
-    for wrong in ("s3://key:hush@bucket", "nowhere://bucket"):
-        assert command(["validate", str(file), "--set", f"storage_path={wrong}"]) == 2
-        assert command([*line, "--resume", wrong]) == 2
-        told = capfd.readouterr().err
-        assert "storage_path: " in told and "--resume: " in told and "hush" not in told
-    local_disks_have_time(monkeypatch)
+    for bad_url in ("s3://key:hush@bucket", "nowhere://bucket"):
+        assert command(["validate", str(file), "--set", f"storage_path={bad_url}"]) == 2
+        assert command([*submit, "--resume", bad_url]) == 2
+        stderr = capfd.readouterr().err
+        assert "storage_path: " in stderr and "--resume: " in stderr and "hush" not in stderr
+    stop_local_disk_clock(monkeypatch)
     Odd.hold = threading.Event()
     hangs = ["--set", "storage_path=odd://bucket/a", "--set", "failure.storage_timeout_s=0.4"]
-    assert command([*line, *hangs]) == 5
+    assert command([*submit, *hangs]) == 5
     assert "not uploaded to odd://bucket/a/" in capfd.readouterr().err
-    for further in ([], ["--dry-run"]):
-        assert command([*line, *hangs, "--resume", "odd://bucket/a", *further]) == 5
-        told = capfd.readouterr().err
-        assert "odd://bucket/a/checkpoints" in told and "missing: its storage" in told
-        assert "`failure.storage_timeout_s` changes this deadline" in told
+    for options in ([], ["--dry-run"]):
+        assert command([*submit, *hangs, "--resume", "odd://bucket/a", *options]) == 5
+        stderr = capfd.readouterr().err
+        assert "odd://bucket/a/checkpoints" in stderr and "missing: its storage" in stderr
+        assert "`failure.storage_timeout_s` changes this deadline" in stderr
     assert command(["submit", "--storage-path", "s3://bucket", "--", "true"]) == 2
 
 
-def test_a_copy_that_is_not_complete_is_completed_later(
+def test_upload_command_completes_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    local_disks_have_time(monkeypatch)
+    stop_local_disk_clock(monkeypatch)
     Odd.hold = threading.Event()
     with pytest.raises(StorageError) as raised:
         fit(tmp_path, "odd://bucket/a", failure={"storage_timeout_s": 0.4})
@@ -502,32 +510,32 @@ def test_a_copy_that_is_not_complete_is_completed_later(
     assert f"`distplat upload {run}` uploads it" in str(raised.value)
     before = (run / "result.json").read_text()
     assert json.loads(before)["status"] == "FAILED"
-    assert command(["upload", run.name]) == 5, "it hangs still"
-    told = capsys.readouterr().err
-    assert f"uploading {run} to odd://bucket/a/{run.name}\n" in told
-    assert f"not uploaded to odd://bucket/a/{run.name}" in told
+    assert command(["upload", run.name]) == 5, "the storage still hangs"
+    stderr = capsys.readouterr().err
+    assert f"uploading {run} to odd://bucket/a/{run.name}\n" in stderr
+    assert f"not uploaded to odd://bucket/a/{run.name}" in stderr
     assert (run / "result.json").read_text() == before
     Odd.hold = None
     job = yaml.safe_load((run / "job.yaml").read_text())
-    job["failure"]["storage_timeout_s"] = 240  # it is well now, however busy the machine is
+    job["failure"]["storage_timeout_s"] = 240  # enough on a busy machine
     (run / "job.yaml").write_text(yaml.safe_dump(job))
     assert command(["upload", run.name]) == 0
     assert capsys.readouterr().out == f"odd://bucket/a/{run.name}\n"
     facts = json.loads((run / "result.json").read_text())
     assert facts["status"] == "SUCCEEDED" and "loss" in facts["metrics"]
     assert not facts.keys() & {"error", "not_uploaded"}
-    there = Odd().cat_file(f"odd://bucket/a/{run.name}/result.json")
-    assert json.loads(there) == facts
+    uploaded_result = Odd().cat_file(f"odd://bucket/a/{run.name}/result.json")
+    assert json.loads(uploaded_result) == facts
     assert fit(tmp_path, "odd://bucket/b", f"odd://bucket/a/{run.name}", epochs=5).url
     assert command(["upload", str(tmp_path / "nowhere")]) == 2
 
 
-def test_what_names_no_url_is_not_uploaded(
+def test_upload_command_rejects_run_without_url(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for url in ("runs", "s3://key:hush@bucket/a", 5):
         (tmp_path / "job.yaml").write_text(yaml.safe_dump({"storage_path": url}))
         (tmp_path / "result.json").write_text("{}")
         assert command(["upload", str(tmp_path)]) == 2
-        told = capsys.readouterr().err
-        assert "storage_path: " in told and "hush" not in told
+        stderr = capsys.readouterr().err
+        assert "storage_path: " in stderr and "hush" not in stderr

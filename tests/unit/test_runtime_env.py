@@ -1,4 +1,4 @@
-"""The runtime environment that a user gives: faults are named, the rest is merged."""
+"""Validation and merging of the user's runtime environment."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from distplat.platform.errors import SpecError
         ({"py_executable": 3}, "py_executable: must be a text (got 3)"),
     ],
 )
-def test_keys_of_a_wrong_type_are_refused(environment: dict[str, Any], problem: str) -> None:
+def test_rejects_keys_of_wrong_type(environment: dict[str, Any], problem: str) -> None:
     with pytest.raises(SpecError) as raised:
         read_runtime_env(None, json.dumps(environment))
     assert str(raised.value).startswith(f"--runtime-env-json.{problem}")
@@ -44,14 +44,14 @@ def test_keys_of_a_wrong_type_are_refused(environment: dict[str, Any], problem: 
         ({"pip": 5}, "--runtime-env: runtime_env['pip'] must be of type"),
         ({"config": 7}, "--runtime-env: runtime_env['config'] must be of type"),
         ({"pip": ["a"], "conda": "b"}, "--runtime-env: The 'pip' field, 'uv' field, and 'conda'"),
-        ({"pip": "a" * 300}, "--runtime-env: "),  # no file can be called so
+        ({"pip": "a" * 300}, "--runtime-env: "),  # too long for a file name
         ({"env_var": {}}, "--runtime-env.env_var: unknown key\n  hint: did you mean 'env_vars'?"),
     ],
 )
-def test_what_ray_would_refuse_later_is_refused_before(
+def test_rejects_invalid_environment_before_connecting(
     environment: dict[str, Any], problem: str, tmp_path: Path
 ) -> None:
-    """By a driver of a cluster, which would tell of the first ones as of errors of its own."""
+    """A driver on the cluster would report the first two cases as its own errors."""
     text = json.dumps(environment)
     for kind in ("driver", "here"):
         target = Target(kind, "127.0.0.1:1", "--address")
@@ -60,11 +60,11 @@ def test_what_ray_would_refuse_later_is_refused_before(
         assert str(raised.value).startswith(problem)
 
 
-def test_a_key_of_a_plug_in_is_rays_to_look_at() -> None:
+def test_accepts_keys_of_plugins() -> None:
     join.check_environment({"my_plugin": {"a": 1}, "pip": ["numpy"], "env_vars": {"A": "1"}})
 
 
-def test_all_wrong_keys_of_a_file_are_named_with_their_lines(tmp_path: Path) -> None:
+def test_reports_all_wrong_keys_with_their_lines(tmp_path: Path) -> None:
     file = tmp_path / "env.yaml"
     file.write_text("pip: [numpy]\nexcludes: '*.ckpt'\nenv_vars:\n  A: 1\n")
     with pytest.raises(SpecError) as raised:
@@ -75,7 +75,7 @@ def test_all_wrong_keys_of_a_file_are_named_with_their_lines(tmp_path: Path) -> 
     )
 
 
-def test_what_is_right_is_merged() -> None:
+def test_valid_environment_is_merged() -> None:
     text = json.dumps({"excludes": ["*.ckpt"], "py_modules": ["m"], "env_vars": {"A": "1"}})
     environment = with_folders(Path("/job"), read_runtime_env(None, text))
     assert environment["excludes"][-1] == "*.ckpt"
@@ -84,12 +84,12 @@ def test_what_is_right_is_merged() -> None:
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
-def test_json_that_is_too_deep_is_refused(text: str) -> None:
+def test_rejects_deeply_nested_json(text: str) -> None:
     with pytest.raises(SpecError, match="--runtime-env-json: cannot be read"):
         read_runtime_env(None, text)
 
 
-def test_a_file_of_aliases_or_a_pipe_is_refused(tmp_path: Path) -> None:
+def test_rejects_alias_bomb_and_pipe(tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.yaml"
     lines = ["a: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"b{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
@@ -101,7 +101,7 @@ def test_a_file_of_aliases_or_a_pipe_is_refused(tmp_path: Path) -> None:
         read_runtime_env(tmp_path / "pipe", None)
 
 
-def test_the_exit_code_of_a_wrong_runtime_environment(
+def test_invalid_runtime_environment_exits_with_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = tmp_path / "job.yaml"

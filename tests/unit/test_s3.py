@@ -1,4 +1,4 @@
-"""Uploads to a real S3-compatible server: whole, hanging, and gone for a while."""
+"""Uploads to an S3-compatible server: successful, unresponsive and restarted."""
 
 import socket
 import threading
@@ -17,7 +17,7 @@ from distplat.platform.run_upload import RunUpload, check_access
 LIMIT_S = 120.0
 
 
-def start(port: int = 0) -> tuple[ThreadedMotoServer, int]:
+def start_server(port: int = 0) -> tuple[ThreadedMotoServer, int]:
     server = ThreadedMotoServer("127.0.0.1", port=port, verbose=False)
     server.start()
     return server, server.get_host_and_port()[1]
@@ -25,22 +25,21 @@ def start(port: int = 0) -> tuple[ThreadedMotoServer, int]:
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[ThreadedMotoServer, int]]:
-    """A server with an empty bucket `runs`; what is set here is what a user sets."""
+    """Start a server with an empty bucket `runs`, configured by environment variables."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the library's own take seconds
-    monkeypatch.setattr(
-        "distplat.platform.run_upload._WARN_AFTER_S", LIMIT_S
-    )  # however busy we are
-    server, port = start()
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # retries of botocore take seconds
+    # No warning under load.
+    monkeypatch.setattr("distplat.platform.run_upload._WARN_AFTER_S", LIMIT_S)
+    server, port = start_server()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
     boto3.client("s3").create_bucket(Bucket="runs")
     yield server, port
     server.stop()
 
 
-def test_a_run_directory_goes_there_and_comes_back(
+def test_upload_and_fetch_round_trip(
     bucket: tuple[ThreadedMotoServer, int], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -54,15 +53,15 @@ def test_a_run_directory_goes_there_and_comes_back(
     warnings = list[str]()
     upload = RunUpload(run, RemoteStorage("s3://runs/a/run", LIMIT_S), warnings.append)
     assert upload.close() == "" and not warnings
-    there = RemoteStorage("s3://runs/a/run", LIMIT_S)
-    assert there.size("empty") == 0
-    assert there.read("job.yaml", 0, 100) == b"name: a"
+    remote = RemoteStorage("s3://runs/a/run", LIMIT_S)
+    assert remote.size("empty") == 0
+    assert remote.read("job.yaml", 0, 100) == b"name: a"
     (tmp_path / "a").mkdir()
     found = fetch("s3://runs/a/run", tmp_path / "a", LIMIT_S, warnings.append)
     assert found.step == 2 and found.files["model.safetensors"] == large
-    there.remove(f"checkpoints/step-000002/{MANIFEST}")
-    there.remove("checkpoints/step-000002")
-    assert there.names("checkpoints") == ["step-000001"]
+    remote.remove(f"checkpoints/step-000002/{MANIFEST}")
+    remote.remove("checkpoints/step-000002")
+    assert remote.names("checkpoints") == ["step-000001"]
     with pytest.raises(SpecError, match="no whole checkpoint"):
         fetch("s3://nobody/run", tmp_path / "a", LIMIT_S, warnings.append)
     with (
@@ -72,43 +71,43 @@ def test_a_run_directory_goes_there_and_comes_back(
         RemoteStorage("s3://nobody/run", LIMIT_S).put("a", f, 7)
 
 
-def test_what_fails_in_the_middle_leaves_no_object(
+def test_failed_multipart_upload_leaves_no_object(
     bucket: tuple[ThreadedMotoServer, int], tmp_path: Path
 ) -> None:
-    """The local disk fails, for example."""
+    """The local file is shorter than announced."""
     path = tmp_path / "a"
     path.write_bytes(b"x" * (PART_BYTES + 5))
-    there = RemoteStorage("s3://runs/runs", LIMIT_S)
+    remote = RemoteStorage("s3://runs/runs", LIMIT_S)
     with path.open("rb") as file, pytest.raises(OSError, match="has become shorter"):
-        there.put("a", file, PART_BYTES + 6)
-    assert there.names("") == []
+        remote.put("a", file, PART_BYTES + 6)
+    assert remote.names("") == []
     assert "Uploads" not in boto3.client("s3").list_multipart_uploads(Bucket="runs")
 
 
-def test_a_server_that_is_gone_for_a_while(
+def test_upload_survives_server_restart(
     bucket: tuple[ThreadedMotoServer, int], tmp_path: Path
 ) -> None:
     server, port = bucket
     (tmp_path / "job.yaml").write_text("name: a")
-    told, warned = list[str](), threading.Event()
+    warnings, has_warned = list[str](), threading.Event()
 
     def warn(line: str) -> None:
-        told.append(line)
-        warned.set()
+        warnings.append(line)
+        has_warned.set()
 
     server.stop()
     upload = RunUpload(tmp_path, RemoteStorage("s3://runs/run", LIMIT_S), warn)
-    assert warned.wait(60)
-    again, _ = start(port)
+    assert has_warned.wait(60)
+    restarted, _ = start_server(port)
     try:
         assert upload.close() == ""
-        assert "the run continues" in told[0] and told[1] == "s3://runs/run answers again"
+        assert "the run continues" in warnings[0] and warnings[1] == "s3://runs/run answers again"
         assert RemoteStorage("s3://runs/run", LIMIT_S).read("job.yaml", 0, 99) == b"name: a"
     finally:
-        again.stop()
+        restarted.stop()
 
 
-def test_a_server_that_accepts_and_never_answers(
+def test_unresponsive_server_times_out(
     bucket: tuple[ThreadedMotoServer, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "model.safetensors").write_text("model")
@@ -117,41 +116,39 @@ def test_a_server_that_accepts_and_never_answers(
         upload = RunUpload(tmp_path, RemoteStorage("s3://runs/run", 1.0), lambda line: None)
         missing = upload.close()
         assert missing.startswith("model.safetensors not uploaded to s3://runs/run: ")
-        assert (
-            "`failure.storage_timeout_s`" in missing
-        )  # in the words of the last try, if one ended
+        assert "`failure.storage_timeout_s`" in missing
         with pytest.raises(NoAnswer):
             RemoteStorage("s3://runs/run", 0.4).size("a")
 
 
-def test_what_takes_nothing_is_told_before_a_run_begins(
+def test_check_access_fails_before_training(
     bucket: tuple[ThreadedMotoServer, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (run := tmp_path / "run").mkdir()
     (run / "job.yaml").write_text("name: a")
-    nothing = lambda: None  # noqa: E731
-    check_access(run, "s3://runs/a", LIMIT_S, nothing)
+    never_interrupted = lambda: None  # noqa: E731
+    check_access(run, "s3://runs/a", LIMIT_S, never_interrupted)
     assert RemoteStorage("s3://runs/a/run", LIMIT_S).read("job.yaml", 0, 99) == b"name: a"
     with pytest.raises(StorageError, match="bucket does not exist; nothing was trained"):
-        check_access(run, "s3://nobody/a", LIMIT_S, nothing)
+        check_access(run, "s3://nobody/a", LIMIT_S, never_interrupted)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(StorageError, match="Unable to locate credentials; nothing was trained"):
-        check_access(run, "s3://runs/a", LIMIT_S, nothing)
+        check_access(run, "s3://runs/a", LIMIT_S, never_interrupted)
 
 
-@pytest.mark.parametrize("gone", [False, True])
-def test_a_server_that_is_gone_for_good_or_has_no_such_bucket(
-    gone: bool, bucket: tuple[ThreadedMotoServer, int], tmp_path: Path
+@pytest.mark.parametrize("server_stopped", [False, True])
+def test_close_reports_missing_files_of_failed_upload(
+    server_stopped: bool, bucket: tuple[ThreadedMotoServer, int], tmp_path: Path
 ) -> None:
     (tmp_path / "model.safetensors").write_text("model")
-    if gone:
+    if server_stopped:
         bucket[0].stop()
-    found: list[str] = []
+    results: list[str] = []
     upload = RunUpload(tmp_path, RemoteStorage("s3://nobody/run", 1.5), lambda line: None)
-    end = threading.Thread(target=lambda: found.append(upload.close()), daemon=True)
-    end.start()
-    end.join(60)
-    assert found and found[0].startswith("model.safetensors not uploaded to s3://nobody/run: ")
+    closer = threading.Thread(target=lambda: results.append(upload.close()), daemon=True)
+    closer.start()
+    closer.join(60)
+    assert results and results[0].startswith("model.safetensors not uploaded to s3://nobody/run: ")

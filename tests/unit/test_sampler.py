@@ -1,4 +1,4 @@
-"""Which samples each rank sees: disjoint, complete, the same for every world, and pure."""
+"""Samples of each rank: disjoint, complete, independent of the world and of earlier calls."""
 
 import subprocess
 import sys
@@ -18,16 +18,16 @@ sizes, batches, worlds, parts = (
 )
 
 
-def make(size: int, batch: int, world: int = 1, drop_last: bool = False) -> Sampler:
+def make_sampler(size: int, batch: int, world: int = 1, drop_last: bool = False) -> Sampler:
     return Sampler(size, batch, world, seed=7, drop_last=drop_last)
 
 
 @given(sizes, batches, worlds, parts, st.booleans())
-def test_an_epoch_is_disjoint_and_complete(
+def test_epoch_is_disjoint_and_complete(
     size: int, batch: int, world: int, parts: int, drop_last: bool
 ) -> None:
     assume(not drop_last or size >= batch)
-    sampler = make(size, batch, world, drop_last)
+    sampler = make_sampler(size, batch, world, drop_last)
     seen = [
         int(i)
         for step in range(sampler.steps_per_epoch)
@@ -41,34 +41,34 @@ def test_an_epoch_is_disjoint_and_complete(
 
 
 @given(sizes, batches, worlds, st.integers(0, 50))
-def test_the_union_of_the_ranks_is_the_same_for_every_world(
+def test_union_of_ranks_is_independent_of_world(
     size: int, batch: int, world: int, step: int
 ) -> None:
-    alone, together = make(size, batch), make(size, batch, world)
+    alone, together = make_sampler(size, batch), make_sampler(size, batch, world)
     ranks = np.concatenate([together.rank_ids(step, rank) for rank in range(world)])
     np.testing.assert_array_equal(ranks, alone.batch_ids(step))
     assert len(ranks) == alone.batch_size(step)
 
 
 @given(sizes, batches, worlds, st.booleans(), st.integers(0, 50))
-def test_a_part_is_where_it_says_in_the_order_of_the_epoch(
+def test_first_position_is_index_in_epoch_order(
     size: int, batch: int, world: int, drop_last: bool, step: int
 ) -> None:
     assume(not drop_last or size >= batch)
-    sampler = make(size, batch, world, drop_last)
+    sampler = make_sampler(size, batch, world, drop_last)
     first = step - step % sampler.steps_per_epoch
     steps = range(first, first + sampler.steps_per_epoch)
-    order = [int(i) for one in steps for i in sampler.batch_ids(one)]
+    order = [int(i) for other in steps for i in sampler.batch_ids(other)]
     for rank in range(world):
-        ids, place = sampler.rank_ids(step, rank), sampler.first_position(step, rank)
-        assert order[place : place + len(ids)] == ids.tolist()
+        ids, position = sampler.rank_ids(step, rank), sampler.first_position(step, rank)
+        assert order[position : position + len(ids)] == ids.tolist()
 
 
 @given(sizes, batches, worlds, parts, st.integers(0, 50))
-def test_parts_are_even_and_micro_batches_not_empty(
+def test_parts_are_even_and_micro_batches_are_not_empty(
     size: int, batch: int, world: int, parts: int, step: int
 ) -> None:
-    sampler = make(size, batch, world)
+    sampler = make_sampler(size, batch, world)
     shares = [len(sampler.rank_ids(step, rank)) for rank in range(world)]
     assert max(shares) - min(shares) <= 1
     for rank in range(world):
@@ -82,8 +82,8 @@ def test_parts_are_even_and_micro_batches_not_empty(
     ("size", "drop_last", "steps", "last"),
     [(40, False, 5, 8), (40, True, 5, 8), (37, False, 5, 5), (37, True, 4, 8), (3, False, 1, 3)],
 )
-def test_the_end_of_an_epoch(size: int, drop_last: bool, steps: int, last: int) -> None:
-    sampler = make(size, 8, drop_last=drop_last)
+def test_last_batch_of_epoch(size: int, drop_last: bool, steps: int, last: int) -> None:
+    sampler = make_sampler(size, 8, drop_last=drop_last)
     assert sampler.steps_per_epoch == steps
     assert sampler.batch_size(steps - 1) == len(sampler.batch_ids(steps - 1)) == last
     assert sampler.batch_size(steps) == len(sampler.batch_ids(steps)) == min(8, size)
@@ -91,9 +91,9 @@ def test_the_end_of_an_epoch(size: int, drop_last: bool, steps: int, last: int) 
 
 
 @pytest.mark.parametrize(("size", "drop_last"), [(0, False), (0, True), (7, True)])
-def test_too_few_samples_for_a_batch_are_refused(size: int, drop_last: bool) -> None:
+def test_rejects_too_few_samples_for_one_batch(size: int, drop_last: bool) -> None:
     with pytest.raises(ValueError, match=rf"has {size} samples: no batch of 8 fits"):
-        make(size, 8, drop_last=drop_last)
+        make_sampler(size, 8, drop_last=drop_last)
 
 
 def order(seed: int, epoch: int, shuffle: bool = True) -> list[int]:
@@ -101,7 +101,7 @@ def order(seed: int, epoch: int, shuffle: bool = True) -> list[int]:
     return [int(i) for i in sampler.batch_ids(epoch)]
 
 
-def test_the_order_changes_with_epoch_and_seed() -> None:
+def test_order_changes_with_epoch_and_seed() -> None:
     orders = [order(seed, epoch) for seed in range(3) for epoch in range(3)]
     assert len({tuple(o) for o in orders}) == 9
     assert all(sorted(o) == list(range(20)) for o in orders)
@@ -112,40 +112,44 @@ def test_without_shuffle_every_epoch_is_in_order() -> None:
 
 
 GOLDEN = "[0, 8, 5, 1, 7, 3, 4, 6, 2, 9]"
-"""Pinned: numpy promises Philox's stream but not that of `permutation`. If this test goes red, runs
-are not repeatable across the two numpy versions, and users must be told."""
+"""numpy guarantees the stream of Philox but not that of `permutation`. If this test fails, runs
+are not reproducible across the two numpy versions: document it."""
 
-ASK = """
+SCRIPT = """
 from distplat.platform.sampler import Sampler
 print(Sampler(10, 10, 1, 3).batch_ids(2).tolist())
 """
 
 
-def test_the_order_is_the_one_it_always_was() -> None:
+def test_order_is_golden() -> None:
     assert str(Sampler(10, 10, 1, 3).batch_ids(2).tolist()) == GOLDEN
 
 
-def test_a_fresh_process_gives_the_same_order() -> None:
-    asked = subprocess.run([sys.executable, "-c", ASK], capture_output=True, text=True, check=True)
-    assert asked.stdout.strip() == GOLDEN
+def test_order_is_the_same_in_a_new_process() -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.strip() == GOLDEN
 
 
 @given(st.lists(st.integers(0, 30), min_size=1, max_size=12))
-def test_answers_do_not_depend_on_what_was_asked_before(steps: list[int]) -> None:
-    asked = make(23, 5, 2)
+def test_rank_ids_do_not_depend_on_earlier_calls(steps: list[int]) -> None:
+    sampler = make_sampler(23, 5, 2)
     for step in steps:
-        np.testing.assert_array_equal(asked.rank_ids(step, 1), make(23, 5, 2).rank_ids(step, 1))
-    np.testing.assert_array_equal(asked.batch_ids(0), make(23, 5).batch_ids(0))
+        np.testing.assert_array_equal(
+            sampler.rank_ids(step, 1), make_sampler(23, 5, 2).rank_ids(step, 1)
+        )
+    np.testing.assert_array_equal(sampler.batch_ids(0), make_sampler(23, 5).batch_ids(0))
 
 
-def test_an_answer_cannot_spoil_the_next() -> None:
+def test_batch_ids_are_read_only() -> None:
     with pytest.raises(ValueError, match="read-only"):
-        make(10, 5).batch_ids(0)[0] = 99
+        make_sampler(10, 5).batch_ids(0)[0] = 99
 
 
-def test_more_parts_than_samples_cost_no_memory() -> None:
+def test_more_parts_than_samples_need_no_memory() -> None:
     """`gradient_accumulation` may be any number."""
     sampler = Sampler(37, 8, 2, 0)
     found = sampler.micro_batches(0, 0, 4_000_000_000)
     assert [len(ids) for ids in found] == [1, 1, 1, 1]
-    assert Sampler(9, 8, 8, 0).micro_batches(1, 5, 3) == [], "a short batch, of one sample"
+    assert Sampler(9, 8, 8, 0).micro_batches(1, 5, 3) == [], "the batch has one sample"

@@ -1,4 +1,4 @@
-"""Requests that meet each other or a loss: each step is made once, or the run was stopped."""
+"""Scale and stop requests that race with each other or with the loss of a process."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ STEPS, LONG = 20, 1000
 
 
 class Slow(KillsInForward):
-    """Its steps take so long that requests meet them."""
+    """Task whose steps are slow enough for requests to arrive during them."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         time.sleep(0.02)
         return super().loss(outputs, targets)
 
 
-Deed = Callable[[InMemoryRay], object]
+Action = Callable[[InMemoryRay], object]
 
 
-class At(Callback):
-    """Lets deeds begin, side by side, once a step is told."""
+class ActAtStep(Callback):
+    """Start all actions in parallel when a step is reported."""
 
-    def __init__(self, ray: InMemoryRay, step: int, deeds: tuple[Deed, ...]) -> None:
+    def __init__(self, ray: InMemoryRay, step: int, actions: tuple[Action, ...]) -> None:
         self.step = step
         self.errors: list[Exception] = []
         self.threads = [
-            threading.Thread(target=self._do, args=(ray, deed), daemon=True) for deed in deeds
+            threading.Thread(target=self._run, args=(ray, action), daemon=True)
+            for action in actions
         ]
 
     def on_step(self, step: StepSummary) -> None:
@@ -49,14 +50,14 @@ class At(Callback):
             for thread in self.threads:
                 thread.start()
 
-    def _do(self, ray: InMemoryRay, deed: Deed) -> None:
+    def _run(self, ray: InMemoryRay, action: Action) -> None:
         try:
-            deed(ray)
+            action(ray)
         except Exception as error:  # the run may be over
             self.errors.append(error)
 
 
-def scale(workers: int) -> Deed:
+def scale(workers: int) -> Action:
     return lambda ray: ray.ask("controller", "scale", workers)
 
 
@@ -64,12 +65,12 @@ def stop(ray: InMemoryRay) -> Any:
     return ray.ask("controller", "stop", 5.0)
 
 
-def lose(role: str, then: Deed) -> Deed:
-    def do(ray: InMemoryRay) -> None:
+def lose(role: str, then: Action) -> Action:
+    def kill_and_act(ray: InMemoryRay) -> None:
         assert ray.kill_process(role)
         then(ray)
 
-    return do
+    return kill_and_act
 
 
 @pytest.fixture
@@ -79,18 +80,20 @@ def cluster() -> Iterator[InMemoryRay]:
         yield ray
 
 
-def fit(ray: InMemoryRay, folder: Path, strategy: str, at: At, steps: int = STEPS) -> Result:
+def fit(
+    ray: InMemoryRay, folder: Path, strategy: str, callback: ActAtStep, steps: int = STEPS
+) -> Result:
     fields = fields_of(
         strategy, 2, steps=steps, checkpoint={"every_steps": 4}, storage_path=str(folder)
     )
-    trainer = Trainer(fields, Slow, callbacks=[at], progress=False, log_to_driver=False)
-    found: Result = ray.as_driver(trainer.fit)
-    return found
+    trainer = Trainer(fields, Slow, callbacks=[callback], progress=False, log_to_driver=False)
+    result: Result = ray.as_driver(trainer.fit)
+    return result
 
 
-MEETINGS: dict[str, tuple[int, tuple[Deed, ...]]] = {
+RACES: dict[str, tuple[int, tuple[Action, ...]]] = {
     "three at once": (4, (scale(3), scale(1), scale(4))),
-    "as many as there are": (4, (scale(2), scale(2))),
+    "the current number": (4, (scale(2), scale(2))),
     "the last step": (STEPS - 1, (scale(3),)),
     "a worker is replaced": (4, (lose("worker-1", scale(3)),)),
     "a server is lost": (5, (lose("server-0", scale(3)),)),
@@ -101,17 +104,17 @@ MEETINGS: dict[str, tuple[int, tuple[Deed, ...]]] = {
 @pytest.mark.timeout(90)
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("strategy", ["ps-sync", "ps-async"])
-@pytest.mark.parametrize("meeting", MEETINGS)
-def test_every_step_is_made_once_whoever_asks_for_more_or_fewer(
-    cluster: InMemoryRay, tmp_path: Path, meeting: str, strategy: str
+@pytest.mark.parametrize("race", RACES)
+def test_each_step_runs_once_if_scale_requests_race(
+    cluster: InMemoryRay, tmp_path: Path, race: str, strategy: str
 ) -> None:
-    step, deeds = MEETINGS[meeting]
-    result = fit(cluster, tmp_path, strategy, At(cluster, step, deeds))
-    assert [one.step for one in result.history] == [*range(1, STEPS + 1)]
+    step, actions = RACES[race]
+    result = fit(cluster, tmp_path, strategy, ActAtStep(cluster, step, actions))
+    assert [summary.step for summary in result.history] == [*range(1, STEPS + 1)]
     assert result.checkpoint is not None and cluster.living("") == ["driver"]
 
 
-STOPS: dict[str, tuple[Deed, ...]] = {
+STOP_RACES: dict[str, tuple[Action, ...]] = {
     "two stops": (stop, stop),
     "a scale": (stop, scale(3)),
     "a loss": (lose("worker-1", stop),),
@@ -121,33 +124,33 @@ STOPS: dict[str, tuple[Deed, ...]] = {
 @pytest.mark.timeout(90)
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("strategy", ["ps-sync", "ps-async"])
-@pytest.mark.parametrize("meeting", STOPS)
-def test_a_run_that_is_stopped_is_stopped_whatever_else_is_asked(
-    cluster: InMemoryRay, tmp_path: Path, meeting: str, strategy: str
+@pytest.mark.parametrize("race", STOP_RACES)
+def test_stop_wins_against_concurrent_requests(
+    cluster: InMemoryRay, tmp_path: Path, race: str, strategy: str
 ) -> None:
     with pytest.raises(Interrupted):
-        fit(cluster, tmp_path, strategy, At(cluster, 5, STOPS[meeting]), LONG)
+        fit(cluster, tmp_path, strategy, ActAtStep(cluster, 5, STOP_RACES[race]), LONG)
     assert '"STOPPED"' in next(tmp_path.glob("*/result.json")).read_text()
     assert cluster.living("") == ["driver"]
 
 
 @pytest.mark.timeout(90)
-def test_a_checkpoint_that_is_being_written_is_kept_by_a_stop(
+def test_stop_keeps_checkpoint_that_is_being_written(
     cluster: InMemoryRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, begun = Disk.write, threading.Event()
+    write, has_started = Disk.write, threading.Event()
 
-    def slowly(disk: Disk, path: Path, content: FileContent) -> tuple[int, str]:
-        begun.set()
+    def write_slowly(disk: Disk, path: Path, content: FileContent) -> tuple[int, str]:
+        has_started.set()
         time.sleep(0.2)
         return write(disk, path, content)
 
-    def in_the_middle(ray: InMemoryRay) -> None:
-        assert begun.wait(30)
+    def stop_during_write(ray: InMemoryRay) -> None:
+        assert has_started.wait(30)
         stop(ray)
 
-    monkeypatch.setattr(Disk, "write", slowly)
+    monkeypatch.setattr(Disk, "write", write_slowly)
     with pytest.raises(Interrupted):
-        fit(cluster, tmp_path, "ps-sync", At(cluster, 1, (in_the_middle,)), LONG)
-    kept = {path.name for path in tmp_path.glob("*/checkpoints/*")}
-    assert kept and all(name.startswith("step-") and "." not in name for name in kept)
+        fit(cluster, tmp_path, "ps-sync", ActAtStep(cluster, 1, (stop_during_write,)), LONG)
+    names = {path.name for path in tmp_path.glob("*/checkpoints/*")}
+    assert names and all(name.startswith("step-") and "." not in name for name in names)

@@ -1,4 +1,4 @@
-"""Requests for another number of workers: asked from any thread, taken once, answered once."""
+"""Scale requests: submitted from any thread, taken once, answered once."""
 
 import threading
 
@@ -15,7 +15,7 @@ from distplat.platform.scaling import (
 )
 
 
-def test_a_request_is_taken_once_and_is_pending_until_it_is_answered() -> None:
+def test_request_is_taken_once_and_pending_until_answered() -> None:
     requests = ScaleRequests()
     assert (requests.take(), requests.status()) == (None, NO_SCALE_REQUEST)
     request = requests.submit(3)
@@ -26,43 +26,45 @@ def test_a_request_is_taken_once_and_is_pending_until_it_is_answered() -> None:
     assert requests.status() == ScaleStatus(request, "no CPU is free")
 
 
-def test_the_answer_to_an_earlier_request_comes_too_late() -> None:
+def test_answer_to_superseded_request_is_ignored() -> None:
     requests = ScaleRequests()
     requests.submit(3)
     later = requests.submit(2)
     requests.answer(1, "no CPU is free")
     assert requests.status() == ScaleStatus(later, pending=True)
-    assert requests.take() == later, "the one before counts no more"
+    assert requests.take() == later, "a later request supersedes an earlier one"
     requests.answer(2, "")
     assert requests.status() == ScaleStatus(later)
 
 
-@pytest.mark.parametrize("meanwhile", [0, 2])
-def test_who_asks_is_no_rival_of_itself(meanwhile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call is carried out twice on its way; what another one asks for is told."""
-    requests, refused = ScaleRequests(), "no CPU is free"
+@pytest.mark.parametrize("later", [0, 2])
+def test_duplicate_delivery_is_not_a_later_request(
+    later: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transport delivers the call twice; a request of another caller is reported."""
+    requests, reason = ScaleRequests(), "no CPU is free"
 
-    def ask(run: RunName, role: str, method: str, *args: int) -> object:
+    def answer(run: RunName, role: str, method: str, *args: int) -> object:
         if method == "scale":
             first = requests.submit(*args)
-            requests.answer(requests.submit(meanwhile or args[0]).number, refused)
+            requests.answer(requests.submit(later or args[0]).number, reason)
             return first
         return requests.status() if method == "scale_status" else object()
 
-    monkeypatch.setattr(overview, "_ask", ask)
-    told = f"a later request for {meanwhile} workers" if meanwhile else refused
-    with pytest.raises(SpecError, match=told):
+    monkeypatch.setattr(overview, "_ask", answer)
+    expected = f"a later request for {later} workers" if later else reason
+    with pytest.raises(SpecError, match=expected):
         overview.scale(RunName("run-1", "run"), 3, 5.0)
 
 
-def test_requests_of_many_threads_have_numbers_of_their_own() -> None:
+def test_request_numbers_are_unique_across_threads() -> None:
     requests = ScaleRequests()
     numbers: list[int] = []
 
-    def ask() -> None:
+    def submit_many() -> None:
         numbers.extend(requests.submit(2).number for _ in range(200))
 
-    threads = [threading.Thread(target=ask) for _ in range(4)]
+    threads = [threading.Thread(target=submit_many) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,4 +1,4 @@
-"""Pipeline schedules: the drawings above their code, what their sources say, their limits."""
+"""Pipeline schedules: the drawings in their docstrings, properties from the papers, limits."""
 
 import inspect
 from collections.abc import Callable
@@ -23,20 +23,20 @@ from distplat.strategies.algorithms.pipeline_schedule import (
 from distplat.strategies.algorithms.simulate import Costs, simulate
 
 Rows = list[list[tuple[int, Action]]]
-"""Of each stage, when which action starts."""
+"""Start time and action of each cell, per stage."""
 
 
 def drawing(function: Callable[..., PipelineSchedule]) -> Rows:
-    """Read the rows of a docstring that have nothing but cells."""
+    """Parse the lines of a docstring that contain only cells."""
     rows: Rows = []
     for line in (inspect.getdoc(function) or "").splitlines():
         cells = line.split()
         if cells and all(cell == "." or CELL.fullmatch(cell) for cell in cells):
-            rows.append([(at, action(cell)) for at, cell in enumerate(cells) if cell != "."])
+            rows.append([(time, action(cell)) for time, cell in enumerate(cells) if cell != "."])
     return rows
 
 
-DRAWN: list[tuple[Callable[..., PipelineSchedule], PipelineSchedule]] = [
+DRAWINGS: list[tuple[Callable[..., PipelineSchedule], PipelineSchedule]] = [
     (gpipe, gpipe(4, 4)),
     (one_f_one_b, one_f_one_b(4, 6)),
     (interleaved, interleaved(2, 4, 2)),
@@ -44,8 +44,8 @@ DRAWN: list[tuple[Callable[..., PipelineSchedule], PipelineSchedule]] = [
 ]
 
 
-@pytest.mark.parametrize(("function", "schedule"), DRAWN, ids=[s.name for _, s in DRAWN])
-def test_the_drawing_is_what_the_code_does(
+@pytest.mark.parametrize(("function", "schedule"), DRAWINGS, ids=[s.name for _, s in DRAWINGS])
+def test_schedule_matches_its_drawing(
     function: Callable[..., PipelineSchedule], schedule: PipelineSchedule
 ) -> None:
     """Order and times, with every action one unit long."""
@@ -57,32 +57,34 @@ def test_the_drawing_is_what_the_code_does(
 
 @settings(deadline=None)
 @given(schedules())
-def test_every_action_once_and_after_what_it_needs(schedule: PipelineSchedule) -> None:
+def test_each_action_occurs_once_after_its_inputs(schedule: PipelineSchedule) -> None:
     kinds = [ActionKind.FORWARD, ActionKind.BACKWARD, ActionKind.WEIGHT][
         : 3 if schedule.splits_backward else 2
     ]
-    every = {
+    expected = {
         Action(kind, i, chunk)
         for kind in kinds
         for i in range(schedule.micro_batches)
         for chunk in range(schedule.chunks)
     }
     for order in schedule.actions:
-        assert len(order) == len(every) and set(order) == every
-        at = {one: number for number, one in enumerate(order)}
-        for one in every:
-            chain = [at[Action(kind, one.micro_batch, one.chunk)] for kind in kinds]
+        assert len(order) == len(expected) and set(order) == expected
+        index = {action_: number for number, action_ in enumerate(order)}
+        for action_ in expected:
+            chain = [index[Action(kind, action_.micro_batch, action_.chunk)] for kind in kinds]
             assert chain == sorted(chain)
 
 
 @settings(deadline=None)
 @given(schedules())
-def test_gradients_are_added_in_the_order_of_the_micro_batches(schedule: PipelineSchedule) -> None:
-    adds = ActionKind.WEIGHT if schedule.splits_backward else ActionKind.BACKWARD
+def test_gradients_accumulate_in_order_of_micro_batches(schedule: PipelineSchedule) -> None:
+    accumulating = ActionKind.WEIGHT if schedule.splits_backward else ActionKind.BACKWARD
     for order in schedule.actions:
         for chunk in range(schedule.chunks):
-            added = [a.micro_batch for a in order if a.kind is adds and a.chunk == chunk]
-            assert added == list(range(schedule.micro_batches))
+            micro_batches = [
+                a.micro_batch for a in order if a.kind is accumulating and a.chunk == chunk
+            ]
+            assert micro_batches == list(range(schedule.micro_batches))
 
 
 @given(st.integers(1, 8), st.integers(1, 32))
@@ -92,15 +94,17 @@ def test_peak_activations(p: int, m: int) -> None:
     assert zero_bubble_h1(p, m).peak_activations() == [min(p, m)] * p
 
 
-@pytest.mark.parametrize(("stage", "ahead"), [(0, 10), (1, 8), (2, 6), (3, 4)])
-def test_interleaved_has_the_warm_up_of_megatron(stage: int, ahead: int) -> None:
-    """2 (p - s - 1) + (v - 1) p, then F and B in turn."""
+@pytest.mark.parametrize(("stage", "warm_up"), [(0, 10), (1, 8), (2, 6), (3, 4)])
+def test_interleaved_has_warm_up_of_megatron(stage: int, warm_up: int) -> None:
+    """2 (p - s - 1) + (v - 1) p forwards, then F and B alternate."""
     order = interleaved(4, 8, 2).actions[stage]
-    first_backward = next(k for k, one in enumerate(order) if one.kind is ActionKind.BACKWARD)
-    assert first_backward == ahead + 1
+    first_backward = next(
+        index for index, action_ in enumerate(order) if action_.kind is ActionKind.BACKWARD
+    )
+    assert first_backward == warm_up + 1
 
 
-def test_interleaved_micro_batches_go_in_groups_through_the_chunks() -> None:
+def test_interleaved_runs_micro_batches_in_groups() -> None:
     forwards = [a for a in interleaved(2, 4, 3).actions[0] if a.kind is ActionKind.FORWARD]
     assert " ".join(map(str, forwards)) == "F0 F1 F0' F1' F0'' F1'' F2 F3 F2' F3' F2'' F3''"
 
@@ -117,17 +121,17 @@ def test_chunks_are_numbered_along_the_model() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_build_knows_every_name(name: str) -> None:
+def test_build_accepts_every_name(name: str) -> None:
     assert build(name, 2, 4).name == name
 
 
-def test_build_takes_chunks() -> None:
+def test_build_with_chunks() -> None:
     assert build("interleaved", 2, 4).chunks == 2
     assert build("interleaved", 2, 4, 4).chunks == 4
     assert build("1f1b", 2, 4, 1).chunks == 1
 
 
-def test_an_unknown_name_has_a_near_one() -> None:
+def test_unknown_name_suggests_similar_name() -> None:
     with pytest.raises(SpecError, match=r"did you mean '1f1b'.* allowed: 1f1b, gpipe, inter"):
         build("1f1", 2, 4)
 
@@ -143,7 +147,7 @@ def test_an_unknown_name_has_a_near_one() -> None:
         ("gpipe", (4, 8, 2), "one virtual stage per stage, got 2: use interleaved"),
     ],
 )
-def test_what_cannot_be_says_what_can(
+def test_invalid_sizes_suggest_valid_sizes(
     name: str, sizes: tuple[int, int, int | None], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Plans followed step by step by threads with real layers and channels of one message."""
+"""Execution of plans by one thread per stage, with real layers and channels of one message."""
 
 from collections import defaultdict
 from queue import Queue
@@ -41,7 +41,7 @@ def batches(count: int) -> list[Tensor]:
 
 
 class Runner:
-    """One stage: does what its list says, and nothing else."""
+    """One stage: executes the steps of its plan."""
 
     def __init__(
         self, schedule: PipelineSchedule, stage: int, channels: Any, *, recompute: bool
@@ -72,19 +72,22 @@ class Runner:
                 self.compute(
                     step.kind, step.micro_batch, self.schedule.virtual_stage(self.stage, step)
                 )
-                made = output_of(self.schedule, self.stage, step)
-                needed = input_of(self.schedule, self.stage, step)
-                assert made is None or made in self.have
-                self.have.pop(needed, None) if needed else None
+                output = output_of(self.schedule, self.stage, step)
+                input_ = input_of(self.schedule, self.stage, step)
+                assert output is None or output in self.have
+                self.have.pop(input_, None) if input_ else None
         assert not self.live and not self.late and not self.have
-        named = [pair for chunk in self.chunks.values() for pair in chunk.named_parameters()]
-        return {name: torch.as_tensor(parameter.grad) for name, parameter in named}
+        return {
+            name: torch.as_tensor(parameter.grad)
+            for chunk in self.chunks.values()
+            for name, parameter in chunk.named_parameters()
+        }
 
     def compute(self, kind: ActionKind, i: int, virtual_stage: int) -> None:
         chunk, key = self.chunks[virtual_stage], (i, virtual_stage)
         if kind is ActionKind.FORWARD:
-            before = Message(Content.ACTIVATION, i, virtual_stage - 1, virtual_stage)
-            inputs = (self.have[before] if virtual_stage else self.inputs[i]).requires_grad_()
+            activation = Message(Content.ACTIVATION, i, virtual_stage - 1, virtual_stage)
+            inputs = (self.have[activation] if virtual_stage else self.inputs[i]).requires_grad_()
             outputs = recomputed(chunk, inputs) if self.recompute else chunk(inputs)
             self.live[key] = inputs, outputs
             if virtual_stage < self.schedule.depth - 1:
@@ -97,8 +100,10 @@ class Runner:
             torch.autograd.backward(outputs, gradient, inputs=[*chunk.parameters()])
             return
         inputs, outputs = self.live.pop(key)
-        behind = Message(Content.GRADIENT, i, virtual_stage + 1, virtual_stage)
-        gradient = self.have[behind] if behind in self.have else 2 * outputs.detach()
+        gradient_message = Message(Content.GRADIENT, i, virtual_stage + 1, virtual_stage)
+        gradient = (
+            self.have[gradient_message] if gradient_message in self.have else 2 * outputs.detach()
+        )
         if self.schedule.splits_backward:
             torch.autograd.backward(outputs, gradient, inputs=[inputs], retain_graph=True)
             self.late[key] = outputs, gradient
@@ -110,13 +115,13 @@ class Runner:
             )
 
 
-def alone(depth: int, micro_batches: int) -> dict[str, Tensor]:
-    """One process, one micro-batch after the other; the loss is the sum of squares."""
-    whole = model(depth)
+def train_in_one_process(depth: int, micro_batches: int) -> dict[str, Tensor]:
+    """Return the gradients of all micro-batches; the loss is the sum of squares."""
+    full_model = model(depth)
     for inputs in batches(micro_batches):
-        outputs = whole(inputs)
+        outputs = full_model(inputs)
         torch.autograd.backward(outputs, 2 * outputs.detach())
-    return {name: torch.as_tensor(p.grad) for name, p in whole.named_parameters()}
+    return {name: torch.as_tensor(p.grad) for name, p in full_model.named_parameters()}
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
@@ -132,18 +137,18 @@ def alone(depth: int, micro_batches: int) -> dict[str, Tensor]:
         ("interleaved", 1, 3, 2),  # nothing to send
     ],
 )
-def test_a_plan_gives_the_bits_of_one_process(
+def test_plan_is_bit_identical_to_one_process(
     name: str, stages: int, micro_batches: int, chunks: int, recompute: bool
 ) -> None:
     schedule = build(name, stages, micro_batches, chunks)
     channels: Any = defaultdict(lambda: Queue(maxsize=1))
     for source in range(stages):
         for target in range(stages):
-            channels[source, target]  # made here, not by two threads at once
+            channels[source, target]  # created here, because `defaultdict` is not thread-safe
     runners = [Runner(schedule, s, channels, recompute=recompute) for s in range(stages)]
-    found: dict[str, Tensor] = {}
+    actual: dict[str, Tensor] = {}
     for gradients in on_ranks(stages, lambda rank: runners[rank].run()):
-        found |= gradients
-    expected = alone(schedule.depth, micro_batches)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+        actual |= gradients
+    expected = train_in_one_process(schedule.depth, micro_batches)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)

@@ -73,63 +73,65 @@ def fit(folder: Path, task: str) -> dict[str, torch.Tensor]:
     return load_file(result.checkpoint)
 
 
-def test_a_script_runs_with_its_arguments(folder: Path, capsys: CaptureFixture[str]) -> None:
+def test_script_runs_with_its_arguments(folder: Path, capsys: CaptureFixture[str]) -> None:
     argv, main = [*sys.argv], sys.modules["__main__"]
-    found = fit(folder, 'loops/train.py --lr 0.5 --title "a b"')["weight"]
+    weight = fit(folder, 'loops/train.py --lr 0.5 --title "a b"')["weight"]
     torch.manual_seed(0)
-    assert torch.equal(found, torch.nn.Linear(3, 1, bias=False).weight - 0.5)
+    assert torch.equal(weight, torch.nn.Linear(3, 1, bias=False).weight - 0.5)
     assert "title: a b" in capsys.readouterr().out
     assert (sys.argv, sys.modules["__main__"]) == (argv, main)
 
 
-def test_a_script_imports_what_lies_beside_it(folder: Path) -> None:
-    """Also where PYTHONPATH has its folder, and before it another one with such a module."""
+def test_script_imports_modules_of_its_folder(folder: Path) -> None:
+    """PYTHONPATH contains another folder with a module of this name before the script's."""
     (folder / "beside.py").write_text("WIDTH = 5\n")
     sys.path[:0] = [str(folder), str(folder / "loops")]
     assert fit(folder, "loops/train.py")["weight"].shape == (1, 3)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "text"), [("--code 3", "SystemExit: 3"), ("--width 3", "SystemExit: 2")]
+    ("arguments", "message"), [("--code 3", "SystemExit: 3"), ("--width 3", "SystemExit: 2")]
 )
-def test_a_script_that_exits_with_a_code_has_failed(
-    arguments: str, text: str, folder: Path
-) -> None:
-    with pytest.raises(UserCodeError, match=text):
+def test_nonzero_exit_of_script_is_an_error(arguments: str, message: str, folder: Path) -> None:
+    with pytest.raises(UserCodeError, match=message):
         fit(folder, f"loops/train.py {arguments}")
 
 
-def test_a_script_finds_all_that_torchrun_tells(
+def test_script_has_environment_of_torchrun(
     folder: Path, capsys: CaptureFixture[str], monkeypatch: MonkeyPatch
 ) -> None:
     for name in ALONE:
         monkeypatch.delenv(name, raising=False)
-    tells = f"\nimport os; print('told:', *(os.environ[name] for name in {[*ALONE]}))\n"
-    (folder / "loops" / "train.py").write_text(tells + SCRIPT)
+    print_environment = (
+        f"\nimport os; print('environment:', *(os.environ[name] for name in {[*ALONE]}))\n"
+    )
+    (folder / "loops" / "train.py").write_text(print_environment + SCRIPT)
     fit(folder, "loops/train.py")
-    [line] = [one for one in capsys.readouterr().out.splitlines() if one.startswith("told:")]
-    told = dict(zip(ALONE, line.split()[1:], strict=True))
-    given = {"MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_MAX_RESTARTS"}
-    assert {name: told[name] for name in {*ALONE} - given} == {
-        name: value for name, value in ALONE.items() if name not in given
+    [printed] = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("environment:")
+    ]
+    environment = dict(zip(ALONE, printed.split()[1:], strict=True))
+    run_specific = {"MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_MAX_RESTARTS"}
+    assert {name: environment[name] for name in {*ALONE} - run_specific} == {
+        name: value for name, value in ALONE.items() if name not in run_specific
     }
-    assert told["TORCHELASTIC_MAX_RESTARTS"] == "3"
+    assert environment["TORCHELASTIC_MAX_RESTARTS"] == "3"
     assert "MASTER_ADDR" not in os.environ
 
 
-def checked(folder: Path, entry: str) -> list[str]:
+def check_problems(folder: Path, entry: str) -> list[str]:
     check = TaskCheck(entry, str(folder), (), shown=True, function=True)
     return check.result(60.0)
 
 
-def test_a_script_is_looked_at_and_not_run(folder: Path) -> None:
+def test_check_compiles_script_without_running_it(folder: Path) -> None:
     (folder / "broken.py").write_text("def train(:\n")
     (folder / "ends.py").write_text("raise SystemExit(5)\n")
-    assert checked(folder, "ends.py") == []
+    assert check_problems(folder, "ends.py") == []
     with pytest.raises(UserCodeError, match="SyntaxError"):
-        checked(folder, "broken.py")
+        check_problems(folder, "broken.py")
     with pytest.raises(SpecError, match=r"no script 'end.py'") as caught:
-        checked(folder, "end.py")
+        check_problems(folder, "end.py")
     assert "ends.py" in caught.value.problems[0].hint
 
 
@@ -148,12 +150,12 @@ LOOP = {"steps": 1, "global_batch_size": 1, "optimizer": {"name": "SGD", "lr": 1
         ({"task": "train.py", "own_loop": False, **LOOP}, "own_loop: train.py is a script"),
     ],
 )
-def test_what_a_script_does_not_go_with_is_refused(fields: dict[str, Any], text: str) -> None:
+def test_rejects_settings_without_effect_on_script(fields: dict[str, Any], text: str) -> None:
     with pytest.raises(SpecError, match=text):
         make_job(job_with(**fields))
 
 
-def test_a_script_is_told_from_a_function() -> None:
+def test_distinguishes_script_from_function() -> None:
     assert isinstance(make_job(job_with("a/train.py --x 'b c'")), Job)
     assert script_of("a/train.py --x 'b c'") == ["a/train.py", "--x", "b c"]
     assert script_of("train:main") == script_of(None) == []
