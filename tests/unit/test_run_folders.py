@@ -130,17 +130,17 @@ def test_follow_prints_until_run_ends(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(run_folders, "_POLL_S", 0.01)
     lines: list[str] = []
     code: list[int] = []
-    seen = threading.Event()
+    has_output = threading.Event()
 
     def write(line: str) -> None:
         lines.append(line)
-        seen.set()
+        has_output.set()
 
     reader = threading.Thread(
         target=lambda: code.append(print_logs(path, write, follow=True)), daemon=True
     )
     reader.start()
-    assert seen.wait(30.0)
+    assert has_output.wait(30.0)
     with log.open("a") as file:
         file.write("f\n")
     (path / "result.json").write_text(json.dumps({"status": "SUCCEEDED"}))

@@ -44,10 +44,10 @@ def test_epoch_is_disjoint_and_complete(
 def test_union_of_ranks_is_independent_of_world(
     size: int, batch: int, world: int, step: int
 ) -> None:
-    alone, together = make_sampler(size, batch), make_sampler(size, batch, world)
-    ranks = np.concatenate([together.rank_ids(step, rank) for rank in range(world)])
-    np.testing.assert_array_equal(ranks, alone.batch_ids(step))
-    assert len(ranks) == alone.batch_size(step)
+    single, parallel = make_sampler(size, batch), make_sampler(size, batch, world)
+    ranks = np.concatenate([parallel.rank_ids(step, rank) for rank in range(world)])
+    np.testing.assert_array_equal(ranks, single.batch_ids(step))
+    assert len(ranks) == single.batch_size(step)
 
 
 @given(sizes, batches, worlds, st.booleans(), st.integers(0, 50))
@@ -121,7 +121,7 @@ print(Sampler(10, 10, 1, 3).batch_ids(2).tolist())
 """
 
 
-def test_order_is_golden() -> None:
+def test_order_matches_golden_value() -> None:
     assert str(Sampler(10, 10, 1, 3).batch_ids(2).tolist()) == GOLDEN
 
 

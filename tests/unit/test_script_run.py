@@ -1,4 +1,4 @@
-"""Scripts in real processes, over the transport that loses answers on request."""
+"""Scripts in real processes, over a transport that can lose replies."""
 
 import random
 import sys
@@ -27,29 +27,29 @@ HELLO = "import os; print('hello from', os.environ['RANK'])"
 
 
 class RecordingTerminal:
-    """What a terminal was told."""
+    """Record output lines and notices."""
 
     def __init__(self) -> None:
         self.lines: list[tuple[int, str]] = []
-        self.told: list[str] = []
+        self.notices: list[str] = []
 
     def line(self, rank: int, text: str) -> None:
         self.lines.append((rank, text))
 
     def notice(self, text: str) -> None:
-        self.told.append(text)
+        self.notices.append(text)
 
     def of(self, rank: int) -> list[str]:
-        return [text for one, text in self.lines if one == rank]
+        return [text for line_rank, text in self.lines if line_rank == rank]
 
 
 class Run:
-    """A run in this process."""
+    """Run of a script whose actors are in this process."""
 
     def __init__(self, code: str, nodes: Sequence[str] = NODES, max_restarts: int = 0) -> None:
         command = ("python", "-c", code)
         self.script = Script(command, "run", None, max_restarts, start_timeout_s=20.0)
-        self.nodes, self.heard, self.cluster = nodes, RecordingTerminal(), LocalCluster()
+        self.nodes, self.terminal, self.cluster = nodes, RecordingTerminal(), LocalCluster()
         self.actors: list[Actor] = []
         self.interrupt = threading.Event()
 
@@ -57,8 +57,8 @@ class Run:
     def spawn(self, attempt: int) -> Iterator[Sequence[Any]]:
         self.actors = []
         for index, node in enumerate(self.nodes):
-            where = ProcessLocation(node, "127.0.0.1")
-            body = ScriptProcess(lambda where=where: where)  # type: ignore[misc]
+            location = ProcessLocation(node, "127.0.0.1")
+            body = ScriptProcess(lambda location=location: location)  # type: ignore[misc]
             self.actors.append(self.cluster.spawn(f"process-{index}", node, lambda _, b=body: b))  # type: ignore[misc]
         try:
             yield self.actors
@@ -70,35 +70,35 @@ class Run:
         if self.interrupt.is_set():
             raise Interrupted(2)
 
-    def go(self) -> int:
+    def execute(self) -> int:
         transport = self.cluster.transport()
-        return run_script(self.script, transport, self.spawn, self.heard, self.check)
+        return run_script(self.script, transport, self.spawn, self.terminal, self.check)
 
 
-def test_each_rank_runs_once_and_is_heard() -> None:
+def test_output_of_each_rank_is_received_once() -> None:
     run = Run(HELLO)
-    assert run.go() == 0
-    assert sorted(run.heard.lines) == [(rank, f"hello from {rank}") for rank in range(3)]
+    assert run.execute() == 0
+    assert sorted(run.terminal.lines) == [(rank, f"hello from {rank}") for rank in range(3)]
 
 
 @pytest.mark.parametrize("lost", ["request", "reply"])
-def test_lost_messages_lose_and_double_no_line(lost: Any) -> None:
+def test_lost_messages_neither_lose_nor_repeat_lines(lost: Any) -> None:
     run = Run("for n in range(300): print(n)")
-    draw = random.Random(7)
+    rng = random.Random(7)
 
     def rule(call: Call) -> Fault | None:
-        return Fault(lose=lost) if draw.random() < 0.3 else None
+        return Fault(lose=lost) if rng.random() < 0.3 else None
 
     add_rule(run.cluster, rule)
-    run.go()
+    run.execute()
     for rank in range(3):
-        assert run.heard.of(rank) == [str(n) for n in range(300)]
+        assert run.terminal.of(rank) == [str(n) for n in range(300)]
 
 
-def test_more_lines_than_are_kept() -> None:
+def test_output_longer_than_buffer() -> None:
     run = Run("for n in range(30000): print(n)", nodes=["node-0"])
-    run.go()
-    assert run.heard.of(0) == [str(n) for n in range(30000)]
+    run.execute()
+    assert run.terminal.of(0) == [str(n) for n in range(30000)]
 
 
 FAILING = """
@@ -111,24 +111,24 @@ time.sleep(999 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else 0)
 """
 
 
-def test_the_first_failure_ends_all() -> None:
+def test_first_failure_ends_all_ranks() -> None:
     run = Run(FAILING)
     with pytest.raises(ScriptFailed, match="rank 1 ended with exit code 3") as error:
-        run.go()
+        run.execute()
     assert error.value.exit_code == 1
-    for _, text in run.heard.lines:
+    for _, text in run.terminal.lines:
         assert gone(int(text.split()[1]))
 
 
-def test_all_begin_anew() -> None:
+def test_failure_restarts_all_ranks() -> None:
     run = Run(FAILING, max_restarts=1)
-    assert run.go() == 1
-    [told] = run.heard.told
-    assert "rank 1 ended with exit code 3" in told
-    assert "restart 1 of 1" in told
+    assert run.execute() == 1
+    [notice] = run.terminal.notices
+    assert "rank 1 ended with exit code 3" in notice
+    assert "restart 1 of 1" in notice
 
 
-def test_who_does_not_hear_sigterm_is_killed(
+def test_rank_that_ignores_sigterm_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(script_run, "GRACE_S", 0.5)
@@ -147,82 +147,82 @@ sys.exit(1)
 """
     run = Run(code, nodes=["node-0", "node-0"])
     with pytest.raises(ScriptFailed):
-        run.go()
-    assert len(run.heard.lines) == 2
-    for _, text in run.heard.lines:
+        run.execute()
+    assert len(run.terminal.lines) == 2
+    for _, text in run.terminal.lines:
         assert gone(int(text.split()[1]))
 
 
 LEAVING = """
 import os, sys, time
 rank, until = os.environ["RANK"], time.monotonic() + 60
-while rank == "0" and not os.path.exists({told!r}) and time.monotonic() < until:
+while rank == "0" and not os.path.exists({marker!r}) and time.monotonic() < until:
     time.sleep(0.01)
 sys.exit(int(rank == "0"))
 """
 
 
-def test_who_had_ended_before_a_failure_is_told(
+def test_failure_names_ranks_that_exited_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where a rank leaves its loop, and another one waits for it."""
+    """Example: a rank leaves its loop, and another rank waits for it."""
     monkeypatch.setattr(script_run, "_NOTICE_S", 0.1)
-    file = tmp_path / "told"
+    file = tmp_path / "marker"
 
-    class Told(RecordingTerminal):
+    class TouchingTerminal(RecordingTerminal):
         def notice(self, text: str) -> None:
             super().notice(text)
             file.touch()
 
-    run = Run(LEAVING.format(told=str(file)), nodes=["node-0", "node-0"])
-    run.heard = Told()
+    run = Run(LEAVING.format(marker=str(file)), nodes=["node-0", "node-0"])
+    run.terminal = TouchingTerminal()
     with pytest.raises(
         ScriptFailed, match=r"rank 0 ended .* 1; .* rank 1 had ended before, with 0"
     ):
-        run.go()
-    [told] = run.heard.told
-    assert told.startswith(
+        run.execute()
+    [notice] = run.terminal.notices
+    assert notice.startswith(
         "rank 1 ended with exit code 0, 0 s ago; still running, maybe waiting for them: rank 0"
     )
 
 
-def test_a_signal_is_named() -> None:
+def test_error_names_signal() -> None:
     run = Run("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", nodes=["node-0"])
     with pytest.raises(ScriptFailed, match=r"rank 0 was killed by SIGKILL; was it .*memory"):
-        run.go()
+        run.execute()
 
 
 SLEEPING = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(60)"
 
 
-def once_all_are_heard(run: Run, do: Callable[[], object]) -> None:
-    """Do something, in a thread, when each of three ranks has said something."""
+def after_all_ranks_print(run: Run, action: Callable[[], object]) -> None:
+    """Run an action in a thread when three lines have been received."""
 
-    def work() -> None:
-        until = time.monotonic() + 40
-        while len(run.heard.lines) < 3 and time.monotonic() < until:
+    def wait_and_act() -> None:
+        deadline = time.monotonic() + 40
+        while len(run.terminal.lines) < 3 and time.monotonic() < deadline:
             time.sleep(0.02)
-        do()
+        action()
 
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=wait_and_act, daemon=True).start()
 
 
-def test_a_lost_process_is_named_and_the_others_end() -> None:
+def test_lost_process_is_named_and_other_ranks_end() -> None:
     run = Run(SLEEPING)
-    once_all_are_heard(run, lambda: run.actors[1].die("its node is gone"))
-    # its node comes second
+    after_all_ranks_print(run, lambda: run.actors[1].die("its node is gone"))
+    # rank 2 runs on the second node
     with pytest.raises(ActorLost, match=r"the process of rank 2 was lost: .*its node is gone"):
-        run.go()
-    assert len(run.heard.lines) == 3
-    for _, text in run.heard.lines:
+        run.execute()
+    assert len(run.terminal.lines) == 3
+    for _, text in run.terminal.lines:
         assert gone(int(text.split()[1]))
 
 
-def test_a_process_that_is_frozen_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its actor answers no more. A second passes with each answer of another one."""
+def test_frozen_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock advances by a second with each reply of another actor."""
     frozen, seconds = threading.Event(), [1.0]
     run = Run(SLEEPING)
-    once_all_are_heard(run, frozen.set)
+    after_all_ranks_print(run, frozen.set)
 
     def rule(call: Call) -> Fault | None:
         if frozen.is_set() and call.actor == "process-0":
@@ -233,79 +233,79 @@ def test_a_process_that_is_frozen_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(script_run, "_OUTPUT_S", 0.02)
     add_rule(run.cluster, rule)
     with pytest.raises(ActorLost, match=r"rank 2 was lost: it has not answered for 60 s"):
-        run.go()
+        run.execute()
 
 
-def test_a_slow_terminal_is_no_silence_of_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes a second for each line of 70 ranks; the first one is quiet, and answers in turn."""
+def test_slow_terminal_does_not_make_ranks_unresponsive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line of 70 ranks takes a second; rank 0 has a reply in every second poll."""
     seconds = [0.0]
 
-    def later() -> float:
-        seconds[0] += 1  # an `AwakeClock` counts no more from one reading to the next
+    def advance_clock() -> float:
+        seconds[0] += 1  # the most that `AwakeClock` counts between two readings
         return seconds[0]
 
-    class Answers:
+    class AlternatingTransport:
         turn = 0
 
-        def call(self, actor: int, *question: Any) -> int:
+        def call(self, actor: int, *args: Any) -> int:
             return actor
 
         def wait(self, replies: list[int], limit_s: float, everything: bool = False) -> list[int]:
-            return [one for one in replies if one or self.turn % 2]
+            return [reply for reply in replies if reply or self.turn % 2]
 
         def get(self, reply: int, limit_s: float) -> ProcessOutput:
             return ProcessOutput(("line",), None)
 
-    monkeypatch.setattr(script_run, "AwakeClock", lambda: SimpleNamespace(now=later))
-    transport: Any = Answers()
-    heard = RecordingTerminal()
-    attempt = Attempt(Script(("x",), "run", None), transport, [], heard, lambda: None)
+    monkeypatch.setattr(script_run, "AwakeClock", lambda: SimpleNamespace(now=advance_clock))
+    transport: Any = AlternatingTransport()
+    terminal = RecordingTerminal()
+    attempt = Attempt(Script(("x",), "run", None), transport, [], terminal, lambda: None)
     attempt._ranks = [_Rank(rank, rank) for rank in range(70)]
     for transport.turn in range(20):
         attempt._poll()
-    assert len(heard.of(0)) == 10 and not any(one.lost for one in attempt._ranks)
+    assert len(terminal.of(0)) == 10 and not any(rank.lost for rank in attempt._ranks)
 
 
-def test_a_start_that_takes_too_long_names_the_option_that_gives_more() -> None:
+def test_slow_start_names_the_option_for_its_deadline() -> None:
     run = Run(HELLO)
     run.script = replace(run.script, start_timeout_s=0.2)
     lost = Fault(lose="request")
     add_rule(run.cluster, lambda call: lost if call.actor == "process-1" else None)
     text = r"starting processes: waited 0.2 s, missing: .*process 1.*; `--start-timeout` changes"
     with pytest.raises(DeadlineExceeded, match=text):
-        run.go()
+        run.execute()
 
 
-def test_an_interruption_ends_all() -> None:
+def test_interruption_ends_all_ranks() -> None:
     run = Run(SLEEPING)
-    once_all_are_heard(run, run.interrupt.set)
+    after_all_ranks_print(run, run.interrupt.set)
     with pytest.raises(Interrupted):
-        run.go()
-    assert len(run.heard.lines) == 3
-    for _, text in run.heard.lines:
+        run.execute()
+    assert len(run.terminal.lines) == 3
+    for _, text in run.terminal.lines:
         assert gone(int(text.split()[1]))
 
 
-def test_a_child_that_keeps_the_output_open_is_not_waited_for() -> None:
+def test_does_not_wait_for_child_that_keeps_output_open() -> None:
     code = "import subprocess; subprocess.Popen(['sleep', '999']); print('done')"
     run = Run(code, nodes=["node-0"])
-    run.go()
-    assert run.heard.of(0) == ["done"]
+    run.execute()
+    assert run.terminal.of(0) == ["done"]
 
 
 @pytest.mark.timeout(40)
 @pytest.mark.parametrize("command", ["no-such-command", "a\0b"])
-def test_a_command_that_cannot_be_started(command: str) -> None:
+def test_command_that_cannot_be_started(command: str) -> None:
     run = Run(HELLO)
     run.script = Script((command,), "run", None)
     with pytest.raises(ScriptFailed, match="cannot be started"):
-        run.go()
+        run.execute()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part is Linux's")
-def test_what_a_rank_leaves_running_ends_with_the_attempt(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="requires Linux")
+def test_orphans_end_with_the_attempt(tmp_path: Path) -> None:
     note = tmp_path / "pids"
     run = Run("", nodes=["node-0"])
     run.script = Script(("bash", "-c", DEAF.format(note=note, then="exit 0")), "run", None)
-    assert run.go() == 0
+    assert run.execute() == 0
     assert all(gone(pid) for pid in read(note))

@@ -1,4 +1,4 @@
-"""What the server manager decides: tables of orders, and random losses that must lose nothing."""
+"""Decisions of the server manager: tables of orders, and a state machine of random losses."""
 
 from dataclasses import dataclass, field
 
@@ -22,8 +22,8 @@ from distplat.platform.server_group import (
 )
 
 
-def running(shards: int = 1) -> ServerGroup:
-    """A group whose backups are all ready."""
+def running_group(shards: int = 1) -> ServerGroup:
+    """Return a group whose backups are all ready."""
     group = ServerGroup(shards)
     for order in group.start_backups():
         assert isinstance(order, MakeBackup)
@@ -33,7 +33,7 @@ def running(shards: int = 1) -> ServerGroup:
     return group
 
 
-def test_every_shard_gets_a_backup_on_another_node() -> None:
+def test_each_shard_gets_backup_on_another_node() -> None:
     group = ServerGroup(2)
     assert group.start_backups() == [
         MakeBackup(0, "server-2", "server-0"),
@@ -43,19 +43,19 @@ def test_every_shard_gets_a_backup_on_another_node() -> None:
     assert sorted(group.servers) == ["server-0", "server-1", "server-2", "server-3"]
 
 
-def test_a_lost_primary_is_followed_by_its_backup() -> None:
-    group = running()
+def test_lost_primary_is_replaced_by_its_backup() -> None:
+    group = running_group()
     assert group.server_lost("server-0") == [
         Promote(0, "server-1", 3),
         MakeBackup(0, "server-2", "server-1"),
     ]
     assert (group.version, group.broken, group.assignments[0].primary) == (2, None, "server-1")
-    assert group.server_lost("server-0") == []  # told twice
+    assert group.server_lost("server-0") == []  # reported twice
     assert group.backup_started("server-2") == [Fill(0, "server-1", "server-2", 4)]
 
 
-def test_a_lost_backup_is_made_again_and_the_map_stays() -> None:
-    group = running()
+def test_lost_backup_is_replaced_and_map_is_unchanged() -> None:
+    group = running_group()
     assert group.server_lost("server-1") == [
         DropBackup(0, "server-0", 3),
         MakeBackup(0, "server-2", "server-0"),
@@ -64,7 +64,7 @@ def test_a_lost_backup_is_made_again_and_the_map_stays() -> None:
 
 
 @pytest.mark.parametrize("filled", [False, True])
-def test_a_backup_is_promoted_only_once_it_is_filled(filled: bool) -> None:
+def test_only_filled_backup_is_promoted(filled: bool) -> None:
     group = ServerGroup(1)
     group.start_backups()
     (fill,) = group.backup_started("server-1")
@@ -75,8 +75,8 @@ def test_a_backup_is_promoted_only_once_it_is_filled(filled: bool) -> None:
     assert group.broken == (None if filled else "server-0")
 
 
-def test_word_of_an_earlier_term_makes_nothing_ready() -> None:
-    group = running()
+def test_confirmation_of_earlier_term_is_ignored() -> None:
+    group = running_group()
     group.server_lost("server-1")
     group.backup_filled("server-1", 2)
     group.backup_started("server-2")
@@ -84,18 +84,18 @@ def test_word_of_an_earlier_term_makes_nothing_ready() -> None:
     assert not group.assignments[0].ready
 
 
-def test_a_crash_loop_of_backups_ends() -> None:
+def test_crash_loop_of_backups_ends() -> None:
     group = ServerGroup(1)
     orders = group.start_backups()
-    made = 0
+    losses = 0
     while orders and isinstance(orders[-1], MakeBackup):
         orders = group.server_lost(orders[-1].server)
-        made += 1
-    assert made == MAX_LOSSES
-    assert orders == [DropBackup(0, "server-0", 2)]  # it need not wait for its first one any more
+        losses += 1
+    assert losses == MAX_LOSSES
+    assert orders == [DropBackup(0, "server-0", 2)]  # the primary no longer waits for a backup
 
 
-def test_a_part_refuses_what_is_not_its_own() -> None:
+def test_replica_rejects_updates_of_other_terms() -> None:
     part = ReplicaState(Role.BACKUP)
     assert part.change(Role.BACKUP, 2)
     part.check_update(2)
@@ -114,9 +114,9 @@ ALONE, PRIMARY, BACKUP, WAITING = Role.ALONE, Role.PRIMARY, Role.BACKUP, Role.WA
 
 
 @pytest.mark.parametrize(
-    ("held", "primary", "useless"),
+    ("reports", "primary", "useless"),
     [
-        # a pair: the primary has everything, and its backup is made anew
+        # primary and backup: the primary is complete, the backup is replaced
         (
             [
                 ServerReport("server-0", 0, PRIMARY, 2, "server-1"),
@@ -125,7 +125,7 @@ ALONE, PRIMARY, BACKUP, WAITING = Role.ALONE, Role.PRIMARY, Role.BACKUP, Role.WA
             "server-0",
             ["server-1"],
         ),
-        # a promoted backup, and the primary before it, which was only frozen
+        # a promoted backup and the earlier primary, which was frozen
         (
             [
                 ServerReport("server-0", 0, PRIMARY, 2, "server-1"),
@@ -134,24 +134,24 @@ ALONE, PRIMARY, BACKUP, WAITING = Role.ALONE, Role.PRIMARY, Role.BACKUP, Role.WA
             "server-1",
             ["server-0"],
         ),
-        # a backup that was being started
+        # a backup during its start
         (
             [ServerReport("server-0", 0, ALONE, 5), ServerReport("server-3", None)],
             "server-0",
             ["server-3"],
         ),
-        # a primary whose backup does not answer may have been replaced by it
+        # the backup does not answer and may have replaced the primary
         ([ServerReport("server-0", 0, PRIMARY, 2, "server-1")], None, ["server-0"]),
-        # a backup by itself may lack what the primary did after it was given up
+        # a lone backup may lack updates that the primary applied after dropping it
         ([ServerReport("server-1", 0, BACKUP, 2)], None, ["server-1"]),
         ([], None, []),
-        # no worker has come yet
+        # no worker has connected yet
         (
             [ServerReport("server-0", None), ServerReport("server-1", None)],
             "server-0",
             ["server-1"],
         ),
-        # another server has the shard: the first one lost it
+        # server-0 lost the shard that server-1 has
         (
             [ServerReport("server-0", None), ServerReport("server-1", 0, BACKUP, 2)],
             None,
@@ -159,31 +159,31 @@ ALONE, PRIMARY, BACKUP, WAITING = Role.ALONE, Role.PRIMARY, Role.BACKUP, Role.WA
         ),
     ],
 )
-def test_a_manager_that_follows_another_asks_the_servers(
-    held: list[ServerReport], primary: str | None, useless: list[str]
+def test_new_manager_adopts_state_from_server_reports(
+    reports: list[ServerReport], primary: str | None, useless: list[str]
 ) -> None:
     group = ServerGroup(1)
-    dropped = group.adopt(held, ["server-0", "server-1", "server-3"], generation=2)
+    dropped = group.adopt(reports, ["server-0", "server-1", "server-3"], generation=2)
     if primary is None:
         assert group.broken == "server-0"
         return
     assert (group.broken, group.assignments[0].primary, dropped) == (None, primary, useless)
     term = group.assignments[0].term
-    make = MakeBackup(0, "server-4", primary)  # a name that nobody had before
-    if held[0].shard is None:
-        assert (term, group.start_backups()) == (1, [make])
+    make_backup = MakeBackup(0, "server-4", primary)  # an unused name
+    if reports[0].shard is None:
+        assert (term, group.start_backups()) == (1, [make_backup])
     else:
-        assert term > max(one.term for one in held) + 1000
-        assert group.start_backups() == [DropBackup(0, primary, term), make]
+        assert term > max(report.term for report in reports) + 1000
+        assert group.start_backups() == [DropBackup(0, primary, term), make_backup]
 
 
 @dataclass
 class Node:
-    """A server with its updates; `owed` are applied and not yet acknowledged."""
+    """A server with its updates; `unacknowledged` ones are applied but not acknowledged."""
 
     part: ReplicaState
     updates: list[int] = field(default_factory=list)
-    owed: list[int] = field(default_factory=list)
+    unacknowledged: list[int] = field(default_factory=list)
     backup_link: str | None = None
     up: bool = True
     frozen: bool = False
@@ -195,9 +195,9 @@ class Node:
 
 class Losses(RuleBasedStateMachine):
     """
-    Servers die, freeze, wake, are suspected though they live; orders come late and twice.
+    Servers die, freeze, wake and are wrongly suspected; orders arrive late and twice.
 
-    Workers push to any server that would take it, also to one that was replaced.
+    Workers push to any server that accepts the push, also to a replaced one.
     """
 
     def __init__(self) -> None:
@@ -208,16 +208,16 @@ class Losses(RuleBasedStateMachine):
         self.confirmed: list[tuple[str, int]] = []
         self.acknowledged: list[int] = []
         self.count = self.managers = 0
-        self._begin(self.group.start_backups())
+        self._enqueue(self.group.start_backups())
 
-    def _begin(self, orders: list[Order]) -> None:
+    def _enqueue(self, orders: list[Order]) -> None:
         for order in orders:
             if isinstance(order, MakeBackup):
                 self.nodes[order.server] = Node(ReplicaState(Role.BACKUP))
             self.orders.append(order)
 
     def _update(self, node: Node) -> bool:
-        """Bring the node's backup up to date; whether it may acknowledge."""
+        """Update the node's backup; return whether the node may acknowledge."""
         role = node.part.role
         if role is Role.ALONE:
             return True
@@ -236,74 +236,74 @@ class Losses(RuleBasedStateMachine):
     @rule(data=st.data())
     def push(self, data: st.DataObject) -> None:
         node = self.nodes[data.draw(st.sampled_from(sorted(self.nodes)))]
-        if not node.answers or node.part.role is Role.BACKUP or node.owed:
+        if not node.answers or node.part.role is Role.BACKUP or node.unacknowledged:
             return
         if not node.part.settled:
             return
         self.count += 1
         node.updates.append(self.count)
-        node.owed.append(self.count)
-        self._settle(node)
+        node.unacknowledged.append(self.count)
+        self._acknowledge(node)
 
-    def _settle(self, node: Node) -> None:
-        if node.owed and self._update(node):
-            self.acknowledged += node.owed
-            node.owed.clear()
+    def _acknowledge(self, node: Node) -> None:
+        if node.unacknowledged and self._update(node):
+            self.acknowledged += node.unacknowledged
+            node.unacknowledged.clear()
 
-    @rule(data=st.data(), what=st.sampled_from(["kill", "freeze", "wake"]))
-    def happen(self, data: st.DataObject, what: str) -> None:
+    @rule(data=st.data(), fault=st.sampled_from(["kill", "freeze", "wake"]))
+    def inject_fault(self, data: st.DataObject, fault: str) -> None:
         node = self.nodes[data.draw(st.sampled_from(sorted(self.nodes)))]
-        if what == "kill":
+        if fault == "kill":
             node.up = False
         else:
-            node.frozen = what == "freeze"
+            node.frozen = fault == "freeze"
             if node.answers:
-                self._settle(node)
+                self._acknowledge(node)
 
     @rule(data=st.data())
     def suspect(self, data: st.DataObject) -> None:
-        """Rightly or not: a server that is cut off may live."""
+        """Report a server as lost, although it may live."""
         if self.group.broken is None:
-            self._begin(self.group.server_lost(data.draw(st.sampled_from(self.group.servers))))
+            self._enqueue(self.group.server_lost(data.draw(st.sampled_from(self.group.servers))))
 
-    @rule(data=st.data(), again=st.booleans())
-    def carry_out(self, data: st.DataObject, again: bool) -> None:
+    @rule(data=st.data(), duplicate=st.booleans())
+    def carry_out(self, data: st.DataObject, duplicate: bool) -> None:
         if not self.orders:
             return
         order = data.draw(st.sampled_from(self.orders))
-        if not again:
+        if not duplicate:
             self.orders.remove(order)
         self._carry_out(order)
 
     @rule()
-    def calm(self) -> None:
-        """Everything on its way arrives: later losses then meet a group that is whole again."""
+    def deliver_everything(self) -> None:
+        """Deliver all messages, so that later losses happen to a complete group."""
         self.late, orders = self.orders[-1:], self.orders
         self.orders = []
         for order in orders:
             self._carry_out(order)
         while self.orders:
             self._carry_out(self.orders.pop(0))
-        for word in self.confirmed:
-            self.group.backup_filled(*word)
-        self.orders = self.late  # one of them comes once more, much later
+        for confirmation in self.confirmed:
+            self.group.backup_filled(*confirmation)
+        self.orders = self.late  # one order is delivered again later
 
     def _carry_out(self, order: Order) -> None:
         match order:
             case MakeBackup(server=server):
-                self._begin(self.group.backup_started(server))
+                self._enqueue(self.group.backup_started(server))
             case Fill():
                 self._fill(order)
             case Promote(server=server, term=term) | DropBackup(server=server, term=term):
                 node = self.nodes[server]
                 if node.answers and node.part.change(Role.ALONE, term):
                     node.backup_link = None
-                    self._settle(node)
+                    self._acknowledge(node)
 
     def _fill(self, order: Fill) -> None:
         primary, backup = self.nodes[order.primary], self.nodes[order.backup]
-        if not (primary.answers and backup.answers) or primary.owed:
-            return  # a primary that waits for its old backup holds its lock
+        if not (primary.answers and backup.answers) or primary.unacknowledged:
+            return  # a primary that waits for its old backup has the lock
         if primary.part.role is Role.BACKUP or primary.part.term >= order.term:
             return
         if backup.part.change(Role.BACKUP, order.term):
@@ -313,22 +313,22 @@ class Losses(RuleBasedStateMachine):
             self.confirmed.append((order.backup, order.term))
 
     @rule()
-    def lose_the_manager(self) -> None:
-        """Another one follows; what the first has sent may still come."""
+    def replace_manager(self) -> None:
+        """Replace the manager; orders of the earlier one may still arrive."""
         if self.group.broken is not None:
             return
         self.managers += 1
-        held = [
+        reports = [
             ServerReport(name, 0, node.part.role, node.part.term, node.backup_link)
             for name, node in self.nodes.items()
             if node.answers
         ]
         self.group = ServerGroup(1)
-        for useless in self.group.adopt(held, self.nodes, self.managers):
+        for useless in self.group.adopt(reports, self.nodes, self.managers):
             self.nodes[useless].up = False
         self.confirmed.clear()
         if self.group.broken is None:
-            self._begin(self.group.start_backups())
+            self._enqueue(self.group.start_backups())
 
     @rule(data=st.data())
     def confirm(self, data: st.DataObject) -> None:
@@ -336,26 +336,26 @@ class Losses(RuleBasedStateMachine):
             self.group.backup_filled(*data.draw(st.sampled_from(self.confirmed)))
 
     @invariant()
-    def nothing_acknowledged_is_lost(self) -> None:
+    def no_acknowledged_update_is_lost(self) -> None:
         assignment = self.group.assignments[0]
         if self.group.broken is not None:
             return
-        keepers = [assignment.primary] + (
+        replicas = [assignment.primary] + (
             [assignment.backup] if assignment.ready and assignment.backup else []
         )
-        for name in keepers:
-            kept = self.nodes[name].updates
-            assert kept[: len(self.acknowledged)] == self.acknowledged
+        for name in replicas:
+            updates = self.nodes[name].updates
+            assert updates[: len(self.acknowledged)] == self.acknowledged
 
     @invariant()
-    def who_has_a_ready_backup_does_not_go_on_alone(self) -> None:
+    def primary_with_ready_backup_is_not_alone(self) -> None:
         assignment = self.group.assignments[0]
         if self.group.broken is None and assignment.ready:
             assert self.nodes[assignment.primary].part.role is Role.PRIMARY
 
     @invariant()
-    def one_at_most_can_acknowledge(self) -> None:
-        able = []
+    def at_most_one_server_can_acknowledge(self) -> None:
+        candidates = []
         for name, node in self.nodes.items():
             backup_link = self.nodes[node.backup_link] if node.backup_link else None
             fits = backup_link is not None and (backup_link.part.role, backup_link.part.term) == (
@@ -365,8 +365,8 @@ class Losses(RuleBasedStateMachine):
             if node.up and (
                 node.part.role is Role.ALONE or (node.part.role is Role.PRIMARY and fits)
             ):
-                able.append(name)
-        assert len(able) <= 1, able
+                candidates.append(name)
+        assert len(candidates) <= 1, candidates
 
 
 Losses.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -1,4 +1,4 @@
-"""An error before the first step is told once, with the ranks and nodes that have it."""
+"""An error before the first step is reported once, with its ranks and nodes."""
 
 import pytest
 
@@ -16,18 +16,20 @@ def user_error(rank: int, summary: str = MISSING) -> UserCodeError:
 
 
 def failed(rank: int, error: DistplatError, node: str | None = None) -> Failed:
-    at = NODES[rank] if node is None else node
-    return Failed(f"worker-{rank}", error, prepared=False, node=at)
+    node_name = NODES[rank] if node is None else node
+    return Failed(f"worker-{rank}", error, prepared=False, node=node_name)
 
 
-def made(rank: int, node: str | None = None) -> PollAnswered:
-    at = NODES[rank] if node is None else node
-    return PollAnswered(rank, 0, 0, False, prepared=True, node=at)
+def prepared(rank: int, node: str | None = None) -> PollAnswered:
+    node_name = NODES[rank] if node is None else node
+    return PollAnswered(rank, 0, 0, False, prepared=True, node=node_name)
 
 
-def play(*news: PollAnswered | Failed | Tick, world: int = 3, now: float = 1.0) -> JobState:
+def handle_events(
+    *events: PollAnswered | Failed | Tick, world: int = 3, now: float = 1.0
+) -> JobState:
     state = JobState(world, LIMITS, now=0.0)
-    for event in news:
+    for event in events:
         state.handle(event, now)
     return state
 
@@ -38,8 +40,8 @@ def text_of(state: JobState) -> str:
     return state.error.text
 
 
-def test_a_path_that_one_node_lacks_names_node_and_path_and_who_has_it() -> None:
-    state = play(failed(2, user_error(2)), made(0), failed(1, user_error(1)), Tick())
+def test_path_missing_on_one_node_names_node_and_other_ranks() -> None:
+    state = handle_events(failed(2, user_error(2)), prepared(0), failed(1, user_error(1)), Tick())
     assert text_of(state) == (
         f"your task failed on ranks 1, 2 (node gpu-2, 10.0.0.2), before the first step: {MISSING}\n"
         "  hint: rank 0 made model and data on another node: put what the task reads on gpu-2, "
@@ -48,48 +50,52 @@ def test_a_path_that_one_node_lacks_names_node_and_path_and_who_has_it() -> None
     assert "Traceback of 2" in str(state.error)
 
 
-def test_what_all_ranks_have_is_told_once() -> None:
-    state = play(*(failed(rank, user_error(rank)) for rank in range(3)))
+def test_error_of_all_ranks_is_reported_once() -> None:
+    state = handle_events(*(failed(rank, user_error(rank)) for rank in range(3)))
     assert text_of(state) == f"your task failed on every rank, before the first step: {MISSING}"
 
 
-def test_one_of_several_ranks_of_one_node() -> None:
-    state = play(failed(1, user_error(1), NODES[0]), made(0, NODES[0]), Tick(), world=2)
+def test_error_of_one_rank_among_several_on_a_node() -> None:
+    state = handle_events(
+        failed(1, user_error(1), NODES[0]), prepared(0, NODES[0]), Tick(), world=2
+    )
     assert text_of(state) == f"your task failed on rank 1, before the first step: {MISSING}"
 
 
-def test_other_ranks_are_waited_for_no_longer_than_a_while() -> None:
-    state = play(failed(1, user_error(1)), made(0), Tick())
-    assert state.phase is Phase.SETTLING, "rank 2 may yet fail alike"
+def test_waits_a_limited_time_for_errors_of_other_ranks() -> None:
+    state = handle_events(failed(1, user_error(1)), prepared(0), Tick())
+    assert state.phase is Phase.SETTLING, "rank 2 may still fail with the same error"
     state.handle(Tick(), 1.0 + SETTLE_S)
     assert "rank 1 (node gpu-2, 10.0.0.2), before" in text_of(state)
 
 
-def test_a_rank_that_is_gone_is_not_waited_for() -> None:
-    gone = Failed("worker-0", DistplatError("killed"), dead=True)
-    state = play(failed(1, user_error(1)), gone, made(2), Tick())
+def test_does_not_wait_for_lost_rank() -> None:
+    lost = Failed("worker-0", DistplatError("killed"), dead=True)
+    state = handle_events(failed(1, user_error(1)), lost, prepared(2), Tick())
     assert state.phase is Phase.FAILED
 
 
-def test_a_single_worker_and_a_step_are_told_as_before() -> None:
-    alone, error = user_error(0), UserCodeError(1, 3, "ValueError: no", "Traceback")
-    assert play(failed(0, alone), world=1).error is alone
-    state = play(made(0), made(1), made(2), Failed("worker-1", error, node=NODES[1]))
+def test_error_of_single_worker_or_during_step_is_unchanged() -> None:
+    single_error, error = user_error(0), UserCodeError(1, 3, "ValueError: no", "Traceback")
+    assert handle_events(failed(0, single_error), world=1).error is single_error
+    state = handle_events(
+        prepared(0), prepared(1), prepared(2), Failed("worker-1", error, node=NODES[1])
+    )
     assert state.error is error
 
 
-def test_another_error_of_another_rank_is_not_counted_in() -> None:
-    other = user_error(2, "KeyError: 'x'")
-    state = play(made(0), failed(1, user_error(1)), failed(2, other))
+def test_different_error_of_other_rank_is_not_merged() -> None:
+    other_error = user_error(2, "KeyError: 'x'")
+    state = handle_events(prepared(0), failed(1, user_error(1)), failed(2, other_error))
     assert text_of(state).startswith("your task failed on rank 1 (node gpu-2, 10.0.0.2), before")
 
 
 @pytest.mark.parametrize("everywhere", [True, False])
-def test_a_module_that_one_node_lacks(everywhere: bool) -> None:
+def test_module_missing_on_one_node(everywhere: bool) -> None:
     error = SpecError(Problem(("task",), "could not import 'lin' from /jobs", "no Python file"))
     ranks = range(3) if everywhere else range(1)
-    rest = () if everywhere else (made(1), made(2))
-    state = play(*rest, *(failed(rank, error) for rank in ranks), Tick())
+    prepared_ranks = () if everywhere else (prepared(1), prepared(2))
+    state = handle_events(*prepared_ranks, *(failed(rank, error) for rank in ranks), Tick())
     assert (state.phase, isinstance(state.error, SpecError)) == (Phase.FAILED, True)
     if everywhere:
         assert state.error is error

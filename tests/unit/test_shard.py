@@ -1,4 +1,4 @@
-"""A shard updates as a plain torch optimizer does, once per step, or not at all."""
+"""A shard matches a plain torch optimizer, and applies each step once or not at all."""
 
 import subprocess
 import sys
@@ -46,8 +46,8 @@ def job(optimizer: dict[str, Any], clip_norm: float | None = None) -> Job:
     )
 
 
-def make(of: Job | None = None, *, shards: int = 1, restored: bool = True) -> DenseStore:
-    plan = ShardPlan(of or job(OPTIMIZERS[1]), "run", 1, WORLD, STEPS, shards)
+def make_shard(spec: Job | None = None, *, shards: int = 1, restored: bool = True) -> DenseStore:
+    plan = ShardPlan(spec or job(OPTIMIZERS[1]), "run", 1, WORLD, STEPS, shards)
     shard = DenseStore(plan, torch.linspace(-1, 1, SIZE))
     if restored:
         shard.restore(0)
@@ -71,8 +71,8 @@ def do_step(shard: DenseStore, step: int, ranks: tuple[int, ...] = (2, 0, 1)) ->
 
 @pytest.mark.parametrize("clip_norm", [None, 2.0])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: "-".join(map(str, o.values())))
-def test_the_same_as_a_plain_optimizer(optimizer: dict[str, Any], clip_norm: float | None) -> None:
-    shard = make(job(optimizer, clip_norm))
+def test_matches_plain_optimizer(optimizer: dict[str, Any], clip_norm: float | None) -> None:
+    shard = make_shard(job(optimizer, clip_norm))
     parameter = torch.nn.Parameter(torch.linspace(-1, 1, SIZE))
     arguments = {k: v for k, v in optimizer.items() if k != "name"}
     plain = getattr(torch.optim, optimizer["name"])([parameter], **arguments)
@@ -80,7 +80,7 @@ def test_the_same_as_a_plain_optimizer(optimizer: dict[str, Any], clip_norm: flo
         do_step(shard, step)
         parameter.grad = gradient(0, step) + gradient(1, step) + gradient(2, step)
         if clip_norm is not None:
-            assert float(parameter.grad.norm()) > clip_norm  # or nothing is tested
+            assert float(parameter.grad.norm()) > clip_norm  # clipping has an effect
             torch.nn.utils.clip_grad_norm_([parameter], clip_norm)
         plain.param_groups[0]["lr"] = optimizer["lr"] * (1 - 0.5 * step / (STEPS - 1))
         plain.step()
@@ -93,22 +93,22 @@ HALVES = Layout(
 )
 
 
-def with_halves(of: Job, world: int = WORLD) -> DenseStore:
-    """A shard of two parameters."""
-    plan = ShardPlan(of, "run", 1, world, STEPS, 1, layout=HALVES)
+def make_shard_of_two_parameters(spec: Job, world: int = WORLD) -> DenseStore:
+    """Create a shard of two parameters."""
+    plan = ShardPlan(spec, "run", 1, world, STEPS, 1, layout=HALVES)
     shard = DenseStore(plan, torch.linspace(-1, 1, SIZE))
     shard.restore(0)
     return shard
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: "-".join(map(str, o.values())))
-def test_what_no_rank_has_a_gradient_of_rests(optimizer: dict[str, Any]) -> None:
-    """The second parameter has one on rank 2 alone, and in every other step."""
-    shard, of = with_halves(job(optimizer)), job(optimizer)
-    backup = with_halves(of)
-    sent: list[tuple[Update, Tensor]] = []
+def test_parameter_without_gradient_on_all_ranks_is_skipped(optimizer: dict[str, Any]) -> None:
+    """The second parameter has a gradient only on rank 2, in every second step."""
+    shard, spec = make_shard_of_two_parameters(job(optimizer)), job(optimizer)
+    backup = make_shard_of_two_parameters(spec)
+    updates: list[tuple[Update, Tensor]] = []
     shard.backup_link = cast(
-        BackupLink, SimpleNamespace(send=lambda u, g: sent.append((u, g.clone())))
+        BackupLink, SimpleNamespace(send=lambda u, g: updates.append((u, g.clone())))
     )
     parameters = [nn.Parameter(part) for part in torch.linspace(-1, 1, SIZE).tensor_split([32])]
     arguments = {k: v for k, v in optimizer.items() if k != "name"}
@@ -116,14 +116,14 @@ def test_what_no_rank_has_a_gradient_of_rests(optimizer: dict[str, Any]) -> None
     for step in range(STEPS):
         total = torch.zeros(SIZE)
         for rank in range(WORLD):
-            has = [True, rank == 2 and step % 2 == 1]
-            made = gradient(rank, step)
-            made[32:] *= has[1]
-            total += made
-            control = StepControl(1.0, 1.0, present=np.array(has))
-            shard.push(push(rank, step), made, control)
+            present = [True, rank == 2 and step % 2 == 1]
+            local = gradient(rank, step)
+            local[32:] *= present[1]
+            total += local
+            control = StepControl(1.0, 1.0, present=np.array(present))
+            shard.push(push(rank, step), local, control)
         shard.commit(step, None)
-        backup.follow(*sent[-1])
+        backup.follow(*updates[-1])
         parameters[0].grad = total[:32]
         parameters[1].grad = total[32:] if step % 2 else None
         plain.param_groups[0]["lr"] = optimizer["lr"] * (1 - 0.5 * step / (STEPS - 1))
@@ -134,9 +134,9 @@ def test_what_no_rank_has_a_gradient_of_rests(optimizer: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("clip_norm", [None, 2.0])
-def test_the_sum_is_divided_by_the_sum_of_the_weights(clip_norm: float | None) -> None:
-    of = job(OPTIMIZERS[4], clip_norm)
-    weighted, expected = with_halves(of), with_halves(of)
+def test_sum_is_divided_by_total_weight(clip_norm: float | None) -> None:
+    spec = job(OPTIMIZERS[4], clip_norm)
+    weighted, expected = make_shard_of_two_parameters(spec), make_shard_of_two_parameters(spec)
     for step in range(STEPS):
         for rank, weight in enumerate((1.0, 0.5, 2.5)):
             control = StepControl(2.0, weight, present=np.ones(2, np.bool_))
@@ -148,8 +148,8 @@ def test_the_sum_is_divided_by_the_sum_of_the_weights(clip_norm: float | None) -
     torch.testing.assert_close(weighted.params, expected.params)
 
 
-def test_the_order_of_arrival_does_not_change_a_bit() -> None:
-    first, second = make(), make()
+def test_bit_identical_for_any_order_of_arrival() -> None:
+    first, second = make_shard(), make_shard()
     for step in range(STEPS):
         do_step(first, step, (0, 1, 2))
         do_step(second, step, (2, 1, 0))
@@ -157,26 +157,26 @@ def test_the_order_of_arrival_does_not_change_a_bit() -> None:
 
 
 def test_parameters_are_updated_in_place() -> None:
-    shard = make()
+    shard = make_shard()
     params, before = shard.params, shard.params.clone()
     do_step(shard, 0)
     assert shard.params is params and not torch.equal(params, before)
 
 
-def test_repeats_change_nothing() -> None:
-    once, often = make(), make()
+def test_repeated_calls_have_no_effect() -> None:
+    expected, shard = make_shard(), make_shard()
     for step in range(STEPS):
-        do_step(once, step)
+        do_step(expected, step)
         for rank in (0, 0, 1, 1, 0, 2, 2):
-            often.push(push(rank, step), gradient(rank, step))
+            shard.push(push(rank, step), gradient(rank, step))
         for _ in range(3):
-            often.commit(step, None)
-        assert often.push(push(1, step), gradient(1, step)) is Verdict.REPEAT_COMMITTED
-    assert torch.equal(once.params, often.params)
+            shard.commit(step, None)
+        assert shard.push(push(1, step), gradient(1, step)) is Verdict.REPEAT_COMMITTED
+    assert torch.equal(expected.params, shard.params)
 
 
-def test_a_repeated_push_with_other_content_is_not_looked_at() -> None:
-    shard, expected = make(), make()
+def test_repeated_push_with_other_content_is_ignored() -> None:
+    shard, expected = make_shard(), make_shard()
     do_step(expected, 0)
     shard.push(push(0, 0), gradient(0, 0))
     assert shard.push(push(0, 0), torch.full((SIZE,), 1e9)) is Verdict.REPEAT_STAGED
@@ -193,8 +193,8 @@ def test_a_repeated_push_with_other_content_is_not_looked_at() -> None:
         (PushId("other", 1, 1, 3), FencedError),
     ],
 )
-def test_a_refused_push_leaves_the_bits(offered: PushId, error: type[ProtocolError]) -> None:
-    shard, expected = make(), make()
+def test_rejected_push_has_no_effect(offered: PushId, error: type[ProtocolError]) -> None:
+    shard, expected = make_shard(), make_shard()
     for step in range(3):
         do_step(shard, step)
         do_step(expected, step)
@@ -209,8 +209,8 @@ def test_a_refused_push_leaves_the_bits(offered: PushId, error: type[ProtocolErr
 
 
 @pytest.mark.parametrize(("seq", "error"), [(0, GapError), (1, GapError), (-2, StaleError)])
-def test_a_refused_commit_leaves_the_bits(seq: int, error: type[ProtocolError]) -> None:
-    shard = make()
+def test_rejected_commit_has_no_effect(seq: int, error: type[ProtocolError]) -> None:
+    shard = make_shard()
     before = shard.params.clone()
     shard.push(push(0, 0), gradient(0, 0))
     with pytest.raises(error):
@@ -218,8 +218,8 @@ def test_a_refused_commit_leaves_the_bits(seq: int, error: type[ProtocolError]) 
     assert torch.equal(shard.params, before) and shard.version == 0
 
 
-def test_without_parameters_it_takes_nothing() -> None:
-    shard = make(restored=False)
+def test_rejects_calls_before_restore() -> None:
+    shard = make_shard(restored=False)
     for call in (lambda: shard.push(push(0, 0), gradient(0, 0)), lambda: shard.commit(0, None)):
         with pytest.raises(NotReadyError):
             call()
@@ -228,64 +228,64 @@ def test_without_parameters_it_takes_nothing() -> None:
     assert shard.version == 1
 
 
-def test_a_gradient_of_another_shape_is_refused_before_it_is_booked() -> None:
-    shard = make()
+def test_gradient_of_wrong_shape_is_not_recorded() -> None:
+    shard = make_shard()
     with pytest.raises(ValueError, match="gradient has shape"):
         shard.push(push(0, 0), torch.zeros(SIZE + 1))
     assert shard.ledger.missing() == [0, 1, 2]
 
 
-def test_the_norm_is_of_the_sum_and_only_where_wanted() -> None:
-    wanted, unwanted = make(job(OPTIMIZERS[0], clip_norm=1.0)), make()
-    for shard in (wanted, unwanted):
+def test_squared_norm_of_sum_exists_only_if_clipping() -> None:
+    clipped, unclipped = make_shard(job(OPTIMIZERS[0], clip_norm=1.0)), make_shard()
+    for shard in (clipped, unclipped):
         for rank in range(WORLD):
             shard.push(push(rank, 0), gradient(rank, 0))
     total = gradient(0, 0) + gradient(1, 0) + gradient(2, 0)
-    assert wanted.squared_norm == squared_norm(total)
-    assert unwanted.squared_norm is None
+    assert clipped.squared_norm == squared_norm(total)
+    assert unclipped.squared_norm is None
 
 
 @pytest.mark.parametrize(
-    ("shards", "clip_norm", "alone"),
+    ("shards", "clip_norm", "commits_alone"),
     [(1, None, True), (1, 1.0, True), (2, None, True), (2, 1.0, False)],
 )
-def test_a_shard_that_needs_nothing_of_others_commits_by_itself(
-    shards: int, clip_norm: float | None, alone: bool
+def test_commits_alone_unless_norm_needs_other_shards(
+    shards: int, clip_norm: float | None, commits_alone: bool
 ) -> None:
-    assert make(job(OPTIMIZERS[0], clip_norm), shards=shards).commits_alone is alone
+    assert make_shard(job(OPTIMIZERS[0], clip_norm), shards=shards).commits_alone is commits_alone
 
 
-def test_of_several_shards_each_keeps_the_version_before() -> None:
-    """One may be ahead of another by one version: the older one is still there on both."""
-    ahead, behind = make(shards=2), make(shards=2)
+def test_each_of_several_shards_stores_previous_version() -> None:
+    """A shard may be one version ahead: both still have the older one."""
+    ahead, behind = make_shard(shards=2), make_shard(shards=2)
     for step in range(3):
         do_step(ahead, step)
         do_step(behind, step)
-    three = behind.params.clone()
+    version_3 = behind.params.clone()
     for rank in range(WORLD):
         ahead.push(push(rank, 3), gradient(rank, 3))
     ahead.commit(3, None)
-    behind.push(push(0, 3), gradient(0, 3))  # and the others died before they pushed here
-    assert torch.equal(ahead.values(3), three) and torch.equal(behind.values(3), three)
-    assert ahead.values(4) is ahead.params and not torch.equal(ahead.params, three)
+    behind.push(push(0, 3), gradient(0, 3))  # the other ranks died before their push
+    assert torch.equal(ahead.values(3), version_3) and torch.equal(behind.values(3), version_3)
+    assert ahead.values(4) is ahead.params and not torch.equal(ahead.params, version_3)
     with pytest.raises(StaleError):
         ahead.values(2)
     with pytest.raises(GapError):
         behind.values(4)
 
 
-def test_the_version_before_goes_once_all_shards_are_past_it() -> None:
-    shard = make(shards=2)
+def test_previous_version_is_dropped_when_all_shards_passed_it() -> None:
+    shard = make_shard(shards=2)
     do_step(shard, 0)
-    one = shard.params.clone()
-    shard.push(push(2, 1), gradient(2, 1))  # made with version 1: so every shard has it
+    version_1 = shard.params.clone()
+    shard.push(push(2, 1), gradient(2, 1))  # computed with version 1: every shard has it
     with pytest.raises(StaleError):
         shard.values(0)
     do_step(shard, 1, ranks=(0, 1))
-    assert torch.equal(shard.values(1), one)
+    assert torch.equal(shard.values(1), version_1)
 
 
-def test_an_empty_shard_of_a_tiny_model_works() -> None:
+def test_empty_shard_of_tiny_model() -> None:
     plan = ShardPlan(job({"name": "AdamW", "lr": 0.1}, 1.0), "run", 1, 1, STEPS, 3)
     shard = DenseStore(plan, torch.zeros(0))
     shard.restore(0)
@@ -295,8 +295,8 @@ def test_an_empty_shard_of_a_tiny_model_works() -> None:
     assert shard.version == 1
 
 
-def test_an_optimizer_does_not_bring_the_compiler() -> None:
-    """A second of every worker's start: see docs/decisions/quick_start_of_workers.md."""
+def test_optimizer_does_not_import_dynamo() -> None:
+    """The import takes a second of each start: docs/decisions/quick_start_of_workers.md."""
     code = (
         "import sys, torch\n"
         "from distplat.platform.optimizers import Adam\n"

@@ -1,4 +1,4 @@
-"""Shards: complete, balanced by elements whatever the layers, and never none."""
+"""Shards: complete, and balanced by number of elements or by speed."""
 
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ from distplat.platform.shard_map import EQUAL_SPEED_RATIO, Shard, ShardMap, cut_
 
 
 @given(st.integers(0, 100_000), st.integers(1, 64))
-def test_any_map_is_complete_and_balanced(total: int, servers: int) -> None:
+def test_map_is_complete_and_balanced(total: int, servers: int) -> None:
     shard_map = cut_shards(total, servers)
     assert shard_map.total == total
     assert [shard.index for shard in shard_map.shards] == list(range(servers))
@@ -36,14 +36,14 @@ def test_small_models(total: int, servers: int, sizes: list[int]) -> None:
     assert [shard.size for shard in cut_shards(total, servers).shards] == sizes
 
 
-def test_one_huge_tensor_is_shared_out() -> None:
-    """The map sees elements only: a large embedding does not make one server the slow one."""
+def test_large_tensor_is_split() -> None:
+    """A large embedding must not overload one server."""
     sizes = [shard.size for shard in cut_shards(10_000_000 + 33, 4).shards]
     assert max(sizes) - min(sizes) < 32
 
 
 @given(st.integers(64, 5000), st.integers(1, 4))
-def test_inner_bounds_fall_on_cache_lines(total: int, servers: int) -> None:
+def test_inner_bounds_are_cache_aligned(total: int, servers: int) -> None:
     assert all(shard.start % 16 == 0 for shard in cut_shards(total, servers).shards)
 
 
@@ -51,7 +51,7 @@ SPEEDS = st.lists(st.floats(1e3, 1e9), min_size=1, max_size=12)
 
 
 @given(st.integers(0, 100_000), SPEEDS)
-def test_a_map_by_speed_is_complete_and_in_proportion(total: int, speeds: list[float]) -> None:
+def test_map_by_speed_is_complete_and_proportional(total: int, speeds: list[float]) -> None:
     shards = cut_shards(total, len(speeds), speeds=speeds).shards
     covered = [i for shard in shards for i in (shard.start, shard.stop)]
     assert covered == sorted(covered) and covered[0] == 0 and covered[-1] == total
@@ -59,22 +59,22 @@ def test_a_map_by_speed_is_complete_and_in_proportion(total: int, speeds: list[f
     if total >= 16 * len(speeds):
         assert all(shard.start % 16 == 0 or shard.start == total for shard in shards)
     if max(speeds) > EQUAL_SPEED_RATIO * min(speeds):
-        wanted = [total * speed / sum(speeds) for speed in speeds]
-        assert all(abs(s.size - w) <= 32 for s, w in zip(shards, wanted, strict=True))
+        expected = [total * speed / sum(speeds) for speed in speeds]
+        assert all(abs(s.size - w) <= 32 for s, w in zip(shards, expected, strict=True))
 
 
 @given(st.integers(0, 100_000), st.floats(1e3, 1e9), st.lists(st.floats(1.0, 1.2), max_size=8))
-def test_servers_that_are_almost_alike_get_equal_shards(
+def test_servers_of_similar_speed_get_equal_shards(
     total: int, speed: float, factors: list[float]
 ) -> None:
     speeds = [speed, *(speed * factor for factor in factors)]
     assert cut_shards(total, len(speeds), speeds=speeds) == cut_shards(total, len(speeds))
 
 
-def test_a_server_of_half_the_speed_gets_half_as_much() -> None:
+def test_server_of_half_speed_gets_half_the_elements() -> None:
     sizes = [s.size for s in cut_shards(30_000, 3, speeds=(2e8, 1e8, 2e8)).shards]
     assert sizes == [12_000, 6_000, 12_000]
 
 
-def test_one_server_keeps_all() -> None:
+def test_single_server_has_all_elements() -> None:
     assert cut_shards(3, 1) == ShardMap(1, 3, (Shard(0, 0, 3),))

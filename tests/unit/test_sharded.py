@@ -1,4 +1,4 @@
-"""The sharded optimizer does what the plain one does, with a part of the state on each rank."""
+"""The sharded optimizer matches the plain one, with a part of the state on each rank."""
 
 from functools import cache
 from typing import Any, get_args
@@ -33,7 +33,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 class Tiny(Classify):
-    """Three parameters and their padding: less than a part for each rank."""
+    """Three parameters: fewer than one block per rank."""
 
     shape = (1,)
 
@@ -42,10 +42,10 @@ class Tiny(Classify):
 
 
 def job(optimizer: str, workers: int, clip_norm: float | None, **options: Any) -> Job:
-    made = recipe_job("mlp-sgd", "ring", workers, 0).model_dump()
-    made["strategy"] = {"name": "ring", **options}
-    made["optimizer"] = {"name": optimizer, **OPTIMIZERS[optimizer]}
-    return Job.model_validate(made | {"clip_norm": clip_norm, "gradient_accumulation": 2})
+    fields = recipe_job("mlp-sgd", "ring", workers, 0).model_dump()
+    fields["strategy"] = {"name": "ring", **options}
+    fields["optimizer"] = {"name": optimizer, **OPTIMIZERS[optimizer]}
+    return Job.model_validate(fields | {"clip_norm": clip_norm, "gradient_accumulation": 2})
 
 
 @cache
@@ -57,15 +57,15 @@ def sharded(optimizer: str, workers: int, clip_norm: float | None) -> LocalRun:
     return train(job(optimizer, workers, clip_norm, shard_optimizer=True), Conv)
 
 
-def test_every_optimizer_is_here() -> None:
-    kinds = get_args(get_args(AnyOptimizer)[0])
-    assert {kind.__name__ for kind in kinds} == OPTIMIZERS.keys()
+def test_all_optimizers_are_tested() -> None:
+    types = get_args(get_args(AnyOptimizer)[0])
+    assert {type_.__name__ for type_ in types} == OPTIMIZERS.keys()
 
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("workers", [slow(1), slow(2), 3, slow(4)])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_the_same_model_as_without(optimizer: str, workers: int) -> None:
+def test_matches_unsharded_optimizer(optimizer: str, workers: int) -> None:
     run = sharded(optimizer, workers, 0.3)
     expected = unsharded(optimizer, workers, 0.3).parameters()
     for rank in range(workers):
@@ -75,13 +75,13 @@ def test_the_same_model_as_without(optimizer: str, workers: int) -> None:
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_without_clipping_the_same_bits(optimizer: str) -> None:
-    """Norms are added up in another order; all else is the same sums at the same places."""
+def test_bit_identical_without_clipping(optimizer: str) -> None:
+    """Only the norm is summed in another order."""
     run = sharded(optimizer, 3, None)
     assert distance(run.parameters(), unsharded(optimizer, 3, None).parameters()) == 0
 
 
-def test_clipping_is_by_the_norm_over_all_parts() -> None:
+def test_clips_by_norm_over_all_ranks() -> None:
     options = {"shard_optimizer": True}
     recipe = recipe_job("mlp-sgd-accumulated-clipped", "ring", 3, 0)
     strategy = recipe.strategy.model_copy(update={"options": options})
@@ -91,7 +91,7 @@ def test_clipping_is_by_the_norm_over_all_parts() -> None:
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_ranks_without_a_part_take_part(optimizer: str) -> None:
+def test_ranks_without_a_part_participate(optimizer: str) -> None:
     run = train(job(optimizer, 3, 0.3, shard_optimizer=True), Tiny)
     expected = train(job(optimizer, 3, 0.3), Tiny).parameters()
     for rank in range(3):
@@ -106,16 +106,16 @@ def figures(run: LocalRun, rank: int) -> dict[str, float]:
     return report.figures
 
 
-def test_each_rank_keeps_its_part_of_the_state() -> None:
-    whole = figures(unsharded("Adam", 3, 0.3), 0)["optimizer_state_bytes"]
+def test_each_rank_has_its_part_of_the_state() -> None:
+    unsharded_bytes = figures(unsharded("Adam", 3, 0.3), 0)["optimizer_state_bytes"]
     run = sharded("Adam", 3, 0.3)
     parts = [figures(run, rank)["optimizer_state_bytes"] for rank in range(3)]
-    counters = 4 * 6  # bytes of the parameters' numbers of steps; some have parts on two ranks
-    assert whole <= sum(parts) <= whole + counters
+    counters = 4 * 6  # bytes of step counters of parameters that are split over two ranks
+    assert unsharded_bytes <= sum(parts) <= unsharded_bytes + counters
     assert max(parts) - min(parts) <= 3 * 2 * 16 * 4  # three moments, parts in blocks of 16 floats
 
 
-def test_what_travels_is_what_an_all_reduce_sends() -> None:
+def test_sends_as_many_bytes_as_all_reduce() -> None:
     sent = [
         sum(figures(run, rank)["sent_bytes"] for rank in range(3))
         for run in (sharded("SGD", 3, None), unsharded("SGD", 3, None))
@@ -124,7 +124,7 @@ def test_what_travels_is_what_an_all_reduce_sends() -> None:
     assert figures(sharded("SGD", 3, None), 0)["exposed_s"] > 0
 
 
-def test_nothing_is_handed_over() -> None:
+def test_state_of_sharded_update_is_empty() -> None:
     run = sharded("Adam", 1, None)
     flat = run.ranks[0].prepared.flat
     update = ShardedUpdate(flat, Fabric(1).collective(0), job("Adam", 1, None), 15)

@@ -1,4 +1,4 @@
-"""Loaders of train functions that have a sampler of their own: ranks share its order."""
+"""Loaders of train functions with the user's sampler: its order is split over the ranks."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -32,8 +32,8 @@ def data() -> TensorDataset:
     return TensorDataset(inputs, inputs.sum(1, keepdim=True).sin(), torch.arange(SAMPLES))
 
 
-class Turning(Sampler[int]):
-    """All samples, backwards, from another one on in each epoch."""
+class RotatingSampler(Sampler[int]):
+    """All samples in reverse order; each epoch starts at another sample."""
 
     def __init__(self, size: int = SAMPLES) -> None:
         self.epoch, self.size = 0, size
@@ -48,51 +48,52 @@ class Turning(Sampler[int]):
         return iter([(3 * self.epoch - place) % SAMPLES for place in range(SAMPLES)])
 
 
-MADE: list[Callable[[], Any]] = [
+SAMPLERS: list[Callable[[], Any]] = [
     lambda: WeightedRandomSampler([1.0, 5.0, 2.0, 9.0], 13),
     lambda: SubsetRandomSampler(range(3, 10)),
     lambda: RandomSampler(range(5), replacement=True, num_samples=11),
     lambda: RandomSampler(range(9), num_samples=4),
     lambda: [4, 2, 0, 1, 3],
-    Turning,
+    RotatingSampler,
 ]
 
 
-@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("make_sampler", SAMPLERS)
 @pytest.mark.parametrize("drop_last", [False, True])
-def test_ranks_share_one_order(made: Callable[[], Any], drop_last: bool) -> None:
-    whole = ShardedSampler(made(), 0, 1, 7, drop_last=drop_last)
+def test_ranks_share_one_order(make_sampler: Callable[[], Any], drop_last: bool) -> None:
+    full = ShardedSampler(make_sampler(), 0, 1, 7, drop_last=drop_last)
     for world in (2, 3):
         parts = [
-            ShardedSampler(made(), rank, world, 7, drop_last=drop_last) for rank in range(world)
+            ShardedSampler(make_sampler(), rank, world, 7, drop_last=drop_last)
+            for rank in range(world)
         ]
         for epoch in (0, 1, 0):
-            dealt = []
-            for number, one in enumerate((whole, *parts)):
-                torch.manual_seed(number)  # has no part in it
-                one.set_epoch(epoch)
-                dealt.append([*one])
-            order, *dealt = dealt
-            assert {len(one) for one in dealt} == {len(parts[0])}
-            together = [sample for some in zip(*dealt, strict=True) for sample in some]
-            repeated = (order * world)[: len(together)]
-            assert together == repeated and abs(len(together) - len(order)) < world
-            assert {one.fingerprint for one in parts} == {whole.fingerprint}
+            orders = []
+            for number, sampler in enumerate((full, *parts)):
+                torch.manual_seed(number)  # must have no effect
+                sampler.set_epoch(epoch)
+                orders.append([*sampler])
+            order, *orders = orders
+            assert {len(sampler) for sampler in orders} == {len(parts[0])}
+            merged = [sample for samples in zip(*orders, strict=True) for sample in samples]
+            repeated = (order * world)[: len(merged)]
+            assert merged == repeated and abs(len(merged) - len(order)) < world
+            assert {sampler.fingerprint for sampler in parts} == {full.fingerprint}
 
 
-def test_each_epoch_and_seed_has_an_order_of_its_own() -> None:
-    found = set()
+def test_order_depends_on_epoch_and_seed() -> None:
+    orders = set()
     for seed in (1, 2):
-        one = ShardedSampler(
+        sampler = ShardedSampler(
             RandomSampler(range(30), replacement=True), 0, 1, seed, drop_last=False
         )
         for epoch in range(3):
-            one.set_epoch(epoch)
-            found.add((*one,))
-    assert len(found) == 6
+            sampler.set_epoch(epoch)
+            orders.add((*sampler,))
+    assert len(orders) == 6
 
 
-def model_of() -> nn.Module:
+def make_model() -> nn.Module:
     model = nn.Linear(4, 1).double()
     with torch.no_grad():
         model.weight.fill_(0.3)
@@ -100,37 +101,37 @@ def model_of() -> nn.Module:
     return model
 
 
-def trained(world: int, prepare: Callable[..., Any]) -> tuple[nn.Module, list[Tensor]]:
-    model = model_of()
+def train_loop(world: int, prepare: Callable[..., Any]) -> tuple[nn.Module, list[Tensor]]:
+    model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sampler, seen = Turning(), []
-    sampler.set_epoch(5)  # as after a restart
+    sampler, batches = RotatingSampler(), []
+    sampler.set_epoch(5)  # like after a restart
     loader = DataLoader(data(), batch_size=4 // world, sampler=sampler)
     model, optimizer, loader = prepare(model, optimizer, loader)
     for epoch in (5, 6, 2):
         if not isinstance(loader, DataLoader) and epoch == 6:
-            pass  # the next epoch follows by itself
+            pass  # the prepared loader increments the epoch
         else:
             sampler.set_epoch(epoch)
         for inputs, targets, numbers in loader:
-            seen.append(numbers)
+            batches.append(numbers)
             optimizer.zero_grad()
             torch.autograd.backward((model(inputs) - targets).square().mean())
             optimizer.step()
-    return model, seen
+    return model, batches
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_a_loop_trains_as_one_process(strategy: str) -> None:
-    seen: dict[int, list[Tensor]] = {}
+def test_loop_matches_one_process(strategy: str) -> None:
+    rank_batches: dict[int, list[Tensor]] = {}
 
     def train(config: Mapping[str, Any]) -> None:
-        seen[distplat.get_context().get_world_rank()] = trained(2, distplat.prepare)[1]
+        rank_batches[distplat.get_context().get_world_rank()] = train_loop(2, distplat.prepare)[1]
 
     run = call_on_ranks(train, job=function_job(2, strategy=strategy))
-    model, batches = trained(1, lambda *things: things)
-    for mine, other, whole in zip(seen[0], seen[1], batches, strict=True):
-        assert torch.equal(torch.stack([mine, other], 1).flatten(), whole)
+    model, batches = train_loop(1, lambda *things: things)
+    for first, second, expected in zip(rank_batches[0], rank_batches[1], batches, strict=True):
+        assert torch.equal(torch.stack([first, second], 1).flatten(), expected)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(run.trained[1][name], value, rtol=1e-12, atol=1e-12)
 
@@ -142,18 +143,16 @@ def test_a_loop_trains_as_one_process(strategy: str) -> None:
         (SequentialSampler(range(10)), [*range(10)]),
     ],
 )
-def test_samples_that_it_leaves_out_or_repeats_are_no_metrics(
-    sampler: Any, numbers: list[int]
-) -> None:
-    found: list[list[int]] = []
+def test_gather_for_metrics_drops_padding(sampler: Any, numbers: list[int]) -> None:
+    results: list[list[int]] = []
 
     def train(config: Mapping[str, Any]) -> None:
         loader = distplat.prepare(DataLoader(data(), 2, sampler=sampler))
-        seen = [distplat.gather_for_metrics(batch[2]) for batch in loader]
-        found.append(sorted(torch.cat(seen).tolist()))
+        gathered = [distplat.gather_for_metrics(batch[2]) for batch in loader]
+        results.append(sorted(torch.cat(gathered).tolist()))
 
     call_on_ranks(train, 3)
-    assert found == [numbers] * 3
+    assert results == [numbers] * 3
 
 
 class Endless:
@@ -170,7 +169,7 @@ class Unending:
 
 
 class Long:
-    """Of many passes, so that a loop has no epochs."""
+    """Sampler of many passes over the data set."""
 
     def __len__(self) -> int:
         return 10**10
@@ -180,28 +179,34 @@ class Long:
 
 
 def unbounded() -> Iterator[Any]:
-    raise AssertionError("it is asked for more than shows that it does not end")
+    raise AssertionError("more samples were drawn than needed to detect the wrong length")
     yield
 
 
-def drawn() -> Any:
+def seeded_sampler() -> Any:
     return WeightedRandomSampler([1.0] * SAMPLES, 9, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize(
-    ("made", "message"),
+    ("make_sampler", "message"),
     [
-        (drawn, "WeightedRandomSampler, which yields another order in each"),
+        (seeded_sampler, "WeightedRandomSampler, which yields another order in each"),
         (Endless, "Endless, which has no length"),
-        (lambda: Turning(7), "Turning, which yields 8 or more samples and whose length is 7"),
-        (lambda: Turning(30), "Turning, which yields 22 samples and whose length is 30"),
+        (
+            lambda: RotatingSampler(7),
+            "RotatingSampler, which yields 8 or more samples and whose length is 7",
+        ),
+        (
+            lambda: RotatingSampler(30),
+            "RotatingSampler, which yields 22 samples and whose length is 30",
+        ),
         (Unending, "Unending, which yields 6 or more samples and whose length is 5"),
         (Long, "Long, which yields 10000000000 samples in a pass over 22"),
     ],
 )
-def test_what_gives_no_order_is_refused(made: Callable[[], Any], message: str) -> None:
+def test_rejects_sampler_without_order(make_sampler: Callable[[], Any], message: str) -> None:
     def train(config: Mapping[str, Any]) -> None:
-        distplat.prepare(DataLoader(data(), 2, sampler=made()))
+        distplat.prepare(DataLoader(data(), 2, sampler=make_sampler()))
 
     with pytest.raises(SpecError, match=message):
         call_on_ranks(train, 1)
@@ -217,7 +222,7 @@ class Unsized(Dataset[int]):
 
 
 @pytest.mark.parametrize(
-    ("made", "message"),
+    ("make_loader", "message"),
     [
         (
             lambda: DataLoader(data(), batch_sampler=OwnBatches(Long(), 2, drop_last=False)),
@@ -237,26 +242,26 @@ class Unsized(Dataset[int]):
         ),
     ],
 )
-def test_batches_of_many_passes_are_refused_before_they_are_drawn(
-    made: Callable[[], DataLoader[Any]], message: str
+def test_rejects_sampler_of_many_passes_without_drawing(
+    make_loader: Callable[[], DataLoader[Any]], message: str
 ) -> None:
     def train(config: Mapping[str, Any]) -> None:
-        distplat.prepare(made())
+        distplat.prepare(make_loader())
 
     with pytest.raises(SpecError, match=message):
         call_on_ranks(train, 1)
 
 
-def test_a_pass_may_have_each_sample_many_times() -> None:
+def test_accepts_sampler_with_many_repetitions() -> None:
     def train(config: Mapping[str, Any]) -> None:
-        many = RandomSampler(data(), replacement=True, num_samples=SAMPLES * 101)
-        assert len(distplat.prepare(DataLoader(data(), 101, sampler=many))) == SAMPLES
+        sampler = RandomSampler(data(), replacement=True, num_samples=SAMPLES * 101)
+        assert len(distplat.prepare(DataLoader(data(), 101, sampler=sampler))) == SAMPLES
 
     call_on_ranks(train, 1)
 
 
-class Apart(Turning):
-    """Gives each rank samples of its own, from an epoch on."""
+class DivergingSampler(RotatingSampler):
+    """Sampler whose order differs between ranks from an epoch on."""
 
     def __init__(self, since: int) -> None:
         super().__init__()
@@ -273,10 +278,12 @@ class Apart(Turning):
         (1, ValueError, "in step 4 worker-.*its sampler gave another order"),
     ],
 )
-def test_ranks_with_other_orders_are_told(since: int, error: type[Exception], message: str) -> None:
+def test_reports_ranks_with_different_orders(
+    since: int, error: type[Exception], message: str
+) -> None:
     def train(config: Mapping[str, Any]) -> None:
-        loader = DataLoader(data(), 4, sampler=Apart(since))
-        model, loader = distplat.prepare(model_of(), loader)
+        loader = DataLoader(data(), 4, sampler=DivergingSampler(since))
+        model, loader = distplat.prepare(make_model(), loader)
         for _ in range(2):
             for inputs, targets, _ in loader:
                 torch.autograd.backward((model(inputs) - targets).square().mean())

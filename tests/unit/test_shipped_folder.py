@@ -1,4 +1,4 @@
-"""What a cluster gets of the user's folder: no secrets, no home, nothing that would hang Ray."""
+"""Upload of the user's folder: secrets, home directories and files that would hang Ray."""
 
 import json
 import os
@@ -23,13 +23,13 @@ from distplat.cli.submit import JobSource, SubmitRequest
 from distplat.platform.errors import SpecError
 
 
-def nothing(folder: Path) -> list[Any]:
+def no_ignores(folder: Path) -> list[Any]:
     return []
 
 
-def names(folder: Path) -> set[str]:
-    found = package_module._shipped(folder, EXCLUDES, nothing, [])
-    return {str(path.relative_to(folder)) for path, _ in found}
+def shipped_names(folder: Path) -> set[str]:
+    entries = package_module._shipped(folder, EXCLUDES, no_ignores, [])
+    return {str(path.relative_to(folder)) for path, _ in entries}
 
 
 @pytest.fixture
@@ -99,11 +99,11 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         "terraform.tfvars.json",
     ],
 )
-def test_a_known_secret_is_not_shipped(secret: str, folder: Path) -> None:
+def test_known_secret_is_not_shipped(secret: str, folder: Path) -> None:
     path = folder / secret
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("key")
-    assert names(folder) == {"lin.py"}
+    assert shipped_names(folder) == {"lin.py"}
 
 
 @pytest.mark.parametrize(
@@ -138,66 +138,68 @@ def test_a_known_secret_is_not_shipped(secret: str, folder: Path) -> None:
         "kubeconfig.yaml.j2",
     ],
 )
-def test_what_only_sounds_like_a_secret_is_shipped(name: str, folder: Path) -> None:
+def test_name_similar_to_secret_is_shipped(name: str, folder: Path) -> None:
     path = folder / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("x = 1")
-    assert names(folder) == {"lin.py", name}
+    assert shipped_names(folder) == {"lin.py", name}
 
 
-def test_our_own_package_has_no_name_of_a_secret() -> None:
-    ours = Path(shipping.__file__).parent.parent
+def test_own_package_has_no_secret_names() -> None:
+    package = Path(shipping.__file__).parent.parent
     files = {
-        p for part in ("cli", "actors", "platform", "strategies") for p in (ours / part).rglob("*")
+        p
+        for part in ("cli", "actors", "platform", "strategies")
+        for p in (package / part).rglob("*")
     }
-    left_out = {p.name for p in files if p.suffix == ".py"} - {Path(n).name for n in names(ours)}
+    left_out = {p.name for p in files if p.suffix == ".py"} - {
+        Path(n).name for n in shipped_names(package)
+    }
     assert left_out == set()
 
 
-def test_ray_leaves_out_the_same(folder: Path) -> None:
+def test_ray_excludes_the_same_files(folder: Path) -> None:
     packaging = pytest.importorskip("ray._private.runtime_env.packaging")
     secrets = (".env.local", "a/.aws/credentials", "a/kaggle.json", "a/b/lin.pem", "a/ID_RSA")
     for name in (*secrets, "a/keys.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
-    taken: set[str] = set()
+    shipped_by_ray: set[str] = set()
     packaging._dir_travel(
         folder,
         [packaging._get_excludes(folder, list(EXCLUDES))],
-        lambda path: taken.add(str(path.relative_to(folder))) if path.is_file() else None,
+        lambda path: shipped_by_ray.add(str(path.relative_to(folder))) if path.is_file() else None,
         include_gitignore=True,
     )
-    assert taken == names(folder) == {"lin.py", "a/keys.py"}
+    assert shipped_by_ray == shipped_names(folder) == {"lin.py", "a/keys.py"}
 
 
-def test_what_is_shipped_is_said_in_one_line(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prints_summary_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "weights").mkdir()
     (folder / "weights/w.bin").write_bytes(bytes(3_000_000))
-    package = measure(folder, EXCLUDES, nothing)
+    package = measure(folder, EXCLUDES, no_ignores)
     assert str(package) == f"shipping 2 files, 3 MB, of {folder}; the largest: weights 3 MB"
     SubmitRequest(JobSource(folder / "job.yaml")).shipping(None, package)
     SubmitRequest(JobSource(folder / "job.yaml"), quiet=True).shipping(None, package)
     assert capsys.readouterr().err == f"{package}\n"
 
 
-def test_what_stays_for_its_name_is_said_too(folder: Path) -> None:
-    """Data may have such a name, and its task would miss it on the cluster."""
+def test_summary_lists_withheld_files(folder: Path) -> None:
+    """Data may have such a name, and the task would miss it on the cluster."""
     for name in ("token.json", "a/.env", "a/b/kaggle.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
-    (folder / "runs").mkdir()  # it has no such name, and stays unsaid
-    said = str(measure(folder, EXCLUDES, nothing))
-    stays = "; not shipped, for they may hold keys: a/.env, a/b/kaggle.json, token.json"
-    assert said.endswith(stays)
+    (folder / "runs").mkdir()  # excluded, but not listed
+    text = str(measure(folder, EXCLUDES, no_ignores))
+    excluded = "; not shipped, for they may hold keys: a/.env, a/b/kaggle.json, token.json"
+    assert text.endswith(excluded)
     for number in range(5):
         (folder / f"{number}.pem").write_text("x")
-    assert str(measure(folder, EXCLUDES, nothing)).endswith("3.pem, 4.pem, ...")
+    assert str(measure(folder, EXCLUDES, no_ignores)).endswith("3.pem, 4.pem, ...")
 
 
 @pytest.mark.parametrize(
-    ("lines", "shipped", "kept"),
+    ("lines", "shipped", "withheld"),
     [
         (["!.env", "!a/token.json"], {".env", "a/token.json"}, {"a/kaggle.json", "b/token.json"}),
         (["!token.json", "token.json"], set(), {".env", "a/kaggle.json", "*/token.json"}),
@@ -207,52 +209,54 @@ def test_what_stays_for_its_name_is_said_too(folder: Path) -> None:
         ([".*"], set(), set()),
     ],
 )
-def test_what_the_user_takes_back_is_counted_as_ray_ships_it(
-    lines: list[str], shipped: set[str], kept: set[str], folder: Path
+def test_negated_excludes_match_ray(
+    lines: list[str], shipped: set[str], withheld: set[str], folder: Path
 ) -> None:
     packaging = pytest.importorskip("ray._private.runtime_env.packaging")
     for name in (".env", "a/token.json", "a/kaggle.json", "b/token.json"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("x")
-    excludes, taken = [*EXCLUDES, *lines], set[Path]()
+    excludes, shipped_by_ray = [*EXCLUDES, *lines], set[Path]()
     packaging._dir_travel(
         folder,
         [packaging._get_excludes(folder, excludes)],
-        lambda path: taken.add(path) if path.is_file() else None,
+        lambda path: shipped_by_ray.add(path) if path.is_file() else None,
         include_gitignore=True,
     )
-    package = measure(folder, excludes, nothing)
-    everywhere = set() if {"/lin.py", ".*"} & {*lines} else {folder / "lin.py"}
-    assert package.paths == taken
-    assert taken - everywhere == {path for name in shipped for path in folder.glob(name)}
-    assert {*package.secrets} == {path for name in kept for path in folder.glob(name)}
+    package = measure(folder, excludes, no_ignores)
+    always_shipped = set() if {"/lin.py", ".*"} & {*lines} else {folder / "lin.py"}
+    assert package.paths == shipped_by_ray
+    assert shipped_by_ray - always_shipped == {
+        path for name in shipped for path in folder.glob(name)
+    }
+    assert {*package.secrets} == {path for name in withheld for path in folder.glob(name)}
 
 
-def test_an_ignore_file_may_leave_out_its_own_folder(folder: Path) -> None:
+def test_ignore_file_may_exclude_its_own_folder(folder: Path) -> None:
     packaging = pytest.importorskip("ray._private.runtime_env.packaging")
     (folder / "a").mkdir()
     (folder / "a/b.py").write_text("x")
-    (folder / "a/.gitignore").write_text(".*\n")  # the folder itself is `.` to Ray
-    taken = set[Path]()
+    (folder / "a/.gitignore").write_text(".*\n")  # Ray names the folder itself `.`
+    shipped_by_ray = set[Path]()
     packaging._dir_travel(
-        folder, [], lambda path: taken.add(path) if path.is_file() else None, True
+        folder, [], lambda path: shipped_by_ray.add(path) if path.is_file() else None, True
     )
-    assert measure(folder, EXCLUDES, join.ignores).paths == taken == {folder / "lin.py"}
+    assert measure(folder, EXCLUDES, join.ignores).paths == shipped_by_ray == {folder / "lin.py"}
 
 
-def test_excludes_that_ray_cannot_read_are_named(folder: Path) -> None:
+def test_reports_excludes_that_ray_cannot_parse(folder: Path) -> None:
     with pytest.raises(SpecError, match=r"^--runtime-env\.excludes: Ray cannot read them"):
-        measure(folder, [*EXCLUDES, "!"], nothing)
+        measure(folder, [*EXCLUDES, "!"], no_ignores)
     (folder / ".rayignore").write_text("!\n")
     with pytest.raises(SpecError, match=r"^--working-dir: Ray cannot read .gitignore or .rayignor"):
         measure(folder, EXCLUDES, join.ignores)
 
 
-@pytest.mark.parametrize("kind", ["", "RSA ", "OPENSSH ", "ENCRYPTED "])
-def test_a_private_key_under_another_name_is_refused(kind: str, folder: Path) -> None:
+@pytest.mark.parametrize("key_type", ["", "RSA ", "OPENSSH ", "ENCRYPTED "])
+def test_rejects_private_key_under_other_name(key_type: str, folder: Path) -> None:
     text = "subject=CN = me\n-----BEGIN {}PRIVATE KEY-----\nMIIE\n"
-    (folder / "deploy").write_text(text.format(kind))
-    assert f"{folder / 'deploy'} holds a private key" in refusal(folder)
+    (folder / "deploy").write_text(text.format(key_type))
+    assert f"{folder / 'deploy'} holds a private key" in error_of(folder)
 
 
 BODY = "MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQC7VJTUt9Us8cKj"
@@ -268,9 +272,9 @@ HEAD = "-----BEGIN PRIVATE KEY-----"
         ("deploy", "PuTTY-User-Key-File-3: ssh-ed25519\nEncryption: none\n"),
     ],
 )
-def test_a_private_key_within_a_file_is_refused(name: str, text: str, folder: Path) -> None:
+def test_rejects_private_key_within_file(name: str, text: str, folder: Path) -> None:
     (folder / name).write_bytes(text.encode())
-    assert f"{folder / name} holds a private key" in refusal(folder)
+    assert f"{folder / name} holds a private key" in error_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -286,85 +290,83 @@ def test_a_private_key_within_a_file_is_refused(name: str, text: str, folder: Pa
         ),
     ],
 )
-def test_words_about_keys_are_shipped(name: str, text: str, folder: Path) -> None:
+def test_ships_text_about_keys(name: str, text: str, folder: Path) -> None:
     (folder / name).write_text(text)
-    assert names(folder) == {"lin.py", name}
+    assert shipped_names(folder) == {"lin.py", name}
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_a_link_to_a_secret_is_refused(
+def test_rejects_link_to_secret(
     inside: bool, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     home = folder if inside else tmp_path_factory.mktemp("home")
     (home / ".aws").mkdir()
     (home / ".aws/config").write_text("key")
     (folder / "cloud").symlink_to(home / ".aws")
-    assert f"cloud leads to {home / '.aws'}, which may hold a key" in refusal(folder)
+    assert f"cloud leads to {home / '.aws'}, which may hold a key" in error_of(folder)
     (folder / "cloud").unlink()
     (folder / "settings").symlink_to(home / ".aws/config")
-    assert "settings leads to " in refusal(folder)
+    assert "settings leads to " in error_of(folder)
 
 
 @pytest.mark.parametrize("above", [".envs", "token", "id_rsa_test"])
-def test_a_link_below_a_name_that_only_files_have_is_followed(
+def test_follows_link_below_folder_with_file_like_name(
     above: str, folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     target = tmp_path_factory.mktemp("x") / above / "data"
     target.mkdir(parents=True)
     (target / "a").write_text("x")
     (folder / "data").symlink_to(target)
-    assert names(folder) == {"lin.py", "data/a"}
+    assert shipped_names(folder) == {"lin.py", "data/a"}
     (target / ".env").write_text("x")
     (folder / "settings").symlink_to(target / ".env")
-    assert "settings leads to " in refusal(folder)
+    assert "settings leads to " in error_of(folder)
 
 
-def test_a_folder_below_one_with_a_secrets_name_may_have_links(tmp_path: Path) -> None:
+def test_follows_links_in_folder_below_secret_name(tmp_path: Path) -> None:
     folder = tmp_path / ".config" / "job"
     (folder / "data").mkdir(parents=True)
     (folder / "data/a").write_text("x")
     (folder / "again").symlink_to("data")
-    assert names(folder) == {"data/a", "again/a"}
+    assert shipped_names(folder) == {"data/a", "again/a"}
 
 
-def test_an_empty_folder_is_shipped(tmp_path: Path) -> None:
-    assert str(measure(tmp_path, EXCLUDES, nothing)) == f"shipping 0 files, 0 B, of {tmp_path}"
+def test_ships_empty_folder(tmp_path: Path) -> None:
+    assert str(measure(tmp_path, EXCLUDES, no_ignores)) == f"shipping 0 files, 0 B, of {tmp_path}"
 
 
-def test_a_home_directory_is_shipped_only_if_it_was_named(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ships_home_directory_only_if_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder))
-    package = measure(folder, EXCLUDES, nothing)
+    package = measure(folder, EXCLUDES, no_ignores)
     with pytest.raises(
         SpecError, match=r"--working-dir: .* would be shipped to the cluster as a whole"
     ):
         SubmitRequest(JobSource(folder / "job.yaml")).shipping(None, package)
     SubmitRequest(JobSource(folder / "job.yaml", working_dir=folder)).shipping(None, package)
     (folder / "job").mkdir()
-    refuse_home(measure(folder / "job", EXCLUDES, nothing), "why")
+    refuse_home(measure(folder / "job", EXCLUDES, no_ignores), "why")
     for above in (Path("/"), folder.parent):
         package = Package(above, 1, 1, "", frozenset({folder / "lin.py"}))
         with pytest.raises(SpecError, match=f"--working-dir: .*{above}.* would be .*, for why"):
             refuse_home(package, "why")
 
 
-def test_a_home_within_the_folder_may_stay_there_if_nothing_of_it_is_shipped(
+def test_accepts_home_within_folder_if_excluded(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Containers and sandboxes have such: HOME=/workspace/project/.home."""
+    """Example of containers: HOME=/workspace/project/.home."""
     home, job = folder / ".home", tmp_path_factory.mktemp("job")
     monkeypatch.setenv("HOME", str(home))
     (home / ".config").mkdir(parents=True)
     (home / ".config/settings").write_text("x")
-    refuse_home(measure(folder, EXCLUDES, nothing), "why")
-    assert measured(job, folder).modules[0].files == 1
+    refuse_home(measure(folder, EXCLUDES, no_ignores), "why")
+    assert measure_modules(job, folder).modules[0].files == 1
     (home / ".cache").mkdir()
     (home / ".cache/a").write_text("x")
     with pytest.raises(SpecError, match=r"files of the home directory .*/\.home would be .*why"):
-        refuse_home(measure(folder, EXCLUDES, nothing), "why")
+        refuse_home(measure(folder, EXCLUDES, no_ignores), "why")
     with pytest.raises(SpecError, match=r"py_modules: .* holds files of the home directory"):
-        measured(job, folder)
+        measure_modules(job, folder)
     (folder / ".rayignore").write_text(".home/\n")
     refuse_home(measure(folder, EXCLUDES, join.ignores), "why")
     user = {"py_modules": [str(folder)]}
@@ -372,27 +374,30 @@ def test_a_home_within_the_folder_may_stay_there_if_nothing_of_it_is_shipped(
     assert package.modules[0].files == 2
 
 
-def measured(folder: Path, *modules: Path | str, limit: int = MAX_PACKAGE) -> Package:
+def measure_modules(folder: Path, *modules: Path | str, limit: int = MAX_PACKAGE) -> Package:
     user = {"py_modules": [str(module) for module in modules]}
-    return measure_environment(with_folders(folder, user), nothing, limit)
+    return measure_environment(with_folders(folder, user), no_ignores, limit)
 
 
-def test_modules_beside_the_folder_are_counted_and_said(tmp_path: Path) -> None:
-    folder, lib, one = tmp_path / "job", tmp_path / "lib", tmp_path / "one.py"
-    for path in (folder / "lin.py", lib / "a.py", lib / ".env", one):
+def test_summary_contains_py_modules(tmp_path: Path) -> None:
+    folder, lib, module_file = tmp_path / "job", tmp_path / "lib", tmp_path / "one.py"
+    for path in (folder / "lin.py", lib / "a.py", lib / ".env", module_file):
         path.parent.mkdir(exist_ok=True)
         path.write_text("x")
-    package = measured(folder, lib, one, "s3://bucket/far.zip", "gone")
-    assert [(module.folder, module.files) for module in package.modules] == [(lib, 1), (one, 1)]
+    package = measure_modules(folder, lib, module_file, "s3://bucket/far.zip", "gone")
+    assert [(module.folder, module.files) for module in package.modules] == [
+        (lib, 1),
+        (module_file, 1),
+    ]
     assert str(package) == (
         f"shipping 1 file, 1 B, of {folder}; the largest: lin.py 1 B"
         f"; and 1 file, 1 B, of {lib}; the largest: a.py 1 B"
-        f"; not shipped, for they may hold keys: .env; and 1 file, 1 B, of {one}"
+        f"; not shipped, for they may hold keys: .env; and 1 file, 1 B, of {module_file}"
     )
 
 
 @pytest.mark.parametrize(
-    ("module", "why"),
+    ("module", "reason"),
     [
         ("home", "home is a home directory"),
         ("above", "holds files of the home directory"),
@@ -404,8 +409,8 @@ def test_modules_beside_the_folder_are_counted_and_said(tmp_path: Path) -> None:
         ("home/pipe.py", "pipe.py is a pipe"),
     ],
 )
-def test_modules_are_looked_into_as_the_folder_is(
-    module: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_checks_py_modules_like_the_folder(
+    module: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, folder = tmp_path / "home", tmp_path / "job"
     for path in (home / ".aws", home / "lib", home / "linked", folder):
@@ -419,107 +424,107 @@ def test_modules_are_looked_into_as_the_folder_is(
         (home / name).write_text("-----BEGIN PRIVATE KEY-----\nMIIE\n")
     os.mkfifo(home / "pipe.py")
     monkeypatch.setenv("HOME", str(tmp_path / "above/home" if module == "above" else home))
-    with pytest.raises(SpecError, match=rf"^--runtime-env\.py_modules: .*{why}"):
-        measured(folder, tmp_path / module)
+    with pytest.raises(SpecError, match=rf"^--runtime-env\.py_modules: .*{reason}"):
+        measure_modules(folder, tmp_path / module)
 
 
-def hollow(path: Path, size: int) -> Path:
-    """Make a file that has a size and takes no room."""
+def sparse_file(path: Path, size: int) -> Path:
+    """Create a sparse file of a size."""
     path.parent.mkdir(exist_ok=True)
     path.touch()
     os.truncate(path, size)
     return path
 
 
-def test_each_module_may_be_as_large_as_the_folder(tmp_path: Path) -> None:
-    """By the job API; a wheel is uploaded as it is, a folder is packed."""
-    job, wheel = tmp_path / "job", hollow(tmp_path / "a-1-py3-none-any.whl", 101 * 2**20)
-    hollow(job / "a", 60 * 2**20)
-    hollow(tmp_path / "lib/a", 60 * 2**20)
-    assert measured(job, tmp_path / "lib").modules[0].size == 60 * 2**20
-    told = r"py_modules: .*whl has 101 MiB; the limit of an upload is 100 MiB"
-    with pytest.raises(SpecError, match=told):
-        measured(job, wheel)
-    hollow(tmp_path / "lib/b", 41 * 2**20)
+def test_size_limit_applies_to_each_module(tmp_path: Path) -> None:
+    """The limit is that of the job API; wheels are uploaded as they are, folders as archives."""
+    job, wheel = tmp_path / "job", sparse_file(tmp_path / "a-1-py3-none-any.whl", 101 * 2**20)
+    sparse_file(job / "a", 60 * 2**20)
+    sparse_file(tmp_path / "lib/a", 60 * 2**20)
+    assert measure_modules(job, tmp_path / "lib").modules[0].size == 60 * 2**20
+    error = r"py_modules: .*whl has 101 MiB; the limit of an upload is 100 MiB"
+    with pytest.raises(SpecError, match=error):
+        measure_modules(job, wheel)
+    sparse_file(tmp_path / "lib/b", 41 * 2**20)
     with pytest.raises(
         SpecError, match=r"py_modules: .*lib has 101 MiB; the limit of an upload is 100 MiB"
     ):
-        measured(job, tmp_path / "lib")
+        measure_modules(job, tmp_path / "lib")
 
 
-def test_a_driver_ships_what_ray_takes_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_driver_has_size_limit_of_gcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packaging = pytest.importorskip("ray._private.runtime_env.packaging")
     for name in ("check_listening", "_check_ray", "_join"):
         monkeypatch.setattr(join, name, lambda *args: None)
-    job, wheel = tmp_path / "job", hollow(tmp_path / "a.whl", 300 * 2**20)
-    hollow(job / "a", 300 * 2**20)
-    environment, told = with_folders(job, {"py_modules": [str(wheel)]}), list[Package]()
-    with join.connected("127.0.0.1:1", environment, told.append):
-        assert [one.size for one in (told[0], *told[0].modules)] == [300 * 2**20] * 2
-    hollow(wheel, packaging.GCS_STORAGE_MAX_SIZE)
+    job, wheel = tmp_path / "job", sparse_file(tmp_path / "a.whl", 300 * 2**20)
+    sparse_file(job / "a", 300 * 2**20)
+    environment, packages = with_folders(job, {"py_modules": [str(wheel)]}), list[Package]()
+    with join.connected("127.0.0.1:1", environment, packages.append):
+        assert [part.size for part in (packages[0], *packages[0].modules)] == [300 * 2**20] * 2
+    sparse_file(wheel, packaging.GCS_STORAGE_MAX_SIZE)
     with pytest.raises(
         SpecError, match=r"py_modules: .*a\.whl has 512 MiB; the limit of an upload is 512"
     ):
-        with join.connected("127.0.0.1:1", environment, told.append):
+        with join.connected("127.0.0.1:1", environment, packages.append):
             pass
 
 
-def test_the_limit_of_a_job_api_is_rays() -> None:
+def test_size_limit_of_job_api_is_that_of_ray() -> None:
     constants = pytest.importorskip("ray._private.ray_constants")
     assert constants.DASHBOARD_CLIENT_MAX_SIZE == MAX_PACKAGE
 
 
 @pytest.mark.parametrize("name", [".gitignore", ".rayignore"])
-def test_an_ignore_file_that_is_no_text_is_named(name: str, folder: Path) -> None:
+def test_reports_ignore_file_that_is_not_text(name: str, folder: Path) -> None:
     (folder / "below").mkdir()
     (folder / "below" / name).write_bytes(b"\xff\xfe")
     with pytest.raises(SpecError) as raised:
         measure(folder, EXCLUDES, join.ignores)
-    told = f"--working-dir: Ray cannot read .gitignore or .rayignore of {folder / 'below'}: 'utf-8'"
-    assert str(raised.value).startswith(told)
+    error = (
+        f"--working-dir: Ray cannot read .gitignore or .rayignore of {folder / 'below'}: 'utf-8'"
+    )
+    assert str(raised.value).startswith(error)
 
 
-def refusal(folder: Path) -> str:
+def error_of(folder: Path) -> str:
     with pytest.raises(SpecError) as raised:
-        measure(folder, EXCLUDES, nothing)
+        measure(folder, EXCLUDES, no_ignores)
     text = str(raised.value)
     assert text.startswith("--working-dir: ") and ".rayignore" in text
     return text
 
 
-def test_links_that_lead_back_are_refused(folder: Path) -> None:
+def test_rejects_cyclic_links(folder: Path) -> None:
     (folder / "one").symlink_to(".")
     (folder / "two").symlink_to(".")
-    assert "leads back to a folder that it is in" in refusal(folder)
+    assert "leads back to a folder that it is in" in error_of(folder)
 
 
-def test_a_link_to_another_folder_is_followed(folder: Path) -> None:
+def test_follows_link_to_other_folder(folder: Path) -> None:
     (folder / "data").mkdir()
     (folder / "data/a").write_text("x")
     (folder / "again").symlink_to("data")
     (folder / "nowhere").symlink_to("gone")
-    assert names(folder) == {"lin.py", "data/a", "again/a"}
+    assert shipped_names(folder) == {"lin.py", "data/a", "again/a"}
 
 
-def test_links_that_fan_out_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_links_with_exponential_paths(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(package_module, "MAX_ENTRIES", 1000)
     for number in range(30):
         (folder / f"d{number}").mkdir()
         for link in "ab":
             (folder / f"d{number}" / link).symlink_to(f"../d{number + 1}")
-    assert "holds more than 1000 files and folders" in refusal(folder)
+    assert "holds more than 1000 files and folders" in error_of(folder)
 
 
-def test_a_pipe_in_the_folder_is_refused(folder: Path) -> None:
+def test_rejects_pipe(folder: Path) -> None:
     os.mkfifo(folder / "pipe")
-    assert f"{folder / 'pipe'} is a pipe" in refusal(folder)
+    assert f"{folder / 'pipe'} is a pipe" in error_of(folder)
 
 
-def test_a_folder_that_may_not_be_read_is_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rejects_unreadable_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "db").mkdir()
     entries = Path.iterdir
 
@@ -529,19 +534,15 @@ def test_a_folder_that_may_not_be_read_is_refused(
         return entries(path)
 
     monkeypatch.setattr(Path, "iterdir", iterdir)
-    assert f"{folder / 'db'} cannot be read: Permission denied" in refusal(folder)
+    assert f"{folder / 'db'} cannot be read: Permission denied" in error_of(folder)
 
 
-def test_a_file_that_may_not_be_read_is_refused(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rejects_unreadable_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: path.name != "lin.py")
-    assert f"{folder / 'lin.py'} may not be read" in refusal(folder)
+    assert f"{folder / 'lin.py'} may not be read" in error_of(folder)
 
 
-def test_what_vanishes_meanwhile_is_passed_over(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ignores_files_that_vanish(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = Path.iterdir
     monkeypatch.setattr(Path, "iterdir", lambda path: [*entries(path), path / "gone"])
-    assert names(folder) == {"lin.py"}
+    assert shipped_names(folder) == {"lin.py"}

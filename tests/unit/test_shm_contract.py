@@ -1,11 +1,11 @@
-"""The contract of `Collective`, held against shared memory with ranks as threads."""
+"""Contract tests of `Collective` for shared memory, with ranks as threads."""
 
 import pytest
 from collective_contract import CHECKS, FAILURES, Check
 from shm_ranks import on_shm_ranks
 
-SOON = 0.3
-"""Deadline where one is meant to pass, seconds."""
+SHORT_S = 0.3
+"""Deadline of operations that should time out, seconds."""
 
 
 @pytest.mark.sweep(2)
@@ -18,12 +18,12 @@ def test_contract(check: Check, world: int) -> None:
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("check", FAILURES.values(), ids=FAILURES)
 def test_contract_of_failures(check: Check, world: int) -> None:
-    on_shm_ranks(world, check, operation_s=SOON)
+    on_shm_ranks(world, check, operation_s=SHORT_S)
 
 
-def test_all_checks_follow_each_other_on_one_group() -> None:
-    def body(group: object) -> None:
+def test_all_checks_on_one_group() -> None:
+    def run_all_checks(group: object) -> None:
         for check in CHECKS.values():
             check(group)  # type: ignore[arg-type]
 
-    on_shm_ranks(6, body)
+    on_shm_ranks(6, run_all_checks)

@@ -1,4 +1,4 @@
-"""A rank whose process is killed or frozen is named, by ranks that only share memory with it."""
+"""Errors name a rank whose process was killed or frozen."""
 
 import os
 import signal
@@ -37,10 +37,10 @@ LIMIT_S = 0.5
 
 @contextmanager
 def group_of_two() -> Iterator[tuple[ShmGroup, "subprocess.Popen[bytes]"]]:
-    """Rank 0 here, rank 1 in another process; three operations are behind them."""
+    """Yield rank 0, and the process of rank 1, after three operations."""
     segment = GroupSegment.create("", SegmentLayout.of(2))
-    where = segment.segment.address
-    command = [sys.executable, "-c", PEER, str(where.pid), str(where.fd)]
+    address = segment.segment.address
+    command = [sys.executable, "-c", PEER, str(address.pid), str(address.fd)]
     with subprocess.Popen(command) as process:
         try:
             member = GroupMember("death", 0, 2, GroupSettings(60.0, 60.0))
@@ -58,27 +58,27 @@ def group_of_two() -> Iterator[tuple[ShmGroup, "subprocess.Popen[bytes]"]]:
             process.kill()
 
 
-def held_processes() -> int:
-    """Descriptors of processes that this one has open."""
+def open_pidfds() -> int:
+    """Return the number of open process descriptors."""
     links = [entry.path for entry in os.scandir("/proc/self/fd")]
     return sum("pidfd" in os.readlink(link) for link in links if os.path.islink(link))
 
 
-def test_a_killed_peer_is_found_long_before_the_deadline() -> None:
-    before = held_processes()
+def test_killed_peer_is_detected_before_the_deadline() -> None:
+    before = open_pidfds()
     with group_of_two() as (group, process):
         threading.Timer(0.2, process.kill).start()
-        assert held_processes() == before + 1
+        assert open_pidfds() == before + 1
         began = time.monotonic()
         with pytest.raises(CollectiveError) as caught:
             group.all_reduce(torch.ones(1000))
         assert time.monotonic() - began < 30.0
         assert (caught.value.missing, caught.value.number) == ((1,), 3)
         assert "its process died" in caught.value.cause
-    assert held_processes() == before
+    assert open_pidfds() == before
 
 
-def test_a_peer_that_died_before_is_found_too() -> None:
+def test_detects_peer_that_died_before_the_operation() -> None:
     with group_of_two() as (group, process):
         process.kill()
         process.wait(60)
@@ -86,7 +86,7 @@ def test_a_peer_that_died_before_is_found_too() -> None:
             group.recv(torch.ones(5), 1)
 
 
-def test_a_frozen_peer_is_named_after_the_deadline() -> None:
+def test_frozen_peer_is_named_after_the_deadline() -> None:
     with group_of_two() as (group, process):
         process.send_signal(signal.SIGSTOP)
         group._liveness._settings = GroupSettings(LIMIT_S)

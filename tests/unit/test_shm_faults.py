@@ -1,4 +1,4 @@
-"""What goes wrong between ranks that share memory is found soon, and named."""
+"""Faults between ranks that share memory: mismatches, late and lost ranks, abort, close."""
 
 import gc
 import os
@@ -16,16 +16,16 @@ from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.platform.errors import CollectiveError, MismatchError
 from distplat.strategies.collective import ReduceOp
 
-SOON = 0.4
-"""Deadline where one is meant to pass, seconds."""
-LONG = 1000.0
-"""Where it must not be waited for: longer than `on_ranks` waits for all ranks."""
+SHORT_S = 0.4
+"""Deadline of operations that should time out, seconds."""
+LONG_S = 1000.0
+"""Deadline that must not expire: longer than the timeout of `on_ranks`."""
 
 Body = Callable[[ShmGroup], None]
 
 
-def errors_of(world: int, body: Body, operation_s: float = LONG) -> list[CollectiveError | None]:
-    """What each rank raised."""
+def errors_of(world: int, body: Body, operation_s: float = LONG_S) -> list[CollectiveError | None]:
+    """Return the error of each rank."""
 
     def catch(group: ShmGroup) -> CollectiveError | None:
         try:
@@ -37,9 +37,9 @@ def errors_of(world: int, body: Body, operation_s: float = LONG) -> list[Collect
     return on_shm_ranks(world, catch, operation_s=operation_s)
 
 
-def differing(odd: Body, others: Body, texts: list[str], world: int = 3) -> None:
-    """Rank 1 does something else; all ranks must name it, and say who does what."""
-    errors = errors_of(world, lambda g: odd(g) if g.rank == 1 else others(g))
+def assert_mismatch(rank_1: Body, other_ranks: Body, texts: list[str], world: int = 3) -> None:
+    """Assert that all ranks' errors name rank 1, which runs another body, and contain the texts."""
+    errors = errors_of(world, lambda group: (rank_1 if group.rank == 1 else other_ranks)(group))
     for error in errors:
         assert isinstance(error, MismatchError)
         assert error.missing == (1,)
@@ -47,98 +47,104 @@ def differing(odd: Body, others: Body, texts: list[str], world: int = 3) -> None
             assert text in str(error)
 
 
-def test_ranks_in_different_operations() -> None:
-    differing(
+def test_mismatch_of_operations() -> None:
+    assert_mismatch(
         lambda g: g.broadcast(torch.ones(7), 2),
         lambda g: g.all_reduce(torch.ones(5000), ReduceOp.MAX),
         ["ranks 0, 2 in all_reduce of 5000 float32 by MAX", "rank 1 in broadcast of 7 float"],
     )
 
 
-def test_different_lengths() -> None:
-    differing(
+def test_mismatch_of_lengths() -> None:
+    assert_mismatch(
         lambda g: g.all_reduce(torch.ones(3_000_000)),
         lambda g: g.all_reduce(torch.ones(5)),
         ["of 3000000 float32", "of 5 float32"],
     )
 
 
-def test_different_dtypes() -> None:
-    differing(
+def test_mismatch_of_dtypes() -> None:
+    assert_mismatch(
         lambda g: g.all_reduce(torch.ones(8, dtype=torch.int32)),
         lambda g: g.all_reduce(torch.ones(8)),
         ["of 8 int32", "of 8 float32"],
     )
 
 
-def test_different_roots() -> None:
-    differing(
+def test_mismatch_of_roots() -> None:
+    assert_mismatch(
         lambda g: g.broadcast(torch.ones(8), 1),
         lambda g: g.broadcast(torch.ones(8), 0),
         ["from rank 1", "from rank 0"],
     )
 
 
-def test_one_rank_more_operations_on() -> None:
-    def odd(group: ShmGroup) -> None:
+def test_mismatch_of_number_of_operations() -> None:
+    def rank_1(group: ShmGroup) -> None:
         group.barrier()
         group.all_reduce(torch.ones(3))
 
-    def others(group: ShmGroup) -> None:
+    def other_ranks(group: ShmGroup) -> None:
         group.all_reduce(torch.ones(3))
         group.all_reduce(torch.ones(3))
 
-    differing(odd, others, ["ranks 0, 2 in all_reduce of 3 float32", "rank 1 in barrier"])
+    assert_mismatch(
+        rank_1, other_ranks, ["ranks 0, 2 in all_reduce of 3 float32", "rank 1 in barrier"]
+    )
 
 
-def test_uneven_parts_that_differ() -> None:
+def test_mismatch_of_uneven_parts() -> None:
     def gather(group: ShmGroup, sizes: list[int]) -> None:
         outputs = [torch.zeros(size) for size in sizes]
         group.all_gather(outputs, torch.ones(sizes[group.rank]))
 
-    differing(
+    assert_mismatch(
         lambda g: gather(g, [3, 4, 9]),
         lambda g: gather(g, [3, 4, 5]),
         ["sizes of the ranks' parts"],
     )
 
 
-def test_one_rank_with_a_plain_vector_where_others_share() -> None:
-    def body(group: ShmGroup, plain: bool) -> None:
+def test_mismatch_of_plain_and_shared_vector() -> None:
+    def body(group: ShmGroup, is_plain: bool) -> None:
         vector = group.share(torch.zeros(5000))
-        group.all_reduce(torch.zeros(5000) if plain else vector)
+        group.all_reduce(torch.zeros(5000) if is_plain else vector)
 
-    differing(lambda g: body(g, True), lambda g: body(g, False), ["in shared vector 0 from byte 0"])
+    assert_mismatch(
+        lambda g: body(g, True), lambda g: body(g, False), ["in shared vector 0 from byte 0"]
+    )
 
 
-def test_different_parts_of_a_shared_vector() -> None:
+def test_mismatch_of_parts_of_shared_vector() -> None:
     def body(group: ShmGroup, start: int) -> None:
         group.all_reduce(group.share(torch.zeros(5000))[start : start + 2000])
 
-    differing(lambda g: body(g, 100), lambda g: body(g, 200), ["from byte 400", "from byte 800"])
+    assert_mismatch(
+        lambda g: body(g, 100), lambda g: body(g, 200), ["from byte 400", "from byte 800"]
+    )
 
 
-def test_parts_at_different_places_of_a_shared_vector() -> None:
+def test_mismatch_of_positions_in_shared_vector() -> None:
     def body(group: ShmGroup, start: int) -> None:
         vector = group.share(torch.zeros(500))
         parts = [vector[:10], vector[start : start + 10], vector[400:]]
         group.reduce_scatter(parts[group.rank], parts)
 
-    differing(lambda g: body(g, 10), lambda g: body(g, 20), ["sizes of the ranks' parts"])
+    assert_mismatch(lambda g: body(g, 10), lambda g: body(g, 20), ["sizes of the ranks' parts"])
 
 
-def test_a_late_rank_is_named_after_the_deadline() -> None:
+def test_late_rank_is_named_after_the_deadline() -> None:
     def body(group: ShmGroup) -> None:
         for _ in range(3):
             group.all_reduce(torch.ones(5000))
         if group.rank != 1:
-            settings = GroupSettings(SOON, setting="strategy.timeout_s")
+            settings = GroupSettings(SHORT_S, setting="strategy.timeout_s")
             group._liveness._settings = settings
             began = time.monotonic()
             try:
                 group.all_reduce(torch.ones(5000))
             finally:
-                assert time.monotonic() - began >= SOON
+                assert time.monotonic() - began >= SHORT_S
 
     errors = errors_of(3, body)
     assert errors[1] is None
@@ -148,12 +154,12 @@ def test_a_late_rank_is_named_after_the_deadline() -> None:
         assert "deadline 0.4 s (`strategy.timeout_s` changes it)" in str(error)
 
 
-def test_the_last_of_several_late_ranks_does_not_hide_the_others() -> None:
-    errors = errors_of(4, lambda g: g.barrier() if g.rank == 2 else None, SOON)
+def test_all_late_ranks_are_named() -> None:
+    errors = errors_of(4, lambda g: g.barrier() if g.rank == 2 else None, SHORT_S)
     assert errors[2] is not None and errors[2].missing == (0, 1, 3)
 
 
-def test_who_leaves_is_named_at_once() -> None:
+def test_rank_that_leaves_is_named_at_once() -> None:
     def body(group: ShmGroup) -> None:
         group.barrier()
         if group.rank == 1:
@@ -168,7 +174,7 @@ def test_who_leaves_is_named_at_once() -> None:
         assert error is not None and error.missing == (1,) and "left" in error.cause
 
 
-def test_what_was_done_before_leaving_counts() -> None:
+def test_operations_before_close_are_completed() -> None:
     def body(group: ShmGroup) -> list[float]:
         tensor = torch.ones(3)
         group.all_reduce(tensor)
@@ -184,7 +190,7 @@ def test_what_was_done_before_leaving_counts() -> None:
 
 
 @pytest.mark.parametrize("by_settings", [False, True])
-def test_abort_ends_a_wait_of_this_rank(by_settings: bool) -> None:
+def test_abort_ends_wait_of_this_rank(by_settings: bool) -> None:
     def body(group: ShmGroup) -> None:
         if group.rank == 0:
             stop = group.settings.abandoned.set if by_settings else group.abort
@@ -195,7 +201,7 @@ def test_abort_ends_a_wait_of_this_rank(by_settings: bool) -> None:
     assert errors[0] is not None and "told to give up" in errors[0].cause and errors[1] is None
 
 
-def test_abort_ends_an_operation_under_way_and_those_behind_it() -> None:
+def test_abort_ends_pending_operations() -> None:
     def body(group: ShmGroup) -> None:
         if group.rank == 0:
             tensors = [torch.ones(3) for _ in range(3)]
@@ -207,10 +213,10 @@ def test_abort_ends_an_operation_under_way_and_those_behind_it() -> None:
             with pytest.raises(CollectiveError, match="told to give up"):
                 group.recv(torch.ones(3), 1)
 
-    on_shm_ranks(2, body, operation_s=LONG)
+    on_shm_ranks(2, body, operation_s=LONG_S)
 
 
-def test_after_a_failure_all_fails_at_once_with_the_same_rank() -> None:
+def test_operations_after_failure_fail_with_the_same_rank() -> None:
     def body(group: ShmGroup) -> None:
         if group.rank == 0:
             for _ in range(2):
@@ -219,13 +225,13 @@ def test_after_a_failure_all_fails_at_once_with_the_same_rank() -> None:
                 assert caught.value.missing == (1,)
             assert "the group failed before, in all_reduce #0" in str(caught.value)
 
-    on_shm_ranks(2, body, operation_s=SOON)
+    on_shm_ranks(2, body, operation_s=SHORT_S)
 
 
-def test_a_rank_that_failed_does_not_let_the_others_wait() -> None:
+def test_failed_rank_fails_the_other_ranks() -> None:
     def body(group: ShmGroup) -> None:
         if group.rank == 0:
-            group.recv(torch.ones(3), 2)  # rank 2 sends four
+            group.recv(torch.ones(3), 2)  # rank 2 sends four elements
         elif group.rank == 1:
             group.barrier()
         else:
@@ -237,21 +243,21 @@ def test_a_rank_that_failed_does_not_let_the_others_wait() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tensor", "kind"),
+    ("tensor", "error"),
     [(torch.ones(3, dtype=torch.complex64), TypeError), (torch.ones(4, 4).t(), ValueError)],
 )
-def test_what_cannot_be_exchanged_is_refused_and_harms_nothing(
-    tensor: torch.Tensor, kind: type[Exception]
+def test_unsupported_tensor_is_rejected_without_effect(
+    tensor: torch.Tensor, error: type[Exception]
 ) -> None:
     def body(group: ShmGroup) -> None:
-        with pytest.raises(kind):
-            group.all_reduce(tensor.clone() if kind is TypeError else tensor)
+        with pytest.raises(error):
+            group.all_reduce(tensor.clone() if error is TypeError else tensor)
         group.barrier()
 
     on_shm_ranks(2, body)
 
 
-def test_parts_of_the_wrong_size_are_refused() -> None:
+def test_rejects_parts_of_wrong_size() -> None:
     def body(group: ShmGroup) -> None:
         with pytest.raises(ValueError, match="one part per rank"):
             group.all_gather([torch.ones(3)], torch.ones(3))
@@ -262,11 +268,11 @@ def test_parts_of_the_wrong_size_are_refused() -> None:
     on_shm_ranks(2, body)
 
 
-def mappings() -> int:
+def count_mappings() -> int:
     return Path("/proc/self/maps").read_text().count("memfd:distplat")
 
 
-def test_a_closed_group_leaves_nothing_in_the_process() -> None:
+def test_close_releases_mappings_descriptors_and_threads() -> None:
     def body(group: ShmGroup) -> None:
         vector = group.share(torch.ones(1000))
         group.start_all_reduce(vector).wait()
@@ -278,13 +284,13 @@ def test_a_closed_group_leaves_nothing_in_the_process() -> None:
         group.close()
 
     def state() -> tuple[int, int, int]:
-        return mappings(), len(os.listdir("/proc/self/fd")), threading.active_count()
+        return count_mappings(), len(os.listdir("/proc/self/fd")), threading.active_count()
 
     def leaks() -> list[tuple[int, int]]:
-        """A leak grows with every group. Threads of earlier tests may open a file or two."""
-        return [(was, now) for was, now in zip(before, state(), strict=True) if now - was >= groups]
+        """Return counts that grew with each group; earlier tests may open a few files."""
+        return [(old, new) for old, new in zip(before, state(), strict=True) if new - old >= groups]
 
-    gc.collect()  # mappings that failures before this test have left
+    gc.collect()  # mappings of failed groups in earlier tests
     before, groups = state(), 10
     for _ in range(groups):
         on_shm_ranks(2, body)

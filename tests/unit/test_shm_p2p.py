@@ -1,4 +1,4 @@
-"""Messages through shared memory: in order, of any length, without waiting where there is room."""
+"""Messages through shared memory: order, any length, blocking, faults."""
 
 import threading
 import time
@@ -11,10 +11,10 @@ from distplat.actors.collectives.shm import p2p
 from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.platform.errors import CollectiveError, MismatchError
 
-SOON = 0.4
+SHORT_S = 0.4
 
 
-def test_lengths_and_dtypes_may_change_from_message_to_message() -> None:
+def test_lengths_and_dtypes_may_change_between_messages() -> None:
     lengths = [3, 0, 70_000, 5, 300_000, 1, 70_001]
     dtypes = [torch.float32, torch.int64, torch.bfloat16, torch.bool]
 
@@ -26,42 +26,42 @@ def test_lengths_and_dtypes_may_change_from_message_to_message() -> None:
             if group.rank == 0:
                 group.send(message(number), 1)
             else:
-                arriving = torch.zeros_like(message(number))
-                group.recv(arriving, 0)
-                assert torch.equal(arriving, message(number))
+                received = torch.zeros_like(message(number))
+                group.recv(received, 0)
+                assert torch.equal(received, message(number))
 
     on_shm_ranks(2, body)
 
 
 @pytest.mark.parametrize("length", [100_003, 9 * 2**20])
-def test_both_send_before_they_receive_whatever_the_length(length: int) -> None:
-    """As stages of a pipeline do: activations go one way while gradients come the other."""
+def test_both_ranks_send_before_they_receive(length: int) -> None:
+    """Like pipeline stages: activations and gradients travel in opposite directions."""
 
     def body(group: ShmGroup) -> None:
         other = 1 - group.rank
-        for number in range(2):
-            sent = torch.arange(length) + number + group.rank
+        for iteration in range(2):
+            sent = torch.arange(length) + iteration + group.rank
             group.send(sent, other)
             group.send(torch.ones(2), other)
-            arriving, after = torch.zeros_like(sent), torch.zeros(2)
-            group.recv(arriving, other)
-            group.recv(after, other)
-            assert torch.equal(arriving, sent - group.rank + other) and after.eq(1).all()
+            received, second = torch.zeros_like(sent), torch.zeros(2)
+            group.recv(received, other)
+            group.recv(second, other)
+            assert torch.equal(received, sent - group.rank + other) and second.eq(1).all()
 
     on_shm_ranks(2, body)
 
 
-def test_a_message_in_memory_that_is_another_by_now_is_refused(
+def test_rejects_message_whose_inode_changed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The descriptor's number may be used again: the inode tells."""
+    """A descriptor number may be reused: the inode identifies the memory."""
     read = p2p._P2PChannel.read_announcement
 
-    def changed(channel: p2p._P2PChannel, number: int) -> object:
+    def read_other_inode(channel: p2p._P2PChannel, number: int) -> object:
         (fd, size, inode), head = read(channel, number)
         return (fd, size, inode + 1), head
 
-    monkeypatch.setattr(p2p._P2PChannel, "read_announcement", changed)
+    monkeypatch.setattr(p2p._P2PChannel, "read_announcement", read_other_inode)
 
     def body(group: ShmGroup) -> None:
         if group.rank == 0:
@@ -73,42 +73,42 @@ def test_a_message_in_memory_that_is_another_by_now_is_refused(
     on_shm_ranks(2, body)
 
 
-def test_two_messages_wait_for_nobody_and_the_third_does() -> None:
+def test_third_unreceived_message_blocks_the_sender() -> None:
     def body(group: ShmGroup) -> None:
         if group.rank == 0:
             began = time.monotonic()
             group.send(torch.full((4,), 0.0), 1)
-            group.send(torch.full((200_000,), 1.0), 1)  # the other slot, grown
-            group.barrier()  # only then does the other receive
+            group.send(torch.full((200_000,), 1.0), 1)  # the second slot grows
+            group.barrier()  # rank 1 receives only after this
             group.send(torch.full((4,), 2.0), 1)
             assert time.monotonic() - began > 0.4
         else:
             group.barrier()
             time.sleep(0.4)
             for number, length in enumerate([4, 200_000, 4]):
-                arriving = torch.zeros(length)
-                group.recv(arriving, 0)
-                assert arriving.eq(number).all()
+                received = torch.zeros(length)
+                group.recv(received, 0)
+                assert received.eq(number).all()
 
     on_shm_ranks(2, body)
 
 
-def test_both_ways_at_once_and_beside_collectives() -> None:
+def test_both_directions_concurrent_with_collectives() -> None:
     def body(group: ShmGroup) -> None:
         partner = 1 - group.rank
         for number in range(20):
             handle = group.start_all_reduce(total := torch.full((10_000,), 1.0))
             group.send(torch.full((30_000,), float(group.rank + number)), partner)
-            arriving = torch.zeros(30_000)
-            group.recv(arriving, partner)
+            received = torch.zeros(30_000)
+            group.recv(received, partner)
             handle.wait()
-            assert arriving.eq(partner + number).all() and total.eq(2).all()
+            assert received.eq(partner + number).all() and total.eq(2).all()
 
     on_shm_ranks(2, body)
 
 
-def test_a_message_may_be_taken_before_an_operation_that_its_sender_is_in() -> None:
-    """Messages have no place in the order of operations: here that order would stand still."""
+def test_recv_does_not_wait_for_senders_pending_all_reduce() -> None:
+    """Messages are not in the order of operations: here that order would deadlock."""
 
     def body(group: ShmGroup) -> None:
         tensor = torch.ones(3)
@@ -125,17 +125,17 @@ def test_a_message_may_be_taken_before_an_operation_that_its_sender_is_in() -> N
 
 
 @pytest.mark.parametrize(
-    ("wanted", "text"),
+    ("output", "text"),
     [(torch.zeros(4), "4 float32"), (torch.zeros(3, dtype=torch.int32), "3 int32")],
 )
-def test_a_message_that_is_not_what_is_wanted(wanted: torch.Tensor, text: str) -> None:
+def test_mismatch_of_message_and_output(output: torch.Tensor, text: str) -> None:
     def body(group: ShmGroup) -> None:
         if group.rank == 0:
             group.send(torch.ones(3), 1)
             group.barrier()
         else:
             with pytest.raises(MismatchError) as caught:
-                group.recv(wanted.clone(), 0)
+                group.recv(output.clone(), 0)
             assert caught.value.missing == (0,)
             assert "3 float32" in str(caught.value) and text in str(caught.value)
             raise caught.value
@@ -145,7 +145,7 @@ def test_a_message_that_is_not_what_is_wanted(wanted: torch.Tensor, text: str) -
 
 
 @pytest.mark.parametrize("operation", ["send", "recv"])
-def test_a_rank_that_does_not_answer_is_named(operation: str) -> None:
+def test_unresponsive_rank_is_named(operation: str) -> None:
     def body(group: ShmGroup) -> None:
         if group.rank == 0:
             with pytest.raises(CollectiveError) as caught:
@@ -153,38 +153,38 @@ def test_a_rank_that_does_not_answer_is_named(operation: str) -> None:
                     getattr(group, operation)(torch.ones(3), 2)
             assert (caught.value.operation, caught.value.missing) == (operation, (2,))
 
-    on_shm_ranks(3, body, operation_s=SOON)
+    on_shm_ranks(3, body, operation_s=SHORT_S)
 
 
-def test_who_leaves_sees_its_last_messages_taken() -> None:
-    """Their memory is the sender's process's; however late they are read."""
+def test_close_waits_until_messages_are_received() -> None:
+    """The messages are in memory of the sender's process."""
 
     def body(group: ShmGroup) -> None:
         if group.rank == 0:
             group.send(torch.full((4,), 3.0), 1)
             group.send(torch.full((200_000,), 4.0), 1)
         else:
-            time.sleep(SOON)
+            time.sleep(SHORT_S)
             for number, length in ((3, 4), (4, 200_000)):
-                arriving = torch.zeros(length)
-                group.recv(arriving, 0)
-                assert arriving.eq(number).all()
+                received = torch.zeros(length)
+                group.recv(received, 0)
+                assert received.eq(number).all()
         group.close()
 
     on_shm_ranks(2, body)
 
 
-def test_nobody_stays_for_who_has_left_or_is_late() -> None:
-    left = threading.Event()
+def test_close_does_not_wait_for_closed_or_late_receiver() -> None:
+    has_left = threading.Event()
 
     def body(group: ShmGroup) -> None:
         if group.rank == 0:
-            group.send(torch.ones(3), 1)  # which leaves without having read it
-            group.send(torch.ones(3), 2)  # which stays longer than the deadline
+            group.send(torch.ones(3), 1)  # rank 1 closes without receiving
+            group.send(torch.ones(3), 2)  # rank 2 closes after the deadline
         if group.rank == 2:
-            assert left.wait(60)
+            assert has_left.wait(60)
         group.close()
         if group.rank == 0:
-            left.set()
+            has_left.set()
 
-    on_shm_ranks(3, body, operation_s=SOON)
+    on_shm_ranks(3, body, operation_s=SHORT_S)

@@ -1,4 +1,4 @@
-"""What ranks read of each other is counted: an all-reduce moves 2 (N-1)/N of the vector, any N."""
+"""Traffic counters: an all-reduce sends 2 (N-1)/N of the vector for any N."""
 
 import threading
 from types import SimpleNamespace
@@ -14,12 +14,12 @@ from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.strategies.collective import ReduceOp
 
 SIZE = 128 * 840 * 4
-"""Bytes of a vector that 2 to 8 ranks can cut evenly at cache lines."""
+"""Bytes of a vector that 2 to 8 ranks split evenly at cache lines."""
 
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("world", range(2, 9))
-def test_an_all_reduce_moves_the_same_whatever_the_world(world: int, shared: bool) -> None:
+def test_all_reduce_traffic_per_rank(world: int, shared: bool) -> None:
     def body(group: ShmGroup) -> None:
         tensor = torch.ones(SIZE // 4)
         if shared:
@@ -32,7 +32,7 @@ def test_an_all_reduce_moves_the_same_whatever_the_world(world: int, shared: boo
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_other_operations(shared: bool) -> None:
+def test_traffic_of_other_operations(shared: bool) -> None:
     def body(group: ShmGroup) -> None:
         vector = torch.ones(300)
         if shared:
@@ -40,20 +40,25 @@ def test_the_other_operations(shared: bool) -> None:
         parts = list(torch.split_with_sizes(vector, [60, 90, 150]))
         moved: list[tuple[int, int]] = []
 
-        def note() -> None:
+        def record_traffic() -> None:
             sent, received = group.traffic.sent_bytes, group.traffic.received_bytes
-            moved.append((sent - sum(m[0] for m in moved), received - sum(m[1] for m in moved)))
+            moved.append(
+                (
+                    sent - sum(entry[0] for entry in moved),
+                    received - sum(entry[1] for entry in moved),
+                )
+            )
 
         group.reduce_scatter(parts[group.rank], parts)
-        note()
+        record_traffic()
         group.all_gather(parts, parts[group.rank])
-        note()
+        record_traffic()
         group.broadcast(vector, 1)
-        note()
+        record_traffic()
         group.reduce(vector, ReduceOp.SUM, 2)
-        note()
+        record_traffic()
         group.barrier()
-        note()
+        record_traffic()
         own = parts[group.rank].nbytes
         assert moved == [
             (1200 - own, 2 * own),
@@ -66,7 +71,7 @@ def test_the_other_operations(shared: bool) -> None:
     on_shm_ranks(3, body)
 
 
-def test_messages() -> None:
+def test_traffic_of_messages() -> None:
     def body(group: ShmGroup) -> None:
         if group.rank == 0:
             group.send(torch.ones(10), 1)
@@ -78,22 +83,22 @@ def test_messages() -> None:
     on_shm_ranks(2, body)
 
 
-def test_waiting_and_working_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that goes on when the late rank says so, once the other waits."""
-    now, waits = [100.0], threading.Event()
+def test_waiting_and_working_are_measured_separately(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The late rank advances the clock while the other one waits."""
+    now, is_waiting = [100.0], threading.Event()
     check = LivenessMonitor._check_peers
 
-    def noticed(*given: Any) -> None:
-        waits.set()
-        check(*given)
+    def check_and_notify(*args: Any) -> None:
+        is_waiting.set()
+        check(*args)
 
-    monkeypatch.setattr(LivenessMonitor, "_check_peers", noticed)
+    monkeypatch.setattr(LivenessMonitor, "_check_peers", check_and_notify)
     for module in (liveness, shm_group):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def body(group: ShmGroup) -> tuple[float, float]:
         if group.rank == 1:
-            assert waits.wait(60)
+            assert is_waiting.wait(60)
             now[0] += 0.25
         group.barrier()
         return group.traffic.waiting_s, group.traffic.working_s

@@ -1,4 +1,4 @@
-"""Weights shown while a worker trains: copied between steps, only when somebody asked."""
+"""Snapshots of weights during training: copied between steps, only on request."""
 
 import threading
 import time
@@ -12,77 +12,77 @@ from distplat.strategies.loop.snapshot_publisher import SnapshotPublisher, state
 State = SnapshotPublisher[dict[str, Tensor]]
 
 
-def offer(shown: State, version: int, model: nn.Module) -> None:
-    shown.offer(version, lambda: state_copy(model))
+def offer_state(publisher: State, version: int, model: nn.Module) -> None:
+    publisher.offer(version, lambda: state_copy(model))
 
 
-def test_nothing_is_copied_before_somebody_asks() -> None:
-    shown, model = State(), nn.Linear(2, 2)
-    offer(shown, 1, model)
-    assert shown.ask(0) is None
-    offer(shown, 2, model)
-    offer(shown, 3, model)  # nobody asked since
-    copy = shown.ask(2)
+def test_copies_only_after_a_request() -> None:
+    publisher, model = State(), nn.Linear(2, 2)
+    offer_state(publisher, 1, model)
+    assert publisher.ask(0) is None
+    offer_state(publisher, 2, model)
+    offer_state(publisher, 3, model)  # no request since
+    copy = publisher.ask(2)
     assert copy is not None and copy.version == 2
-    assert shown.ask(3) is None
-    offer(shown, 4, model)
-    later = shown.ask(3)
-    assert later is not None and later.version == 4
+    assert publisher.ask(3) is None
+    offer_state(publisher, 4, model)
+    second = publisher.ask(3)
+    assert second is not None and second.version == 4
 
 
-def test_a_copy_does_not_follow_the_model() -> None:
-    shown, model = State(), nn.BatchNorm1d(3)
-    shown.ask(0)
-    offer(shown, 1, model)
+def test_copy_is_independent_of_the_model() -> None:
+    publisher, model = State(), nn.BatchNorm1d(3)
+    publisher.ask(0)
+    offer_state(publisher, 1, model)
     with torch.no_grad():
         model.weight.fill_(7.0)
-    copy = shown.ask(1)
+    copy = publisher.ask(1)
     assert copy is not None
     assert set(copy.content) == set(model.state_dict())
     assert (copy.content["weight"] == 1.0).all()
 
 
-def test_copies_are_of_one_version() -> None:
-    """A thread that changes the model between its offers, and one that asks all the time."""
-    shown, model, done = State(), nn.Linear(100, 100), threading.Event()
+def test_copies_are_consistent_during_training() -> None:
+    """One thread changes the model between offers, and another one requests copies."""
+    publisher, model, done = State(), nn.Linear(100, 100), threading.Event()
 
     def train() -> None:
         for version in count(1):
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.fill_(float(version))
-            offer(shown, version, model)
+            offer_state(publisher, version, model)
             if done.is_set():
                 return
 
     thread = threading.Thread(target=train)
     thread.start()
-    seen, copies, until = 0, 0, time.monotonic() + 30
+    version_seen, copies, deadline = 0, 0, time.monotonic() + 30
     try:
         while copies < 20:
-            assert time.monotonic() < until
-            copy = shown.ask(seen + 1)
+            assert time.monotonic() < deadline
+            copy = publisher.ask(version_seen + 1)
             if copy is not None:
-                assert copy.version > seen
-                seen, copies = copy.version, copies + 1
-                assert all((value == seen).all() for value in copy.content.values())
+                assert copy.version > version_seen
+                version_seen, copies = copy.version, copies + 1
+                assert all((value == version_seen).all() for value in copy.content.values())
     finally:
         done.set()
         thread.join(30)
 
 
-def test_a_version_may_be_asked_for_beforehand() -> None:
-    shown = SnapshotPublisher[str]()
-    assert shown.exactly(2) == (0, None)
-    shown.offer(1, lambda: "one")
-    assert shown.exactly(1) == (1, None), "it is past, and was not asked for in time"
-    shown.offer(2, lambda: "two")
-    shown.offer(3, lambda: "three")
-    passed, copy = shown.exactly(2)
-    assert copy is not None and (passed, copy.content) == (3, "two")
+def test_version_can_be_requested_in_advance() -> None:
+    publisher = SnapshotPublisher[str]()
+    assert publisher.exactly(2) == (0, None)
+    publisher.offer(1, lambda: "one")
+    assert publisher.exactly(1) == (1, None), "version 1 is past and was not requested in time"
+    publisher.offer(2, lambda: "two")
+    publisher.offer(3, lambda: "three")
+    latest, copy = publisher.exactly(2)
+    assert copy is not None and (latest, copy.content) == (3, "two")
 
 
-def test_the_last_version_is_there_for_who_asks_later() -> None:
-    shown = SnapshotPublisher[str]()
-    shown.offer(4, lambda: "four", last=True)
-    assert shown.exactly(4)[1] is not None
+def test_last_version_is_available_later() -> None:
+    publisher = SnapshotPublisher[str]()
+    publisher.offer(4, lambda: "four", last=True)
+    assert publisher.exactly(4)[1] is not None

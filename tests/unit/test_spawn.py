@@ -1,4 +1,4 @@
-"""What Ray is asked for, of what a job says."""
+"""Requests to Ray: resources, placement groups, clean-up, limits."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -15,24 +15,24 @@ from distplat.strategies.catalog import make_strategy
 
 
 @pytest.fixture(autouse=True)
-def anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Be a driver whose actors may be anywhere."""
+def allow_all_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let actors run on any machine."""
     monkeypatch.setattr(ray_compat, "stays_on_machine", lambda: False)
 
 
 @pytest.mark.parametrize("needs", [{"CPU": 1, "memory": 2e9, "slot": 0.5}, {"memory": 0}, {}])
-def test_resources_become_options_that_ray_takes(needs: dict[str, float]) -> None:
+def test_resources_are_valid_ray_options(needs: dict[str, float]) -> None:
     options = _resources(needs)
     ray.remote(type("Anything", (), {})).options(**options)
     assert {"CPU", "GPU", "memory"}.isdisjoint(options["resources"])
     assert options.get("memory", 0) == needs.get("memory", 0)
 
 
-def test_what_was_made_is_ended_where_the_rest_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first kill fails, too: the others are made all the same."""
+def test_kills_spawned_workers_if_a_later_one_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first kill fails; the other workers are killed nevertheless."""
     killed = []
 
-    def make(job: Job, run: str, attempt: int, rank: int, placement: object) -> int:
+    def spawn_worker(job: Job, run: str, attempt: int, rank: int, placement: object) -> int:
         if rank == 2:
             raise ValueError("Ray does not want to")
         return rank
@@ -43,7 +43,7 @@ def test_what_was_made_is_ended_where_the_rest_cannot_be(monkeypatch: pytest.Mon
             raise ValueError("no such actor")
 
     monkeypatch.setattr(spawn, "_check_feasible", lambda job, roles: None)
-    monkeypatch.setattr(spawn, "spawn_worker", make)
+    monkeypatch.setattr(spawn, "spawn_worker", spawn_worker)
     monkeypatch.setattr(ray, "kill", kill)
     job = job_of("ring", 3)
     with pytest.raises(ValueError, match="does not want to"):
@@ -51,29 +51,29 @@ def test_what_was_made_is_ended_where_the_rest_cannot_be(monkeypatch: pytest.Mon
     assert killed == [0, 1]
 
 
-def test_a_script_that_cannot_be_spawned_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its room, and the processes that there are, would stay until the driver ends."""
+def test_interrupted_spawn_of_script_releases_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The placement group and the spawned processes would exist until the driver ends."""
     ended: list[object] = []
 
-    class Kind:
-        def options(self, **more: object) -> "Kind":
+    class ActorClass:
+        def options(self, **more: object) -> "ActorClass":
             return self
 
-        def remote(self, place: object) -> str:
+        def remote(self, location: object) -> str:
             if self in ended:
                 raise KeyboardInterrupt
             ended.append(self)
             return "actor"
 
-    kind = Kind()
-    monkeypatch.setattr(ray, "remote", lambda actor: kind)
+    actor_class = ActorClass()
+    monkeypatch.setattr(ray, "remote", lambda actor: actor_class)
     monkeypatch.setattr(ray, "kill", ended.append)
     monkeypatch.setattr(spawn, "_check_room", lambda needs, settings: None)
     monkeypatch.setattr(spawn, "placement_group", lambda bundles, strategy: "group")
     monkeypatch.setattr(spawn, "remove_placement_group", ended.append)
     with pytest.raises(KeyboardInterrupt):
         spawn.spawn_script(Scaling(num_workers=2), "run", 0)
-    assert ended == [kind, "actor", "group"]
+    assert ended == [actor_class, "actor", "group"]
 
 
 NODES = ({"CPU": 2.0, "memory": 8e9}, {"CPU": 2.0, "GPU": 1.0, "memory": 4e9}, {"CPU": 16.0})
@@ -93,14 +93,14 @@ NODES = ({"CPU": 2.0, "memory": 8e9}, {"CPU": 2.0, "GPU": 1.0, "memory": 4e9}, {
         ([{"GPU": 1.0, "memory": 8e9}], "one process needs 1 GPU, 8e+09 memory, which no node has"),
     ],
 )
-def test_what_no_waiting_will_bring_is_refused(
+def test_rejects_resources_that_the_cluster_lacks(
     needs: list[dict[str, float]], problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last node is dead; two nodes have 4 CPU together, and none has 3."""
-    nodes = [{"Alive": have is not NODES[-1], "Resources": have} for have in NODES]
-    whole = {"CPU": 4.0, "GPU": 1.0, "memory": 12e9}
+    """The last node is dead; the other two have 4 CPU in total, and neither has 3."""
+    nodes = [{"Alive": resources is not NODES[-1], "Resources": resources} for resources in NODES]
+    total = {"CPU": 4.0, "GPU": 1.0, "memory": 12e9}
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: whole)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: total)
     if not problem:
         spawn._check_room(needs)
         return
@@ -109,21 +109,21 @@ def test_what_no_waiting_will_bring_is_refused(
     assert problem in str(raised.value)
 
 
-def test_a_script_that_asks_for_too_much_is_told_its_own_options(
+def test_error_for_scripts_names_command_line_options(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}] * 2
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
-    told = r"(?s)^--num-workers: .*hint: lower .*--cpus-per-worker"
+    error = r"(?s)^--num-workers: .*hint: lower .*--cpus-per-worker"
     for workers, cpus in ((5, 1.0), (1, 3.0)):
         scaling = Scaling(num_workers=workers, resources_per_worker={"CPU": cpus})
-        with pytest.raises(SpecError, match=told) as raised:
+        with pytest.raises(SpecError, match=error) as raised:
             spawn.spawn_script(scaling, "run", 0)
         assert "scaling" not in str(raised.value)
 
 
-def test_who_may_not_come_is_told_what_decides_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lacks_names_the_missing_resources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_compat, "free_resources", lambda: {"a": {"CPU": 1.0}, "b": {}})
     job, remedy = job_of("ring", 2), "the job's `scaling.resources_per_worker` says what one takes"
     assert spawn.lacks(job, 1) == ""
@@ -143,36 +143,38 @@ HERE = {"node:10.0.0.1": 0.0001}
 
 @pytest.fixture
 def one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Be a driver that has shipped nothing, on a cluster to which another machine has come."""
+    """Simulate a driver without uploaded code, on a cluster with a second machine."""
     monkeypatch.setattr(ray_compat, "stays_on_machine", lambda: True)
     monkeypatch.setattr(ray_compat, "free_resources", lambda: FREE)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.1")
 
 
-def test_what_is_free_on_a_machine_that_was_sent_nothing_does_not_count(one_machine: None) -> None:
-    job, why = job_of("ring", 2), "on the driver's machine, where the run stays: it began on"
+def test_free_resources_of_other_machines_do_not_count(one_machine: None) -> None:
+    job, reason = job_of("ring", 2), "on the driver's machine, where the run stays: it began on"
     assert spawn.lacks(job, 2) == ""
-    assert spawn.lacks(job, 3).startswith(f"3 more workers need 3 CPU, of which 2 are free {why}")
+    assert spawn.lacks(job, 3).startswith(
+        f"3 more workers need 3 CPU, of which 2 are free {reason}"
+    )
     assert spawn.lacks(job, 3).endswith("stop it, and `submit --resume` uses all nodes")
 
 
-def test_all_processes_stay_on_the_machine_that_has_the_code(
+def test_all_processes_stay_on_machine_with_the_code(
     one_machine: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Servers and scripts, too: another machine may have another distplat at the same path."""
+    """Another machine may have another version of distplat at the same path."""
     groups: list[list[dict[str, float]]] = []
-    made: list[dict[str, Any]] = []
+    actor_options: list[dict[str, Any]] = []
 
-    class Kind:
-        def options(self, **options: Any) -> "Kind":
-            made.append(options)
+    class ActorClass:
+        def options(self, **options: Any) -> "ActorClass":
+            actor_options.append(options)
             return self
 
-        def remote(self, *args: object, **more: object) -> "Kind":
+        def remote(self, *args: object, **more: object) -> "ActorClass":
             return self
 
-    def remote(*kind: object, **options: object) -> Any:
-        return Kind() if kind else lambda kind: Kind()
+    def remote(*cls: object, **options: object) -> Any:
+        return ActorClass() if cls else lambda cls: ActorClass()
 
     def group(bundles: list[dict[str, float]], strategy: str) -> object:
         groups.append(bundles)
@@ -189,8 +191,12 @@ def test_all_processes_stay_on_the_machine_that_has_the_code(
     spawn.spawn_server(job, roles, "run", 1, "server-0", beside=DRIVERS)
     spawn.spawn_spare(job, "run", DRIVERS, 0)
     spawn.spawn_script(Scaling(num_workers=2), "run", 0)
-    assert len(made) == 9 and all(HERE.items() <= one["resources"].items() for one in made)
+    assert len(actor_options) == 9 and all(
+        HERE.items() <= options["resources"].items() for options in actor_options
+    )
     assert len(groups) == 3
     assert all(HERE.items() <= bundle.items() for bundles in groups for bundle in bundles)
-    [backup] = [one for one in made if one["name"].endswith("server-0/attempt-1")]
+    [backup] = [
+        options for options in actor_options if options["name"].endswith("server-0/attempt-1")
+    ]
     assert backup["scheduling_strategy"].node_id == BESIDE

@@ -1,4 +1,4 @@
-"""What a job refuses: values field by field, and what no single field can see."""
+"""Validation of jobs: bounds of single fields, and problems across fields."""
 
 import re
 from typing import Any
@@ -77,7 +77,7 @@ def job(**changes: Any) -> Job:
         ({"data": {"pin_memory": False, "persistent_workers": False}}, []),
     ],
 )
-def test_problems(changes: dict[str, Any], problems: list[str]) -> None:
+def test_problems_across_fields(changes: dict[str, Any], problems: list[str]) -> None:
     assert [str(problem) for problem in job(**changes).problems()] == problems
 
 
@@ -109,7 +109,7 @@ def test_bounds_of_fields(field: str, good: list[Any], bad: list[Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "options"),
+    ("field", "options"),
     [
         ("ring", {}),
         ({"name": "ring"}, {}),
@@ -118,12 +118,12 @@ def test_bounds_of_fields(field: str, good: list[Any], bad: list[Any]) -> None:
         ({"name": "ring", "options": {"a": 1}, "b": 2}, {"a": 1, "b": 2}),
     ],
 )
-def test_options_stand_beside_the_strategys_name(given: object, options: dict[str, int]) -> None:
-    strategy = job(strategy=given).strategy
+def test_strategy_options_may_be_beside_the_name(field: object, options: dict[str, int]) -> None:
+    strategy = job(strategy=field).strategy
     assert (strategy.name, strategy.options) == ("ring", options)
 
 
-def test_a_dumped_job_is_a_job() -> None:
+def test_model_dump_round_trip() -> None:
     first = job(strategy={"name": "ring", "a": 1})
     assert Job.model_validate(first.model_dump()) == first
 
@@ -138,11 +138,11 @@ def test_a_dumped_job_is_a_job() -> None:
     ],
 )
 def test_scaling(scaling: dict[str, Any], world: int, resources: dict[str, float]) -> None:
-    made = job(scaling=scaling).scaling
-    assert (made.world, made.resources()) == (world, resources)
+    parsed = job(scaling=scaling).scaling
+    assert (parsed.world, parsed.resources()) == (world, resources)
 
 
-def test_a_job_cannot_be_changed() -> None:
+def test_job_is_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         job().steps = 5  # type: ignore[misc]
 
@@ -159,8 +159,10 @@ def test_a_job_cannot_be_changed() -> None:
         ({"object_store_memory": 1e9}, "'object_store_memory' is a name of Ray's own"),
     ],
 )
-@pytest.mark.parametrize("whose", ["worker", "server", "table"])
-def test_resources_that_ray_would_refuse(whose: str, needs: dict[str, float], message: str) -> None:
+@pytest.mark.parametrize("role", ["worker", "server", "table"])
+def test_rejects_resources_that_ray_rejects(
+    role: str, needs: dict[str, float], message: str
+) -> None:
     changes: dict[str, dict[str, Any]] = {
         "worker": {"scaling": {"resources_per_worker": needs, "use_gpu": "GPU" in needs}},
         "server": {"strategy": {"name": "ps-sync", "resources_per_server": needs}},
@@ -172,10 +174,10 @@ def test_resources_that_ray_would_refuse(whose: str, needs: dict[str, float], me
         },
     }
     with pytest.raises(SpecError, match=re.escape(message)):
-        make_job({**GOOD, **changes[whose]})
+        make_job({**GOOD, **changes[role]})
 
 
-def test_the_old_name_of_num_workers_is_taken_with_a_warning(
+def test_former_name_of_num_workers_is_accepted_with_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert Data.model_validate({"num_loaders": 3, "shuffle": False}).num_workers == 3

@@ -1,4 +1,4 @@
-"""Who stood still itself blames nobody: not the controller, who watches servers, or who waits."""
+"""A process that was paused itself does not report other processes as lost."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ from distplat.strategies import torch_compat
 LONG_S = 3600.0
 
 
-class Time:
-    """Seconds as a test says."""
+class FakeTime:
+    """Module `time` with a clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -53,34 +53,34 @@ class Time:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
-    found = Time()
+def clock(monkeypatch: pytest.MonkeyPatch) -> FakeTime:
+    fake_time = FakeTime()
     for module in (awake_clock, liveness):
-        monkeypatch.setattr(module, "time", found)
-    return found
+        monkeypatch.setattr(module, "time", fake_time)
+    return fake_time
 
 
-def test_a_stop_counts_as_a_second(clock: Time) -> None:
+def test_pause_counts_as_one_second(clock: FakeTime) -> None:
     awake = AwakeClock()
     for seconds, expected in ((0.4, 0.4), (0.4, 0.8), (LONG_S, 0.8 + MAX_GAP_S), (0.2, 2.0)):
         clock.now += seconds
         assert awake.now() == pytest.approx(expected)
 
 
-def test_a_wait_that_was_stopped_goes_on(clock: Time) -> None:
-    changed, looks = threading.Condition(), 0
+def test_wait_continues_after_pause(clock: FakeTime) -> None:
+    changed, calls = threading.Condition(), 0
 
-    def over() -> bool:
-        nonlocal looks
-        looks += 1
-        clock.now += LONG_S if looks == 2 else 0.0
-        return looks > 6
+    def condition() -> bool:
+        nonlocal calls
+        calls += 1
+        clock.now += LONG_S if calls == 2 else 0.0
+        return calls > 6
 
     with changed:
-        assert wait_awake(changed, over, 60.0)
+        assert wait_awake(changed, condition, 60.0)
 
 
-def test_a_wait_ends_at_its_deadline() -> None:
+def test_wait_ends_at_its_deadline() -> None:
     changed = threading.Condition()
     began = time.monotonic()
     with changed:
@@ -88,34 +88,34 @@ def test_a_wait_ends_at_its_deadline() -> None:
     assert time.monotonic() - began >= 0.2
 
 
-class Halted(KillsInForward):
-    """Its host stands still in the third forward of rank 0."""
+class FreezesHost(KillsInForward):
+    """Task that freezes its host in the third forward of rank 0."""
 
-    stop: ClassVar[list[Callable[[], None]]] = []
+    freeze_calls: ClassVar[list[Callable[[], None]]] = []
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         process = process_here()
         if process is not None and process.name == "worker-0" and self.forwards == 2:
-            for stop in Halted.stop:
-                time.sleep(0.5)  # who froze before its first answer may still be starting
-                stop()
-            Halted.stop.clear()
+            for freeze_calls in FreezesHost.freeze_calls:
+                time.sleep(0.5)  # before its first reply a worker counts as starting
+                freeze_calls()
+            FreezesHost.freeze_calls.clear()
             process.check()
         return super().loss(outputs, targets)
 
 
-@pytest.mark.parametrize("back", ["together", slow("late"), "never"])
-def test_a_controller_that_stood_still_waits_for_the_answers(
-    back: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("recovery", ["together", slow("late"), "never"])
+def test_controller_waits_for_workers_after_pause_of_host(
+    recovery: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A host stands still for longer than the deadline; then its worker is there, later, or not."""
+    """The host freezes beyond the deadline; its worker resumes at once, later, or never."""
     monkeypatch.setattr(awake_clock, "MAX_GAP_S", 0.1)
     monkeypatch.setattr(controller, "_HOLD_S", 0.1)
     limit_s = 0.7
 
-    def stop() -> None:
-        later_s = {"together": 0.0, "late": 0.3, "never": None}[back]
-        for name, seconds in (("driver", 0.0), ("controller", 0.0), ("worker-0", later_s)):
+    def freeze_host() -> None:
+        delay_s = {"together": 0.0, "late": 0.3, "never": None}[recovery]
+        for name, seconds in (("driver", 0.0), ("controller", 0.0), ("worker-0", delay_s)):
             ray.processes[name].freeze()
             if seconds is None:
                 continue
@@ -123,49 +123,49 @@ def test_a_controller_that_stood_still_waits_for_the_answers(
             timer.daemon = True
             timer.start()
 
-    KillsInForward.killed, Halted.stop[:] = "", [stop]
+    KillsInForward.killed, FreezesHost.freeze_calls[:] = "", [freeze_host]
     failure = {"heartbeat_timeout_s": limit_s, "step_timeout_s": 20}
     job = fields_of("ring", 2, steps=6, storage_path=str(tmp_path), failure=failure)
-    trainer = Trainer(job, Halted, progress=False, log_to_driver=False)
+    trainer = Trainer(job, FreezesHost, progress=False, log_to_driver=False)
     with InMemoryRay() as ray:
         result = ray.as_driver(trainer.fit)
-    assert not Halted.stop
-    causes = [one.cause for one in result.failures]
-    assert [("worker-0" in one, "frozen" in one) for one in causes] == [(True, True)] * (
-        back == "never"
+    assert not FreezesHost.freeze_calls
+    causes = [cause.cause for cause in result.failures]
+    assert [("worker-0" in cause, "frozen" in cause) for cause in causes] == [(True, True)] * (
+        recovery == "never"
     )
 
 
-def test_who_watches_servers_and_stood_still_waits_for_them(clock: Time) -> None:
+def test_manager_waits_for_servers_after_its_own_pause(clock: FakeTime) -> None:
     cluster, actors = servers(2)
     inject(cluster, "poll", Fault(delay_s=0.2), times=2)
-    named = {f"server-{number}": one for number, one in enumerate(actors)}
-    beats = Heartbeats(cluster.transport(), 5.0)
-    assert beats.find_lost(named, ()) == {}
+    actors_by_name = {f"server-{index}": actor for index, actor in enumerate(actors)}
+    heartbeats = Heartbeats(cluster.transport(), 5.0)
+    assert heartbeats.find_lost(actors_by_name, ()) == {}
     clock.now += LONG_S
-    assert beats.find_lost(named, ()) == {}, "their answers are on their way"
+    assert heartbeats.find_lost(actors_by_name, ()) == {}, "replies are pending"
     for _ in range(5):
         clock.now += MAX_GAP_S
         assert drain(cluster, 10.0)
-        assert beats.find_lost(named, ()) == {}
+        assert heartbeats.find_lost(actors_by_name, ()) == {}
 
 
-def test_a_collective_that_was_stopped_goes_on(clock: Time) -> None:
+def test_collective_continues_after_pause(clock: FakeTime) -> None:
     segment: Any = SimpleNamespace(world=2, has_left=lambda rank: False)
     monitor = liveness.LivenessMonitor("group", segment, GroupSettings(5.0))
 
-    def waits(*seconds: float) -> Callable[[float], bool]:
-        left = list(seconds)
+    def wait_slices(*seconds: float) -> Callable[[float], bool]:
+        remaining = list(seconds)
 
         def wait(slice_s: float) -> bool:
             if slice_s:
-                clock.now += left.pop(0)
-            return not left
+                clock.now += remaining.pop(0)
+            return not remaining
 
         return wait
 
     def wait_for(*seconds: float) -> None:
-        wait = waits(*seconds)
+        wait = wait_slices(*seconds)
         word: Any = SimpleNamespace(wait=lambda target, slice_s: wait(slice_s))
         monitor.wait_for(word, 1, 1, liveness.RunningOp("all-reduce", 1))
 
@@ -174,56 +174,56 @@ def test_a_collective_that_was_stopped_goes_on(clock: Time) -> None:
         wait_for(*[0.1] * 60)
 
 
-def test_a_rendezvous_that_was_stopped_goes_on(clock: Time) -> None:
-    settings, looks = GroupSettings(5.0, 5.0), [0.0, LONG_S, 0.1]
+def test_rendezvous_continues_after_pause(clock: FakeTime) -> None:
+    settings, delays = GroupSettings(5.0, 5.0), [0.0, LONG_S, 0.1]
 
-    def look() -> bytes | None:
-        clock.now += looks.pop(0)
-        return None if looks else b"there"
+    def poll() -> bytes | None:
+        clock.now += delays.pop(0)
+        return None if delays else b"there"
 
-    assert wait_for(look, "group", lambda: (1,), settings) == b"there"
-    looks = [1.0] * 7
+    assert wait_for(poll, "group", lambda: (1,), settings) == b"there"
+    delays = [1.0] * 7
     with pytest.raises(DeadlineExceeded, match="missing: worker-1"):
-        wait_for(look, "group", lambda: (1,), settings)
+        wait_for(poll, "group", lambda: (1,), settings)
 
 
-def test_a_scheduler_that_stood_still_leases_nothing_again(clock: Time) -> None:
-    """Workers' words wait to be heard, one after the other."""
+def test_scheduler_keeps_leases_after_its_own_pause(clock: FakeTime) -> None:
+    """The workers' heartbeats were queued during the pause."""
 
-    async def story() -> None:
+    async def scenario() -> None:
         job = job_of("ps-async", 2, global_batch_size=8, failure={"heartbeat_timeout_s": 30})
-        desk = Scheduler("small/task-scheduler", job, Consistency(asynchronous=True))
+        scheduler = Scheduler("small/task-scheduler", job, Consistency(asynchronous=True))
         for rank in range(2):
-            await desk.join(rank, 0, TaskPlan(4, 2))
-        held = [await desk.work(rank, 0, 0, (), ()) for rank in range(2)]
+            await scheduler.join(rank, 0, TaskPlan(4, 2))
+        leases = [await scheduler.work(rank, 0, 0, (), ()) for rank in range(2)]
         clock.now += LONG_S
-        await desk.beat(0, 0, WorkerHeartbeat(1, 1, 0.1), (0,), ())
-        more = await desk.work(0, 0, 1, (), ())
-        assert held[1] is not None and more is not None
-        assert not {*held[1].tasks} & {*more.tasks}
+        await scheduler.beat(0, 0, WorkerHeartbeat(1, 1, 0.1), (0,), ())
+        lease = await scheduler.work(0, 0, 1, (), ())
+        assert leases[1] is not None and lease is not None
+        assert not {*leases[1].tasks} & {*lease.tasks}
 
-    asyncio.run(story())
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(
     ("stop_s", "frozen", "expected"),
     [(0.0, False, (1,)), (LONG_S, False, ()), (LONG_S, True, (1,))],
 )
-def test_who_was_stopped_itself_calls_no_rank_of_gloos_late(
+def test_rank_reports_no_missing_ranks_after_its_own_pause(
     stop_s: float, frozen: bool, expected: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """gloo's deadlines run on meanwhile. A rank without heartbeats afterwards is missing."""
-    here = Time()
+    """gloo's deadlines expire during the pause. A rank without later heartbeats is missing."""
+    fake_time = FakeTime()
 
-    def rest(seconds: float) -> None:
-        """Have the time go on once every rank that lives has beaten."""
-        seen = [beat._beats for beat in beats]
-        while any(beat._beats < was + 2 for beat, was in zip(beats, seen, strict=True)):
+    def sleep(seconds: float) -> None:
+        """Advance the clock once each live rank has sent heartbeats."""
+        counts = [beat._beats for beat in beats]
+        while any(beat._beats < count + 2 for beat, count in zip(beats, counts, strict=True)):
             time.sleep(0.001)
-        here.now += seconds
+        fake_time.now += seconds
 
-    here.sleep = rest  # type: ignore[attr-defined]
-    monkeypatch.setattr(torch_store, "time", here)
+    fake_time.sleep = sleep  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch_store, "time", fake_time)
     monkeypatch.setattr(torch_store, "INTERVAL_S", 0.01)
     store = torch_compat.single_rank_store()
     store.set("heartbeat/1", "7 3")
@@ -232,23 +232,23 @@ def test_who_was_stopped_itself_calls_no_rank_of_gloos_late(
         Heartbeat(store, rank, 3, partial(int, number), lambda: None)
         for rank, number in numbers.items()
     ]
-    rest(0.1)
-    here.now += stop_s
+    sleep(0.1)
+    fake_time.now += stop_s
     assert beats[0].find_missing(5, None, lambda: False) == expected
     assert (beats[0].stood_still_s() > 0) == (stop_s > 0)
     for _ in range(50):
-        rest(0.1)
-    assert beats[0].stood_still_s() == 0, "later operations are judged as ever"
+        sleep(0.1)
+    assert beats[0].stood_still_s() == 0, "later operations are not affected"
     for beat in beats:
         beat.stop()
 
 
-def test_a_reason_of_gloo_blames_nobody() -> None:
-    said = (
+def test_gloo_error_is_shortened() -> None:
+    message = (
         "[/__w/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer "
         "[127.0.0.1]:27795. This is typically caused by a remote worker crashing. Check the logs"
     )
-    assert torch_compat.error_reason(RuntimeError(said)) == (
+    assert torch_compat.error_reason(RuntimeError(message)) == (
         "Connection closed by peer [127.0.0.1]:27795."
     )
     assert torch_compat.error_reason(RuntimeError()) == "RuntimeError"

@@ -1,4 +1,4 @@
-"""After a failure all ranks go on from the newest state that one of them has, bit for bit."""
+"""After a failure all ranks continue from the newest state of a rank, bit-identical."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
 
 
 class Replica:
-    """A rank's model and optimizer after some steps with the same gradients on every rank."""
+    """Model and optimizer of a rank after some steps with equal gradients on all ranks."""
 
     def __init__(self, seed: int, steps: int, optimizer: dict[str, Any]) -> None:
         torch.manual_seed(seed)
@@ -42,7 +42,7 @@ class Replica:
         self.flat.grads.copy_(torch.randn(self.flat.size, generator=generator))
         self.optimizer.step(step)
         self.flat.version = step + 1
-        self.model(torch.randn(5, 3, generator=generator))  # moves the running statistics
+        self.model(torch.randn(5, 3, generator=generator))  # changes the running statistics
 
     def bits(self) -> list[Tensor]:
         state = self.optimizer.state()
@@ -51,8 +51,8 @@ class Replica:
 
 
 def replicas(steps: list[int], optimizer: dict[str, Any]) -> list[Replica]:
-    """One per rank, one after another: torch's generator is shared. New workers differ in seed."""
-    return [Replica(0 if made else 7 + r, made, optimizer) for r, made in enumerate(steps)]
+    """Create one replica per rank; a rank with 0 steps is a new worker with another seed."""
+    return [Replica(0 if count else 7 + rank, count, optimizer) for rank, count in enumerate(steps)]
 
 
 def take_over(ranks: list[Replica], fabric: Fabric | None = None) -> list[int]:
@@ -65,32 +65,34 @@ def take_over(ranks: list[Replica], fabric: Fabric | None = None) -> list[int]:
     return on_ranks(len(ranks), body)
 
 
-def equal(a: Replica, b: Replica) -> bool:
-    pairs = list(zip(a.bits(), b.bits(), strict=True))
-    return all(torch.equal(x, y) for x, y in pairs)
+def is_equal(first: Replica, second: Replica) -> bool:
+    pairs = list(zip(first.bits(), second.bits(), strict=True))
+    return all(torch.equal(left, right) for left, right in pairs)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: "-".join(map(str, o.values())))
 @pytest.mark.parametrize("steps", [[3, 4, 0], [0, 4, 4], [4, 0, 3], [4, 4]])
-def test_all_have_the_newest_and_go_on_alike(steps: list[int], optimizer: dict[str, Any]) -> None:
+def test_all_ranks_continue_from_the_newest_state(
+    steps: list[int], optimizer: dict[str, Any]
+) -> None:
     ranks = replicas(steps, optimizer)
     assert take_over(ranks) == [4] * len(steps)
     assert [r.flat.version for r in ranks] == [4] * len(steps)
     unfailed = Replica(0, 4, optimizer)
-    assert all(equal(rank, unfailed) for rank in ranks)
+    assert all(is_equal(rank, unfailed) for rank in ranks)
     for replica in [*ranks, unfailed]:
         replica.step(4)
-    assert all(equal(rank, unfailed) for rank in ranks)
+    assert all(is_equal(rank, unfailed) for rank in ranks)
 
 
-def test_a_fresh_run_starts_from_rank_0() -> None:
+def test_new_run_starts_from_rank_0() -> None:
     ranks = replicas([0, 0, 0], OPTIMIZERS[2])
-    first = ranks[0].flat.params.clone()
+    expected = ranks[0].flat.params.clone()
     assert take_over(ranks) == [0, 0, 0]
-    assert all(torch.equal(rank.flat.params, first) for rank in ranks)
+    assert all(torch.equal(rank.flat.params, expected) for rank in ranks)
 
 
-def test_torn_parameters_are_nobodys_source() -> None:
+def test_torn_parameters_are_not_a_source() -> None:
     ranks = replicas([5, 0, 0], OPTIMIZERS[2])
     ranks[0].flat.version = TORN
     initial = ranks[1].flat.params.clone()
@@ -98,8 +100,8 @@ def test_torn_parameters_are_nobodys_source() -> None:
     assert torch.equal(ranks[0].flat.params, initial)
 
 
-def test_less_than_the_checkpoint_has_is_nothing_to_go_on_from() -> None:
-    """The newest is torn, a new worker has initial parameters: all must go back together."""
+def test_state_older_than_checkpoint_is_lost() -> None:
+    """The newest state is torn and a new worker has initial parameters: restore the checkpoint."""
     ranks = replicas([5, 0], OPTIMIZERS[2])
     ranks[0].flat.version = TORN
     fabric = Fabric(2)
@@ -115,8 +117,8 @@ def test_less_than_the_checkpoint_has_is_nothing_to_go_on_from() -> None:
     assert on_ranks(2, body) == [True, True]
 
 
-class Cut(InMemoryCollective):
-    """Loses the group in its broadcast number `after`."""
+class FailingCollective(InMemoryCollective):
+    """Collective that fails in broadcast number `after`."""
 
     after = 0
 
@@ -128,33 +130,33 @@ class Cut(InMemoryCollective):
 
 
 @pytest.mark.parametrize("after", range(4))
-def test_a_handover_that_is_cut_off_can_be_made_again(after: int) -> None:
-    """The receivers lose the group in the middle; the source is lost with it, or is not."""
+def test_interrupted_synchronization_can_be_repeated(after: int) -> None:
+    """The receiver loses the group; the source is lost too, or not."""
     for source_lives in (True, False):
         ranks = replicas([3, 4], OPTIMIZERS[3])
         fabric = Fabric(2, timeout_s=0.2)
 
-        def cut(rank: int, ranks: list[Replica] = ranks, fabric: Fabric = fabric) -> None:
-            group = Cut(fabric, "world", [0, 1], rank)
+        def run_rank(rank: int, ranks: list[Replica] = ranks, fabric: Fabric = fabric) -> None:
+            group = FailingCollective(fabric, "world", [0, 1], rank)
             group.after = after
             with pytest.raises(CollectiveError):
                 take_over_newest(ranks[rank].flat, ranks[rank].optimizer, group)
 
-        on_ranks(2, cut)
+        on_ranks(2, run_rank)
         assert [r.flat.version for r in ranks] == [TORN, 4]
         if not source_lives:
             ranks[1] = Replica(11, 0, OPTIMIZERS[3])
-        ranks[0].optimizer = fresh(ranks[0])
+        ranks[0].optimizer = new_optimizer(ranks[0])
         assert take_over(ranks) == ([4, 4] if source_lives else [0, 0])
-        assert equal(ranks[0], ranks[1])
+        assert is_equal(ranks[0], ranks[1])
 
 
-def fresh(replica: Replica) -> LocalOptimizer:
-    """What `ring` does at every attempt: an optimizer anew, its memory loaded only if it counts."""
+def new_optimizer(replica: Replica) -> LocalOptimizer:
+    """Create an optimizer, as `ring` does in each attempt."""
     return LocalOptimizer(replica.flat, job_of(optimizer=OPTIMIZERS[3], steps=9), 9)
 
 
-def with_state(body: Callable[[nn.BatchNorm1d, ModelState, int], None]) -> None:
+def run_with_model_state(body: Callable[[nn.BatchNorm1d, ModelState, int], None]) -> None:
     fabric = Fabric(3)
     layers = [nn.BatchNorm1d(2) for _ in range(3)]
 
@@ -166,12 +168,12 @@ def with_state(body: Callable[[nn.BatchNorm1d, ModelState, int], None]) -> None:
         state.keep(0)
         body(layers[rank], state, rank)
         constant = model.get_buffer("constant")
-        assert torch.equal(constant, torch.tensor([0.1])), "a constant is not rounded"
+        assert torch.equal(constant, torch.tensor([0.1])), "constants must not be rounded"
 
     on_ranks(3, on_rank)
 
 
-def test_running_statistics_are_means_over_the_ranks() -> None:
+def test_running_statistics_are_means_over_ranks() -> None:
     def body(layer: nn.BatchNorm1d, state: ModelState, rank: int) -> None:
         assert layer.running_mean is not None and layer.running_var is not None
         layer.running_mean.fill_(float(rank))
@@ -180,17 +182,17 @@ def test_running_statistics_are_means_over_the_ranks() -> None:
         assert layer.running_mean.tolist() == pytest.approx([1.0, 1.0])
         assert layer.running_var.tolist() == pytest.approx([10.0, 10.0])
 
-    with_state(body)
+    run_with_model_state(body)
 
 
-def test_a_repeated_step_finds_the_buffers_as_they_were() -> None:
+def test_restore_resets_buffers() -> None:
     def body(layer: nn.BatchNorm1d, state: ModelState, rank: int) -> None:
         layer(torch.randn(4, 2))
         state.keep(1)
-        kept = [b.clone() for b in layer.buffers()]
+        snapshot = [b.clone() for b in layer.buffers()]
         layer(torch.randn(4, 2))
-        assert not all(torch.equal(a, b) for a, b in zip(kept, layer.buffers(), strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(snapshot, layer.buffers(), strict=True))
         state.restore()
-        assert all(torch.equal(a, b) for a, b in zip(kept, layer.buffers(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(snapshot, layer.buffers(), strict=True))
 
-    with_state(body)
+    run_with_model_state(body)

@@ -1,4 +1,4 @@
-"""A weight that a `step` gives may be a figure: that it depends on parameters tells."""
+"""Checks of `step`: weights that depend on the model, and losses that are sums."""
 
 import math
 import sys
@@ -41,8 +41,8 @@ FIGURES: dict[str, Callable[[Tensor, Any], Any]] = {
         np.mean(outputs.argmax(1).numpy() == np.asarray(batch[1])) * 100
     ),
     "right, by Python": lambda outputs, batch: sum(
-        one == other
-        for one, other in zip(outputs.argmax(1).tolist(), batch[1].tolist(), strict=True)
+        predicted == target
+        for predicted, target in zip(outputs.argmax(1).tolist(), batch[1].tolist(), strict=True)
     ),
     "perplexity, a number": lambda outputs, batch: math.exp(
         cross_entropy(outputs, batch).item() / len(outputs)
@@ -62,7 +62,7 @@ WEIGHTS: dict[str, Callable[[Tensor, Any], Any]] = {
     "of all": lambda outputs, batch: broadcast(outputs, batch[1][:, None] != 1)[1].sum(),
     "labels, by numpy": lambda outputs, batch: int((batch[1].numpy() != 1).sum()),
     "labels, while predictions are shown": lambda outputs, batch: (
-        outputs.argmax(1).tolist() and sum(one != 1 for one in batch[1].tolist())
+        outputs.argmax(1).tolist() and sum(label != 1 for label in batch[1].tolist())
     ),
     "one": lambda outputs, batch: max(1.0, 0.0 * (outputs[0, 0] > 99).sum().item()),
     "of samples": lambda outputs, batch: outputs.new_tensor(batch[1].tolist()).sum(),
@@ -70,36 +70,33 @@ WEIGHTS: dict[str, Callable[[Tensor, Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", [*FIGURES, *WEIGHTS])
-def test_a_weight_that_the_model_decides_is_told(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_warns_of_weight_that_depends_on_model(name: str, caplog: pytest.LogCaptureFixture) -> None:
     class Pair(Task):
         def model(self) -> nn.Module:
             return nn.Linear(3, 3)
 
         def train_data(self) -> Any:
-            made = torch.Generator().manual_seed(3)
-            inputs = torch.randn(32, 3, generator=made)
+            inputs = torch.randn(32, 3, generator=torch.Generator().manual_seed(3))
             return TensorDataset(inputs, inputs.argmax(1))
 
         def step(self, model: nn.Module, batch: Any) -> Any:
             outputs = model(batch[0])
-            given = cross_entropy(outputs, batch), (FIGURES | WEIGHTS)[name](outputs, batch)
-            return given if name < "o" else {"loss": given}
+            loss = cross_entropy(outputs, batch), (FIGURES | WEIGHTS)[name](outputs, batch)
+            return loss if name < "o" else {"loss": loss}
 
-    given = job_of("ring", 1, global_batch_size=16, steps=3, gradient_accumulation=2)
-    train(given, Pair)
-    told = caplog.text.count("The weight depends on the model's output")
-    assert told == (name in FIGURES)
+    job = job_of("ring", 1, global_batch_size=16, steps=3, gradient_accumulation=2)
+    train(job, Pair)
+    warnings = caplog.text.count("The weight depends on the model's output")
+    assert warnings == (name in FIGURES)
 
 
-def test_few_of_many_tensors_that_leave_torch_are_compared() -> None:
-    """A step may give each sample to Python by itself."""
-    found = ModelDependence()
+def test_number_of_compared_tensors_is_limited() -> None:
+    """A step may convert each sample to Python separately."""
+    dependence = ModelDependence()
     outputs, compared = nn.Linear(1, 1)(torch.ones(600, 1)), 0
-    with found:
-        for some in (outputs, torch.ones(600, 1)):
-            _ = [one.tolist() for one in some]
+    with dependence:
+        for tensors in (outputs, torch.ones(600, 1)):
+            _ = [row.tolist() for row in tensors]
 
     class Counts(TorchFunctionMode):
         def __torch_function__(
@@ -110,12 +107,12 @@ def test_few_of_many_tensors_that_leave_torch_are_compared() -> None:
             return func(*args, **(kwargs or {}))
 
     with Counts():
-        found.has(3.0, 600)
+        dependence.has(3.0, 600)
     assert compared < 1e5
 
 
-def test_a_step_that_gathers_later_is_watched_once() -> None:
-    """Nobody looks at one that gathers, whose loss is no mean over samples."""
+def test_step_with_gather_is_checked_once() -> None:
+    """The loss of a step with a gather is no mean over samples, so it is not checked."""
     watched: list[bool] = []
 
     class Gathers(Task):
@@ -167,9 +164,7 @@ MEANS: dict[str, Callable[[Tensor, Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", [*SUMS, *MEANS])
-def test_a_sum_that_a_step_gives_as_its_mean_is_told(
-    name: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_warns_of_summed_loss(name: str, caplog: pytest.LogCaptureFixture) -> None:
     class Summed(Task):
         def model(self) -> nn.Module:
             return nn.Linear(3, 3)
@@ -185,7 +180,7 @@ def test_a_sum_that_a_step_gives_as_its_mean_is_told(
     assert caplog.text.count("by reduction='sum', which is taken for their mean") == (name in SUMS)
 
 
-class Whole(Task):
+class StepTask(Task):
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(1, 1))
 
@@ -197,11 +192,11 @@ class Whole(Task):
 
 
 @pytest.mark.parametrize("where", ["attribute", "module", "model", "part", "nowhere"])
-def test_what_was_compiled_is_not_looked_into(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run before this one may have compiled it already, for calls that nobody looks at."""
+def test_detects_compiled_parts(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier run may have compiled the part without the check."""
     compiled: Any = lambda outputs: outputs.sum()  # noqa: E731
-    compiled._torchdynamo_orig_callable = compiled  # as torch.compile leaves it
-    task = Whole()
+    compiled._torchdynamo_orig_callable = compiled  # like torch.compile
+    task = StepTask()
     model = task.model()
     if where == "attribute":
         monkeypatch.setattr(task, "loss_of", compiled, raising=False)
@@ -210,6 +205,6 @@ def test_what_was_compiled_is_not_looked_into(where: str, monkeypatch: pytest.Mo
     elif where == "part":
         model.get_submodule("0")._compiled_call_impl = compiled
     elif where == "model":
-        inside, model = model, type("OptimizedModule", (nn.Module,), {})()
-        model.add_module("_orig_mod", inside)
+        inner, model = model, type("OptimizedModule", (nn.Module,), {})()
+        model.add_module("_orig_mod", inner)
     assert has_compiled(task, model) == (where != "nowhere")

@@ -1,4 +1,4 @@
-"""A run that is asked to stop ends a step, takes a checkpoint of it, and loses nothing."""
+"""A run that is stopped completes its step, saves a checkpoint, and loses no step."""
 
 from __future__ import annotations
 
@@ -41,43 +41,43 @@ WAIT_S = 60.0
 
 class Gate:
     """
-    Holds ranks in their fourth step until all are told to stop with a checkpoint.
+    Block ranks in their fourth step until all have the order to stop with a checkpoint.
 
-    Under `ps-async` a rank may make the first steps alone, both parts of each.
+    Under `ps-async` a rank may compute the first steps alone, both parts of each.
     """
 
     def __init__(self, world: int, per_step: int = 1) -> None:
         self.opened, self._left = threading.Event(), world
         self._forward, self._forwards = 3 * per_step + 1, Counter[str]()
 
-    def holds(self, rank: str) -> bool:
-        """Count a forward; say whether it is the one."""
+    def reaches_gate(self, rank: str) -> bool:
+        """Count a forward; return whether it is the one to block."""
         self._forwards[rank] += 1
         return self._forwards[rank] == self._forward
 
-    def told(self, ranks: int = 1) -> None:
+    def count_ordered(self, ranks: int = 1) -> None:
         self._left -= ranks
         if self._left <= 0:
             self.opened.set()
 
 
-def filled(inputs: int, outputs: int) -> nn.Linear:
+def deterministic_linear(inputs: int, outputs: int) -> nn.Linear:
     layer = nn.Linear(inputs, outputs)
     with torch.no_grad():
-        for one in layer.parameters():
-            one.copy_(torch.arange(float(one.numel())).view_as(one).sin())
+        for parameter in layer.parameters():
+            parameter.copy_(torch.arange(float(parameter.numel())).view_as(parameter).sin())
     return layer
 
 
-class Held(Task):
-    """Ranks are threads, so its model draws nothing."""
+class GatedTask(Task):
+    """Task with a deterministic model, because ranks are threads."""
 
     gate: Gate
     lost: Callable[[], object] | None = None
-    """Called once by the last rank, at the gate."""
+    """Function that the last rank calls once at the gate."""
 
     def model(self) -> nn.Module:
-        return nn.Sequential(filled(3, 4), nn.Tanh(), filled(4, 2))
+        return nn.Sequential(deterministic_linear(3, 4), nn.Tanh(), deterministic_linear(4, 2))
 
     def train_data(self) -> TensorDataset:
         numbers = torch.arange(36.0).view(12, 3)
@@ -88,17 +88,17 @@ class Held(Task):
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         process = process_here()
-        if process is not None and outputs.requires_grad and self.gate.holds(process.name):
+        if process is not None and outputs.requires_grad and self.gate.reaches_gate(process.name):
             assert self.gate.opened.wait(WAIT_S)
-            if process.name == "worker-1" and (lost := Held.lost) is not None:
-                Held.lost = None
+            if process.name == "worker-1" and (lost := GatedTask.lost) is not None:
+                GatedTask.lost = None
                 lost()
                 process.check()
         return nn.functional.cross_entropy(outputs, targets)
 
 
-class Ended(Held):
-    """Gets the signal in the evaluation at its end, which goes on when all are told of it."""
+class GatedInEvaluation(GatedTask):
+    """Task that sends the signal in its final evaluation, which waits until all have the order."""
 
     ends = False
     signals: Iterator[Callable[[], None]]
@@ -107,55 +107,55 @@ class Ended(Held):
         process = process_here()
         if self.ends and process is not None and process.name.startswith("worker-"):
             if not outputs.requires_grad:
-                for send in self.signals:  # one rank does
+                for send in self.signals:  # one rank only
                     send()
                 assert self.gate.opened.wait(WAIT_S)
         return nn.functional.cross_entropy(outputs, targets)
 
 
-class Words(Held):
-    """Has a table on servers."""
+class GatedEmbedding(GatedTask):
+    """Task with an embedding table on servers."""
 
     def model(self) -> nn.Module:
-        return nn.Sequential(ShardedEmbedding(10, 4), nn.Flatten(), filled(8, 2))
+        return nn.Sequential(ShardedEmbedding(10, 4), nn.Flatten(), deterministic_linear(8, 2))
 
     def train_data(self) -> TensorDataset:
         numbers = torch.arange(24).view(12, 2)
         return TensorDataset(numbers % 10, numbers[:, 0] % 2)
 
 
-class Asks(Callback):
-    """Asks for an end after the second step."""
+class RequestAfterStep2(Callback):
+    """Request a stop after the second step."""
 
-    def __init__(self, asks: Callable[[], object]) -> None:
-        self._asks = asks
+    def __init__(self, request: Callable[[], object]) -> None:
+        self._request = request
 
     def on_step(self, step: StepSummary) -> None:
         if step.step == 2:
-            self._asks()
+            self._request()
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemoryRay]:
     stop, end_early = Session.stop, Scheduler.end_early
 
-    def told(session: Session, attempt: int, how: StopOrder) -> None:
-        stop(session, attempt, how)
-        if how is StopOrder.SAVE:
-            Held.gate.told()
+    def record_stop(session: Session, attempt: int, order: StopOrder) -> None:
+        stop(session, attempt, order)
+        if order is StopOrder.SAVE:
+            GatedTask.gate.count_ordered()
 
-    async def scheduler_told(scheduler: Scheduler, saves: bool = False) -> None:
+    async def record_end_early(scheduler: Scheduler, saves: bool = False) -> None:
         await end_early(scheduler, saves)
         if saves:
-            Held.gate.told(ranks=9)
+            GatedTask.gate.count_ordered(ranks=9)
 
-    for module in (controller, controller_client):  # a busy machine may take its time
+    for module in (controller, controller_client):  # enough on a busy machine
         monkeypatch.setattr(module, "SAVE_S", 300.0)
-    monkeypatch.setattr(Session, "stop", told)
-    monkeypatch.setattr(Scheduler, "end_early", scheduler_told)
+    monkeypatch.setattr(Session, "stop", record_stop)
+    monkeypatch.setattr(Scheduler, "end_early", record_end_early)
     with InMemoryRay() as ray:
         yield ray
-        Held.gate.opened.set()
+        GatedTask.gate.opened.set()
 
 
 def job(strategy: object, folder: Path, world: int = 2, **more: object) -> Job:
@@ -163,45 +163,49 @@ def job(strategy: object, folder: Path, world: int = 2, **more: object) -> Job:
     return make_job(fields_of(strategy, world, storage_path=str(folder), **fields))  # type: ignore[arg-type]
 
 
-def sigterm() -> None:
+def send_sigterm() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def fit(ray: InMemoryRay, given: Job, task: type[Task], **more: Any) -> Result:
-    trainer = Trainer(given, task, progress=False, log_to_driver=False, **more)
+def fit(ray: InMemoryRay, spec: Job, task: type[Task], **more: Any) -> Result:
+    trainer = Trainer(spec, task, progress=False, log_to_driver=False, **more)
     result: Result = ray.as_driver(trainer.fit)
     return result
 
 
-def stopped(ray: InMemoryRay, given: Job, task: type[Task] = Held, asks: Any = sigterm) -> Path:
-    """Make a run that is asked to stop; give its directory."""
-    per_step = 2 if given.strategy.name in ("hybrid", "ps-async") else 1
-    Held.gate, Held.lost = Gate(given.scaling.num_workers, per_step), None
+def run_until_stopped(
+    ray: InMemoryRay, spec: Job, task: type[Task] = GatedTask, request_stop: Any = send_sigterm
+) -> Path:
+    """Run until the requested stop; return the run directory."""
+    per_step = 2 if spec.strategy.name in ("hybrid", "ps-async") else 1
+    GatedTask.gate, GatedTask.lost = Gate(spec.scaling.num_workers, per_step), None
     with pytest.raises(Interrupted) as caught:
-        fit(ray, given, task, callbacks=[Asks(asks)])
+        fit(ray, spec, task, callbacks=[RequestAfterStep2(request_stop)])
     assert caught.value.exit_code == 143
-    (result,) = Path(given.storage_path).glob("*/result.json")
+    (result,) = Path(spec.storage_path).glob("*/result.json")
     assert json.loads(result.read_text())["status"] == "STOPPED"
     assert ray.living("") == ["driver"]
     return result.parent
 
 
-def recorded(run: Path, kind: str) -> list[int]:
+def recorded_steps(run: Path, record_kind: str) -> list[int]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["step"] for line in lines if line["kind"] == kind]
+    return [line["step"] for line in lines if line["kind"] == record_kind]
 
 
-def ended(ray: InMemoryRay, strategy: str, folder: Path) -> tuple[Path, int]:
-    """Make a run that is stopped in the evaluation after an early end; and give its last step."""
-    given = job(strategy, folder, steps=10**6, evaluation={"every_steps": 10**6})
-    Ended.ends, Ended.signals = False, iter((sigterm,))
+def run_stopped_in_final_evaluation(
+    ray: InMemoryRay, strategy: str, folder: Path
+) -> tuple[Path, int]:
+    """Stop a run in its final evaluation after an early end; return its directory and last step."""
+    spec = job(strategy, folder, steps=10**6, evaluation={"every_steps": 10**6})
+    GatedInEvaluation.ends, GatedInEvaluation.signals = False, iter((send_sigterm,))
 
-    def end() -> None:
-        Ended.ends = True
+    def end_early() -> None:
+        GatedInEvaluation.ends = True
         ray.ask("controller", "end_early")
 
-    run = stopped(ray, given, Ended, asks=end)
-    return run, recorded(run, "step")[-1]
+    run = run_until_stopped(ray, spec, GatedInEvaluation, request_stop=end_early)
+    return run, recorded_steps(run, "step")[-1]
 
 
 STRATEGIES: dict[str, tuple[object, int]] = {
@@ -210,125 +214,127 @@ STRATEGIES: dict[str, tuple[object, int]] = {
     "one worker": ("ring", 1),
     "ps-sync": ({"name": "ps-sync", "num_servers": 2}, 2),
     "hybrid": ({"name": "hybrid", "pipeline": 2, "micro_batches": 2}, 2),
-    "ps-async": ("ps-async", 1),  # of one worker: the result of more does not repeat
+    "ps-async": ("ps-async", 1),  # one worker: more are not deterministic
 }
 
 
 @pytest.mark.parametrize(
-    "kind", ["ring", slow("ring in shards"), slow("one worker"), "ps-sync", "hybrid", "ps-async"]
+    "name", ["ring", slow("ring in shards"), slow("one worker"), "ps-sync", "hybrid", "ps-async"]
 )
-def test_a_run_that_was_stopped_goes_on_to_the_bits_of_one_that_was_not(
-    cluster: InMemoryRay, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+def test_resumed_run_is_bit_identical_to_uninterrupted_run(
+    cluster: InMemoryRay, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    given = job(STRATEGIES[kind][0], tmp_path, STRATEGIES[kind][1])
-    run = stopped(cluster, given)
-    (step,) = recorded(run, "checkpoint")
-    assert 4 <= step < STEPS and recorded(run, "step") == [*range(1, step + 1)]
+    spec = job(STRATEGIES[name][0], tmp_path, STRATEGIES[name][1])
+    run = run_until_stopped(cluster, spec)
+    (step,) = recorded_steps(run, "checkpoint")
+    assert 4 <= step < STEPS and recorded_steps(run, "step") == [*range(1, step + 1)]
     assert [path.name for path in run.glob("checkpoints/*")] == [f"step-{step:06d}"]
-    assert {*recorded(run, "evaluation")} <= {3, 6, 9}, "none is made for the end"
+    assert {*recorded_steps(run, "evaluation")} <= {3, 6, 9}, "no final evaluation"
     assert f"--resume {run} continues after step {step}" in caplog.text
-    result = fit(cluster, given, Held, resume=run)
-    assert [one.step for one in result.history] == [*range(step + 1, STEPS + 1)]
+    result = fit(cluster, spec, GatedTask, resume=run)
+    assert [summary.step for summary in result.history] == [*range(step + 1, STEPS + 1)]
     assert result.checkpoint is not None
-    found, expected = load_file(result.checkpoint), train(given, Held).parameters()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    actual, expected = load_file(result.checkpoint), train(spec, GatedTask).parameters()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
-def test_an_evaluation_that_is_due_is_left_to_the_resumed_run(
-    cluster: InMemoryRay, tmp_path: Path
-) -> None:
-    given = job("ring", tmp_path, evaluation={"every_steps": 1})
-    run = stopped(cluster, given)
-    (step,) = recorded(run, "checkpoint")
-    assert recorded(run, "evaluation") == [*range(1, step)]
-    resumed = fit(cluster, given, Held, resume=run).path
-    assert recorded(resumed, "evaluation") == [*range(step, STEPS + 1)]
+def test_due_evaluation_is_left_to_the_resumed_run(cluster: InMemoryRay, tmp_path: Path) -> None:
+    spec = job("ring", tmp_path, evaluation={"every_steps": 1})
+    run = run_until_stopped(cluster, spec)
+    (step,) = recorded_steps(run, "checkpoint")
+    assert recorded_steps(run, "evaluation") == [*range(1, step)]
+    resumed = fit(cluster, spec, GatedTask, resume=run).path
+    assert recorded_steps(resumed, "evaluation") == [*range(step, STEPS + 1)]
 
 
-def test_a_signal_while_a_run_that_ended_early_evaluates_loses_no_model(
+def test_signal_during_final_evaluation_keeps_the_model(
     cluster: InMemoryRay, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run, last = ended(cluster, "ring", tmp_path)
-    assert recorded(run, "evaluation") == [last] and not recorded(run, "checkpoint")
+    run, last = run_stopped_in_final_evaluation(cluster, "ring", tmp_path)
+    assert recorded_steps(run, "evaluation") == [last] and not recorded_steps(run, "checkpoint")
     assert "without a checkpoint" not in caplog.text
-    plain = job("ring", tmp_path, steps=last)
-    found, expected = load_file(run / "model.safetensors"), train(plain, Held).parameters()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    spec = job("ring", tmp_path, steps=last)
+    actual, expected = load_file(run / "model.safetensors"), train(spec, GatedTask).parameters()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
-def test_under_ps_async_such_a_signal_takes_a_checkpoint(
+def test_signal_during_final_evaluation_under_ps_async_saves_checkpoint(
     cluster: InMemoryRay, tmp_path: Path
 ) -> None:
-    run, last = ended(cluster, "ps-async", tmp_path)
-    assert recorded(run, "checkpoint") == [last]
+    run, last = run_stopped_in_final_evaluation(cluster, "ps-async", tmp_path)
+    assert recorded_steps(run, "checkpoint") == [last]
 
 
-@pytest.mark.parametrize("asks", [slow("signal"), "distplat stop"])
-def test_under_ps_async_each_step_is_made_once(
-    cluster: InMemoryRay, tmp_path: Path, asks: str
-) -> None:
-    given = job("ps-async", tmp_path, checkpoint={"every_steps": 5})
-    ask = sigterm if asks == "signal" else lambda: cluster.ask("controller", "stop", 0.0, True)
-    run = stopped(cluster, given, asks=ask)
-    step = recorded(run, "checkpoint")[-1]
-    assert recorded(run, "step") == [*range(1, step + 1)]
-    result = fit(cluster, given, Held, resume=run)
-    assert [one.step for one in result.history] == [*range(step + 1, STEPS + 1)]
+@pytest.mark.parametrize("method", [slow("signal"), "distplat stop"])
+def test_ps_async_runs_each_step_once(cluster: InMemoryRay, tmp_path: Path, method: str) -> None:
+    spec = job("ps-async", tmp_path, checkpoint={"every_steps": 5})
+    request_stop = (
+        send_sigterm if method == "signal" else lambda: cluster.ask("controller", "stop", 0.0, True)
+    )
+    run = run_until_stopped(cluster, spec, request_stop=request_stop)
+    step = recorded_steps(run, "checkpoint")[-1]
+    assert recorded_steps(run, "step") == [*range(1, step + 1)]
+    result = fit(cluster, spec, GatedTask, resume=run)
+    assert [summary.step for summary in result.history] == [*range(step + 1, STEPS + 1)]
 
 
-def test_rows_of_tables_are_in_it(cluster: InMemoryRay, tmp_path: Path) -> None:
+def test_checkpoint_contains_rows_of_tables(cluster: InMemoryRay, tmp_path: Path) -> None:
     tables = {"servers": 2, "optimizer": {"name": "SGD", "lr": 0.1}}
-    given = job("ps-sync", tmp_path, embeddings=tables)
-    run = stopped(cluster, given, Words)
-    result = fit(cluster, given, Words, resume=run)
-    Held.gate = Gate(0)
-    Held.gate.opened.set()
-    whole = fit(cluster, given, Words)
-    files = [sorted(one.path.glob("*.safetensors")) for one in (result, whole)]
+    spec = job("ps-sync", tmp_path, embeddings=tables)
+    run = run_until_stopped(cluster, spec, GatedEmbedding)
+    result = fit(cluster, spec, GatedEmbedding, resume=run)
+    GatedTask.gate = Gate(0)
+    GatedTask.gate.opened.set()
+    uninterrupted = fit(cluster, spec, GatedEmbedding)
+    files = [
+        sorted(run_result.path.glob("*.safetensors")) for run_result in (result, uninterrupted)
+    ]
     assert len(files[0]) >= 2
-    for mine, other in zip(*files, strict=True):
-        assert mine.read_bytes() == other.read_bytes()
+    for file, expected in zip(*files, strict=True):
+        assert file.read_bytes() == expected.read_bytes()
 
 
-def test_who_is_lost_meanwhile_is_replaced_first(cluster: InMemoryRay, tmp_path: Path) -> None:
-    given = job("ring", tmp_path, failure={"max_failures": 1}, steps=10**6)
+def test_lost_worker_is_replaced_before_the_checkpoint(
+    cluster: InMemoryRay, tmp_path: Path
+) -> None:
+    spec = job("ring", tmp_path, failure={"max_failures": 1}, steps=10**6)
     lose = lambda: cluster.kill_process("worker-1")  # noqa: E731
 
-    def ask() -> None:
-        Held.lost = lose
-        sigterm()
+    def lose_worker_and_stop() -> None:
+        GatedTask.lost = lose
+        send_sigterm()
 
-    run = stopped(cluster, given, asks=ask)
-    assert recorded(run, "failure") and Held.lost is None
-    (step,) = recorded(run, "checkpoint")
-    assert recorded(run, "step") == [*range(1, step + 1)]
+    run = run_until_stopped(cluster, spec, request_stop=lose_worker_and_stop)
+    assert recorded_steps(run, "failure") and GatedTask.lost is None
+    (step,) = recorded_steps(run, "checkpoint")
+    assert recorded_steps(run, "step") == [*range(1, step + 1)]
 
 
-def test_a_step_that_does_not_end_is_not_waited_for(
+def test_stops_without_checkpoint_if_step_does_not_end(
     cluster: InMemoryRay,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(controller, "SAVE_S", 0.3)
-    monkeypatch.setattr(Gate, "told", lambda gate, ranks=1: None)
-    run = stopped(cluster, job("ring", tmp_path))
-    assert not Held.gate.opened.is_set()
-    assert recorded(run, "step") in ([1, 2], [1, 2, 3]) and not recorded(run, "checkpoint")
+    monkeypatch.setattr(Gate, "count_ordered", lambda gate, ranks=1: None)
+    run = run_until_stopped(cluster, job("ring", tmp_path))
+    assert not GatedTask.gate.opened.is_set()
+    assert recorded_steps(run, "step") in ([1, 2], [1, 2, 3]) and not recorded_steps(
+        run, "checkpoint"
+    )
     assert "without a checkpoint of it; there is none" in caplog.text
 
 
-def test_a_run_that_keeps_nothing_of_its_model_stops_at_once(
-    cluster: InMemoryRay, tmp_path: Path
-) -> None:
-    run = stopped(cluster, job("ring", tmp_path, checkpoint={"save_final": False}))
-    assert not Held.gate.opened.is_set(), "nobody was told to save"
+def test_stops_at_once_if_final_model_is_not_saved(cluster: InMemoryRay, tmp_path: Path) -> None:
+    run = run_until_stopped(cluster, job("ring", tmp_path, checkpoint={"save_final": False}))
+    assert not GatedTask.gate.opened.is_set(), "no order to save"
     assert not (run / "checkpoints").exists()
 
 
-def test_a_run_that_made_its_last_step_has_its_model(cluster: InMemoryRay, tmp_path: Path) -> None:
-    given = job("ring", tmp_path, steps=4)
-    run = stopped(cluster, given)
-    assert recorded(run, "step") == [1, 2, 3, 4] and not (run / "checkpoints").exists()
-    found, expected = load_file(run / "model.safetensors"), train(given, Held).parameters()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+def test_run_stopped_in_last_step_has_its_model(cluster: InMemoryRay, tmp_path: Path) -> None:
+    spec = job("ring", tmp_path, steps=4)
+    run = run_until_stopped(cluster, spec)
+    assert recorded_steps(run, "step") == [1, 2, 3, 4] and not (run / "checkpoints").exists()
+    actual, expected = load_file(run / "model.safetensors"), train(spec, GatedTask).parameters()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())

@@ -1,4 +1,4 @@
-"""Signals while a run goes on, in processes of their own: a test runner has handlers itself."""
+"""Signals during a run, in separate processes because pytest has its own handlers."""
 
 import signal
 import subprocess
@@ -45,7 +45,7 @@ print("before", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 
 
 @pytest.mark.parametrize(
-    ("signals", "said"),
+    ("signals", "expected"),
     [
         ("SIGINT", "130 waited killed"),
         ("SIGTERM", "143 waited killed"),
@@ -55,48 +55,48 @@ print("before", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
         ("SIGHUP SIGTERM", "129 killed at once"),
     ],
 )
-def test_the_second_signal_waits_for_nothing_and_ends_everything(signals: str, said: str) -> None:
-    done = subprocess.run(
+def test_second_signal_ends_everything_at_once(signals: str, expected: str) -> None:
+    process = subprocess.run(
         [sys.executable, "-c", SCRIPT, signals], capture_output=True, text=True, timeout=100
     )
-    assert done.stdout.splitlines() == [said, "before True"]
-    assert "no such actor" in done.stderr
+    assert process.stdout.splitlines() == [expected, "before True"]
+    assert "no such actor" in process.stderr
 
 
-WAITS = """
+SLOW_TASK = """
 import os, pathlib, sys, time
-pathlib.Path("begun.partial").write_text(str(os.getpid()))
-pathlib.Path("begun.partial").rename("begun")
+pathlib.Path("pid.partial").write_text(str(os.getpid()))
+pathlib.Path("pid.partial").rename("pid")
 time.sleep(60)
 """
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
-def test_a_command_without_a_run_ends_in_order_too(name: str, code: int, tmp_path: Path) -> None:
-    """As at Ctrl-C, what it has started ends with it: here the import of the task."""
-    (tmp_path / "slow.py").write_text(WAITS)
+def test_signal_ends_command_without_run(name: str, code: int, tmp_path: Path) -> None:
+    """The child process that imports the task ends with the command, as at Ctrl-C."""
+    (tmp_path / "slow.py").write_text(SLOW_TASK)
     (tmp_path / "job.yaml").write_text("name: slow\nstrategy: ring\ntask: slow:train\n")
     command = [sys.executable, "-m", "distplat.cli.main", "validate", "job.yaml"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "begun").exists() and process.poll() is None:
+    while not (tmp_path / "pid").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(getattr(signal, name))
-    _, said = process.communicate(timeout=100)
-    assert (process.returncode, said) == (code, f"error: interrupted by {name}\n")
-    assert not psutil.pid_exists(int((tmp_path / "begun").read_text()))
+    _, stderr = process.communicate(timeout=100)
+    assert (process.returncode, stderr) == (code, f"error: interrupted by {name}\n")
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
 
 
-def test_a_handler_that_is_not_pythons_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`None` could not be put back: a program in which Python runs has set it."""
+def test_keeps_handler_not_set_by_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that embeds Python may set a handler, which `signal.signal` cannot restore."""
     monkeypatch.setattr(signal, "getsignal", lambda number: None)
     with Stopping() as stopping:
         stopping.check()
 
 
-def test_what_nohup_ignores_stays_ignored() -> None:
+def test_ignored_sighup_stays_ignored() -> None:
     script = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + SCRIPT
     script = script.replace("signals[0])", "signal.SIGHUP)")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script, "SIGINT"], capture_output=True, text=True, timeout=100
     )
-    assert done.stdout.splitlines() == ["before True"], "nobody was asked to stop"
+    assert process.stdout.splitlines() == ["before True"], "no stop was requested"

@@ -1,4 +1,4 @@
-"""Streams that are read on: after a checkpoint, a lost worker, another number of workers."""
+"""Position in a stream after a checkpoint, a lost worker, or a change of the world."""
 
 import json
 from collections.abc import Iterator
@@ -19,35 +19,35 @@ from distplat.strategies.task import Task
 
 pytestmark = pytest.mark.usefixtures("loader_server")
 
-EVERY = {"checkpoint": {"every_steps": 4, "num_to_keep": 9}}
+CHECKPOINTS = {"checkpoint": {"every_steps": 4, "num_to_keep": 9}}
 
 
-class Counted(IterableDataset[Any]):
-    """A stream that knows where it is, and how many samples it was asked for."""
+class CountedStream(IterableDataset[Any]):
+    """Stream with a state; count all samples that are read."""
 
     read = 0
 
     def __init__(self, count: int = SAMPLES) -> None:
-        self.count, self.place = count, 0
+        self.count, self.position = count, 0
         self.columns = tensors(count)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"place": self.place}
+        return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.place = state["place"]
+        self.position = state["position"]
 
     def __iter__(self) -> Iterator[Any]:
-        while self.place < self.count:
-            self.place += 1
-            Counted.read += 1
-            yield tuple(column[self.place - 1] for column in self.columns)
-        self.place = 0
+        while self.position < self.count:
+            self.position += 1
+            CountedStream.read += 1
+            yield tuple(column[self.position - 1] for column in self.columns)
+        self.position = 0
 
 
 class Stateful(Numbered):
     def train_data(self) -> Any:
-        return Counted()
+        return CountedStream()
 
 
 class Stateless(Numbered):
@@ -57,129 +57,138 @@ class Stateless(Numbered):
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("length", [{"epochs": 3}, {"steps": 15}], ids=["epochs", "steps"])
-@pytest.mark.parametrize("kind", [Stateful, Stateless])
+@pytest.mark.parametrize("task", [Stateful, Stateless])
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_a_run_that_goes_on_reads_what_it_would_have_read(
-    strategy: str, kind: type[Task], length: dict[str, int]
+def test_resumed_run_reads_the_remaining_samples(
+    strategy: str, task: type[Task], length: dict[str, int]
 ) -> None:
-    given = job(strategy, 2, **EVERY, **length)
-    unfailed = train(given, kind)
+    spec = job(strategy, 2, **CHECKPOINTS, **length)
+    unfailed = train(spec, task)
     assert sorted(unfailed.checkpoints) == [4, 8, 12, 15]
     for version in (4, 8, 12):
-        resumed = train(given, kind, saved=unfailed.checkpoints[version])
+        resumed = train(spec, task, saved=unfailed.checkpoints[version])
         assert same_bits(resumed, unfailed)
-    one = train(job(strategy, 1, **EVERY, **length), kind, saved=unfailed.checkpoints[8])
-    three = train(job(strategy, 3, **EVERY, **length), kind, saved=one.checkpoints[12])
-    assert distance(three.parameters(), unfailed.parameters()) < 1e-5
+    one_worker = train(
+        job(strategy, 1, **CHECKPOINTS, **length), task, saved=unfailed.checkpoints[8]
+    )
+    three_workers = train(
+        job(strategy, 3, **CHECKPOINTS, **length), task, saved=one_worker.checkpoints[12]
+    )
+    assert distance(three_workers.parameters(), unfailed.parameters()) < 1e-5
 
 
 @pytest.mark.parametrize("loaders", [0, 2])
-def test_a_stream_with_a_state_is_not_read_from_its_start(loaders: int) -> None:
-    given = job("ring", 1, steps=12, data={"num_workers": loaders}, **EVERY)
-    many = type("Many", (Numbered,), {"train_data": lambda self: Counted(1000)})
-    saved = train(given, many).checkpoints[8]
-    mark = saved.state["stream"]
-    assert (mark["number"], mark["turn"], mark["place"]) == (7 * BATCH, 0, 7 * BATCH)
-    assert json.loads(mark["state"]) == {"place": 7 * BATCH}
-    data = stream(Counted(1000), steps=12)
-    data.keep(StreamPosition.read(mark) or pytest.fail("it was not kept"))
-    Counted.read = 0
+def test_resumes_stateful_stream_from_its_state(loaders: int) -> None:
+    spec = job("ring", 1, steps=12, data={"num_workers": loaders}, **CHECKPOINTS)
+    task = type("LongStream", (Numbered,), {"train_data": lambda self: CountedStream(1000)})
+    saved = train(spec, task).checkpoints[8]
+    position = saved.state["stream"]
+    assert (position["number"], position["turn"], position["place"]) == (7 * BATCH, 0, 7 * BATCH)
+    assert json.loads(position["state"]) == {"position": 7 * BATCH}
+    data = stream(CountedStream(1000), steps=12)
+    data.keep(StreamPosition.read(position) or pytest.fail("the position was not saved"))
+    CountedStream.read = 0
     samples = data.read(8 * BATCH, BATCH).batch
-    assert Counted.read == 2 * BATCH
+    assert CountedStream.read == 2 * BATCH
     assert torch.equal(samples[0][0], tensors(1000)[0][8 * BATCH])
 
 
-def test_a_checkpoint_of_a_later_pass_skips_those_before() -> None:
-    given = job("ring", 1, steps=12, **EVERY)
-    mark = train(given, Stateless).checkpoints[12].state["stream"]
-    assert (mark["number"], mark["turn"], mark["place"]) == (99, 2, 99 - 2 * SAMPLES)
-    assert mark["state"] == ""
+def test_position_counts_passes() -> None:
+    spec = job("ring", 1, steps=12, **CHECKPOINTS)
+    position = train(spec, Stateless).checkpoints[12].state["stream"]
+    assert (position["number"], position["turn"], position["place"]) == (99, 2, 99 - 2 * SAMPLES)
+    assert position["state"] == ""
 
 
-class Forgets(Counted):
-    """As a shuffle buffer that is refilled: its state leads to another sample."""
+class InaccurateState(CountedStream):
+    """Stream whose state leads to another sample, like a refilled shuffle buffer."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.place = state["place"] + 3
+        self.position = state["position"] + 3
 
 
-class Locked(Counted):
+class Uncopyable(CountedStream):
     def __deepcopy__(self, memo: object) -> Any:
         raise TypeError("cannot pickle '_io.BufferedReader' object")
 
 
-class OfTensors(Counted):
+class TensorState(CountedStream):
     def state_dict(self) -> dict[str, Any]:
-        return {"place": torch.tensor(self.place)}
+        return {"position": torch.tensor(self.position)}
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("dataset", "warning"),
     [
-        (Forgets, "load_state_dict() of Forgets does not restore sample 26 of pass 1"),
-        (OfTensors, "state_dict() of OfTensors cannot be saved in a checkpoint"),
+        (
+            InaccurateState,
+            "load_state_dict() of InaccurateState does not restore sample 26 of pass 1",
+        ),
+        (TensorState, "state_dict() of TensorState cannot be saved in a checkpoint"),
     ],
 )
-def test_a_state_that_is_of_no_use_is_told_and_samples_are_counted(
-    kind: type[Counted], told: str, caplog: pytest.LogCaptureFixture
+def test_warns_of_unusable_state_and_counts_samples(
+    dataset: type[CountedStream], warning: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    task = type("Odd", (Numbered,), {"train_data": lambda self: kind()})
-    given = job("ring", 2, steps=15, **EVERY)
-    unfailed = train(given, task)
-    resumed = train(given, task, saved=unfailed.checkpoints[8])
-    assert told in caplog.text
+    task = type("Odd", (Numbered,), {"train_data": lambda self: dataset()})
+    spec = job("ring", 2, steps=15, **CHECKPOINTS)
+    unfailed = train(spec, task)
+    resumed = train(spec, task, saved=unfailed.checkpoints[8])
+    assert warning in caplog.text
     assert same_bits(resumed, unfailed)
 
 
 @pytest.mark.parametrize("at", [27, 35, 36, 37, 38, 73])
 @pytest.mark.parametrize("length", [{"epochs": 3}, {"steps": 15}], ids=["epochs", "steps"])
-def test_a_state_near_the_end_of_a_pass_is_tried_too(at: int, length: dict[str, int]) -> None:
-    """Few samples follow it, or none: then it is not kept."""
-    whole = stream(Counted(), **length)
-    expected = [whole[number][0] for number in range(111)]
+def test_state_near_end_of_pass(at: int, length: dict[str, int]) -> None:
+    """A state is not saved if few samples follow it in the pass."""
+    uninterrupted = stream(CountedStream(), **length)
+    expected = [uninterrupted[number][0] for number in range(111)]
     for count in (1, 9) if "steps" in length else (1,):
-        writer, reader = stream(Forgets(), **length), stream(Forgets(), **length)
-        samples, mark, _ = writer.read(at, count, mark=True)
-        assert mark is not None
-        reader.keep(mark)
-        after = [*samples, *(writer[number] for number in range(at + count, at + count + 20))]
-        again = [reader[number] for number in range(at, at + count + 20)]
-        for number, (one, other) in enumerate(zip(after, again, strict=True), at):
-            assert torch.equal(one[0], expected[number]), number
-            assert torch.equal(other[0], expected[number]), number
+        writer, reader = stream(InaccurateState(), **length), stream(InaccurateState(), **length)
+        samples, position, _ = writer.read(at, count, mark=True)
+        assert position is not None
+        reader.keep(position)
+        written = [*samples, *(writer[number] for number in range(at + count, at + count + 20))]
+        restored = [reader[number] for number in range(at, at + count + 20)]
+        for number, (written_sample, restored_sample) in enumerate(
+            zip(written, restored, strict=True), at
+        ):
+            assert torch.equal(written_sample[0], expected[number]), number
+            assert torch.equal(restored_sample[0], expected[number]), number
 
 
-def test_a_stream_that_cannot_be_copied_is_counted(caplog: pytest.LogCaptureFixture) -> None:
-    class Reopened(Locked):
+def test_uncopyable_stream_is_counted(caplog: pytest.LogCaptureFixture) -> None:
+    class Reopened(Uncopyable):
         def __iter__(self) -> Iterator[Any]:
-            self.place = 0
+            self.position = 0
             return super().__iter__()
 
     task = type("Odd", (Numbered,), {"train_data": lambda self: Reopened()})
-    given = job("ring", 2, steps=15, **EVERY)
-    unfailed = train(given, task)
+    spec = job("ring", 2, steps=15, **CHECKPOINTS)
+    unfailed = train(spec, task)
     assert "Reopened cannot be copied (cannot pickle" in caplog.text
-    assert same_bits(train(given, task, saved=unfailed.checkpoints[8]), unfailed)
+    assert same_bits(train(spec, task, saved=unfailed.checkpoints[8]), unfailed)
 
 
-@pytest.mark.parametrize("kind", [Stateful, Stateless])
-def test_other_samples_than_before_a_checkpoint_are_an_error(kind: type[Task]) -> None:
-    """The first samples are the same: a file was added, in the middle."""
-    given = job("ring", 1, steps=15, **EVERY)
-    saved = train(given, kind).checkpoints[8]
+@pytest.mark.parametrize("task_type", [Stateful, Stateless])
+def test_rejects_stream_with_changed_samples(task_type: type[Task]) -> None:
+    """The first samples are equal: example of a file added in the middle."""
+    spec = job("ring", 1, steps=15, **CHECKPOINTS)
+    saved = train(spec, task_type).checkpoints[8]
 
-    class Other(Counted):
+    class Other(CountedStream):
         def __init__(self) -> None:
             super().__init__()
             self.columns[0][20:] += 1
 
     task = type("Other", (Numbered,), {"train_data": lambda self: Other()})
     with pytest.raises(ValueError, match="gives other samples than before from number 26 of pass"):
-        train(given, task, saved=saved)
+        train(spec, task, saved=saved)
 
 
 class LosesRank1(Attempt):
-    """Rank 1 is lost before a step; the others come out when they wait for it."""
+    """Attempt that loses rank 1 before a step; the other ranks fail while they wait for it."""
 
     ends = (Lost, Abandoned, FencedError, CollectiveError)
     step = 6
@@ -194,41 +203,41 @@ class LosesRank1(Attempt):
             self.give_up()
 
 
-@pytest.mark.parametrize("kind", [Stateful, Stateless])
+@pytest.mark.parametrize("task", [Stateful, Stateless])
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 @pytest.mark.parametrize("length", [{"epochs": 3}, {"steps": 15}], ids=["epochs", "steps"])
-def test_a_lost_worker_costs_no_sample(
-    strategy: str, kind: type[Task], length: dict[str, int]
+def test_lost_worker_loses_no_sample(
+    strategy: str, task: type[Task], length: dict[str, int]
 ) -> None:
-    given = job(strategy, 2, **length)
-    run = LocalRun(given, kind)
+    spec = job(strategy, 2, **length)
+    run = LocalRun(spec, task)
     assert not LosesRank1(run).make()
     run.renew(1)
     second = Attempt(run)
     assert second.make()
     assert second.starts == [6, 6]
     run.close()
-    assert same_bits(run, train(given, kind))
+    assert same_bits(run, train(spec, task))
 
 
-def test_asynchronous_workers_go_on_with_each_sample_once() -> None:
-    given = job("ps-async", 2, steps=12, **EVERY)
-    first = train(given, Stateful)
+def test_resumed_asynchronous_workers_read_each_sample_once() -> None:
+    spec = job("ps-async", 2, steps=12, **CHECKPOINTS)
+    first = train(spec, Stateful)
     saved = first.checkpoints[max(first.checkpoints)]
     longer = job("ps-async", 2, steps=20)
     second = train(longer, Stateful, saved=saved)
-    made = sorted((r.step, r.rank) for reports in second.reports for r in reports)
-    assert made == [(step, part) for step in range(12, 20) for part in range(2)]
+    tasks = sorted((r.step, r.rank) for reports in second.reports for r in reports)
+    assert tasks == [(step, part) for step in range(12, 20) for part in range(2)]
 
 
-def test_a_damaged_position_counts_for_none() -> None:
+def test_damaged_position_is_ignored() -> None:
     good = StreamPosition(3, 0, 3, "", ("a",)).saved()
     assert StreamPosition.read(json.loads(json.dumps(good))) == StreamPosition(3, 0, 3, "", ("a",))
     for bad in (None, 3, {}, {**good, "place": "x"}, {**good, "hashes": None}, {**good, "more": 1}):
         assert StreamPosition.read(bad) is None
 
 
-def test_a_position_is_no_state_of_numbered_samples() -> None:
-    run: LocalRun = train(job("ring", 1, steps=4, **EVERY), Numbered)
+def test_map_style_dataset_has_no_position() -> None:
+    run: LocalRun = train(job("ring", 1, steps=4, **CHECKPOINTS), Numbered)
     assert "stream" not in run.checkpoints[4].state
-    assert isinstance(stream(Counted(), steps=4), StreamSamples)
+    assert isinstance(stream(CountedStream(), steps=4), StreamSamples)

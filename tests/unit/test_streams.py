@@ -1,4 +1,4 @@
-"""Streams as training data: what one process makes of them, under any number of readers."""
+"""Iterable data sets: equal results for any number of ranks and loaders, and their errors."""
 
 import random
 import threading
@@ -26,14 +26,14 @@ pytestmark = pytest.mark.usefixtures("loader_server")
 
 
 class Rows(IterableDataset[Any]):
-    """The same samples, one after the other."""
+    """The samples of `tensors` as a stream."""
 
     def __iter__(self) -> Iterator[Any]:
         return zip(*tensors(), strict=True)
 
 
-class Long(Rows):
-    """It says how many it has."""
+class RowsWithLength(Rows):
+    """Stream with a length."""
 
     def __len__(self) -> int:
         return SAMPLES
@@ -46,11 +46,11 @@ class Streamed(Numbered):
 
 class Sized(Numbered):
     def train_data(self) -> Any:
-        return Long()
+        return RowsWithLength()
 
 
 class Repeated(Numbered):
-    """As many passes as a test makes steps, one after the other."""
+    """Map-style data of consecutive passes, 11 batches in total."""
 
     def train_data(self) -> Any:
         inputs, targets = tensors()
@@ -61,55 +61,53 @@ WORLDS = [("ring", 1), ("ring", 2), ("ring", 3), ("ps-sync", 1), ("ps-sync", 3),
 
 
 @pytest.mark.sweep(3)
-@pytest.mark.parametrize("kind", [Streamed, Sized])
+@pytest.mark.parametrize("task", [Streamed, Sized])
 @pytest.mark.parametrize(("strategy", "workers"), WORLDS)
-def test_a_stream_trains_to_the_bits_of_its_numbered_samples(
-    strategy: str, workers: int, kind: type[Task]
+def test_stream_is_bit_identical_to_map_style_dataset(
+    strategy: str, workers: int, task: type[Task]
 ) -> None:
-    """By epochs: a short batch ends each of them, and in it a rank of three has no sample."""
-    given = job(strategy, workers, gradient_accumulation=2)
-    numbered, streamed = train(given, Numbered), train(given, kind)
+    """Each epoch ends with a short batch, in which one of three ranks has no sample."""
+    spec = job(strategy, workers, gradient_accumulation=2)
+    numbered, streamed = train(spec, Numbered), train(spec, task)
     assert same_bits(numbered, streamed)
-    steps = [one for one in streamed.reports[0] if isinstance(one, StepReport)]
-    assert [one.epoch for one in steps] == [epoch for epoch in range(3) for _ in range(5)]
+    steps = [report for report in streamed.reports[0] if isinstance(report, StepReport)]
+    assert [report.epoch for report in steps] == [epoch for epoch in range(3) for _ in range(5)]
     assert distance(streamed.parameters(), train(job(), Numbered).parameters()) < 1e-5
 
 
 @pytest.mark.parametrize(("strategy", "workers"), WORLDS)
-def test_by_steps_its_passes_follow_each_other_in_whole_batches(
-    strategy: str, workers: int
-) -> None:
-    given = job(strategy, workers, steps=11, lr_schedule={"name": "cosine"})
-    assert same_bits(train(given, Repeated), train(given, Streamed))
+def test_training_by_steps_has_full_batches_across_passes(strategy: str, workers: int) -> None:
+    spec = job(strategy, workers, steps=11, lr_schedule={"name": "cosine"})
+    assert same_bits(train(spec, Repeated), train(spec, Streamed))
 
 
-def test_by_steps_one_with_a_length_has_epochs() -> None:
-    given = job("ring", 2, steps=11)
-    assert same_bits(train(given, Numbered), train(given, Sized))
+def test_training_by_steps_has_epochs_if_stream_has_length() -> None:
+    spec = job("ring", 2, steps=11)
+    assert same_bits(train(spec, Numbered), train(spec, Sized))
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_a_stream_under_hybrid(strategy: str) -> None:
+def test_stream_under_hybrid(strategy: str) -> None:
     options = {"pipeline": 2, "data": 2, "cut": "even", "micro_batches": 2}
-    given = job({"name": "hybrid", "data_strategy": strategy, **options}, 4)
-    numbered, streamed = whole(train(given, Numbered)), whole(train(given, Streamed))
+    spec = job({"name": "hybrid", "data_strategy": strategy, **options}, 4)
+    numbered, streamed = whole(train(spec, Numbered)), whole(train(spec, Streamed))
     assert numbered.keys() == streamed.keys()
     assert all(torch.equal(numbered[name], streamed[name]) for name in numbered)
 
 
-class Noted(Numbered):
-    """Notes what is trained on."""
+class RecordingTask(Numbered):
+    """Record the samples used for training."""
 
     seen: ClassVar[Counter[int]] = Counter()
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         if torch.is_grad_enabled():
-            Noted.seen.update(targets.tolist())
+            RecordingTask.seen.update(targets.tolist())
         return nn.functional.cross_entropy(outputs, targets % 3)
 
 
 class Numbers(IterableDataset[Any]):
-    """Samples that are numbers; `count` of them."""
+    """Stream of `count` numbered samples."""
 
     def __init__(self, count: int = SAMPLES) -> None:
         self.count = count
@@ -119,24 +117,24 @@ class Numbers(IterableDataset[Any]):
             yield torch.full((5,), float(number)), number
 
 
-class NotedStream(Noted):
+class RecordingStream(RecordingTask):
     def train_data(self) -> Any:
         return Numbers()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_asynchronous_workers_take_each_sample_once(workers: int) -> None:
-    """Their tasks come in any order, so a worker may have to begin a pass again."""
-    Noted.seen.clear()
-    train(job("ps-async", workers), NotedStream, most=2)
-    assert Noted.seen == dict.fromkeys(range(SAMPLES), 3)
+def test_asynchronous_workers_read_each_sample_once(workers: int) -> None:
+    """Tasks arrive in any order, so a worker may have to restart a pass."""
+    RecordingTask.seen.clear()
+    train(job("ps-async", workers), RecordingStream, most=2)
+    assert RecordingTask.seen == dict.fromkeys(range(SAMPLES), 3)
 
 
 # --- readers ---------------------------------------------------------------------------------
 
 
-class Drawing(IterableDataset[Any]):
-    """Shuffles itself, with the global generators, and draws for each sample."""
+class ShufflingStream(IterableDataset[Any]):
+    """Stream that shuffles and draws with the global generators."""
 
     def __iter__(self) -> Iterator[Any]:
         order = [*range(SAMPLES)]
@@ -145,45 +143,48 @@ class Drawing(IterableDataset[Any]):
             yield torch.tensor([number, random.random(), np.random.rand(), torch.rand(()).item()])
 
 
-class Sharing(Drawing):
-    """Reads a loader's part by itself, as torch's documentation shows."""
+class LoaderAwareStream(ShufflingStream):
+    """Stream that yields the loader's part, as in the documentation of torch."""
 
     def __iter__(self) -> Iterator[Any]:
         info = get_worker_info()
-        for place, sample in enumerate(super().__iter__()):
-            if info is None or place % info.num_workers == info.id:
+        for index, sample in enumerate(super().__iter__()):
+            if info is None or index % info.num_workers == info.id:
                 yield sample
 
 
-@pytest.mark.parametrize("kind", [Drawing, Sharing])
-def test_what_is_read_does_not_depend_on_who_reads(kind: type[Drawing]) -> None:
-    alone = read(kind())
+@pytest.mark.parametrize("dataset", [ShufflingStream, LoaderAwareStream])
+def test_samples_do_not_depend_on_ranks_and_loaders(dataset: type[ShufflingStream]) -> None:
+    expected = read(dataset())
     numbers = [
-        [int(sample[0]) for batch in alone[e * 5 : e * 5 + 5] for sample in batch] for e in range(3)
+        [int(sample[0]) for batch in expected[epoch * 5 : epoch * 5 + 5] for sample in batch]
+        for epoch in range(3)
     ]
-    assert all(sorted(one) == [*range(SAMPLES)] for one in numbers)
-    assert len({tuple(one) for one in numbers}) == 3, "each pass is shuffled anew"
-    assert len({sample[1] for batch in alone for sample in batch}) == 3 * SAMPLES
-    assert read(kind(), world=3) == alone
-    assert read(kind(), world=2, parts=3) == alone
-    assert read(kind(), world=2, parts=2, data={"num_workers": 2}) == alone
+    assert all(sorted(epoch_numbers) == [*range(SAMPLES)] for epoch_numbers in numbers)
+    assert len({tuple(epoch_numbers) for epoch_numbers in numbers}) == 3, (
+        "each pass has its own order"
+    )
+    assert len({sample[1] for batch in expected for sample in batch}) == 3 * SAMPLES
+    assert read(dataset(), world=3) == expected
+    assert read(dataset(), world=2, parts=3) == expected
+    assert read(dataset(), world=2, parts=2, data={"num_workers": 2}) == expected
 
 
-def test_passes_without_a_seam_do_not_depend_on_who_reads() -> None:
-    alone = read(Drawing(), steps=10)
-    assert [len(one) for one in alone] == [BATCH] * 10
-    numbers = [int(sample[0]) for batch in alone for sample in batch]
+def test_samples_by_steps_do_not_depend_on_ranks_and_loaders() -> None:
+    expected = read(ShufflingStream(), steps=10)
+    assert [len(batch) for batch in expected] == [BATCH] * 10
+    numbers = [int(sample[0]) for batch in expected for sample in batch]
     assert sorted(numbers[:SAMPLES]) == sorted(numbers[SAMPLES : 2 * SAMPLES]) == [*range(SAMPLES)]
-    assert read(Drawing(), world=3, steps=10) == alone
-    assert read(Drawing(), world=2, steps=10, data={"num_workers": 2}) == alone
+    assert read(ShufflingStream(), world=3, steps=10) == expected
+    assert read(ShufflingStream(), world=2, steps=10, data={"num_workers": 2}) == expected
 
 
-def test_earlier_samples_are_read_again() -> None:
-    data = stream(Drawing(), epochs=3)
-    found = {n: data[n].tolist() for n in (0, 40, 41, 3, 36, 37, 100)}
-    assert len({one[1] for one in found.values()}) == 7
+def test_random_access_to_earlier_samples() -> None:
+    data = stream(ShufflingStream(), epochs=3)
+    samples = {n: data[n].tolist() for n in (0, 40, 41, 3, 36, 37, 100)}
+    assert len({sample[1] for sample in samples.values()}) == 7
     for number in (37, 100, 0, 41):
-        assert data[number].tolist() == found[number]
+        assert data[number].tolist() == samples[number]
 
 
 class Evaluated(Streamed):
@@ -197,21 +198,21 @@ class EvaluatedByNumber(Numbered):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_stream_to_evaluate_on(workers: int) -> None:
+def test_evaluation_on_stream(workers: int) -> None:
     def figures(run: LocalRun) -> list[tuple[int, int, dict[str, float]]]:
-        found = [r for reports in run.reports for r in reports if isinstance(r, EvalReport)]
-        return [(one.step, one.samples, dict(one.sums)) for one in found]
+        eval_reports = [r for reports in run.reports for r in reports if isinstance(r, EvalReport)]
+        return [(report.step, report.samples, dict(report.sums)) for report in eval_reports]
 
-    runs = [train(job("ring", workers), kind) for kind in (EvaluatedByNumber, Evaluated)]
+    runs = [train(job("ring", workers), task) for task in (EvaluatedByNumber, Evaluated)]
     assert figures(runs[0]) == figures(runs[1])
     assert len(figures(runs[1])) == 3 * workers * workers
 
 
-# --- odd streams -----------------------------------------------------------------------------
+# --- invalid streams -------------------------------------------------------------------------
 
 
-class Once(IterableDataset[Any]):
-    """Keeps its iterator, so a second pass goes on where the first one stood."""
+class ReadOnce(IterableDataset[Any]):
+    """Stream with one iterator, so that a second pass continues the first one."""
 
     def __init__(self, count: int = 100) -> None:
         self._left = iter(range(count))
@@ -230,7 +231,7 @@ class Unseeded(IterableDataset[Any]):
             yield torch.tensor(self._rng.random(5), dtype=torch.float32), 0
 
 
-class Itself(IterableDataset[Any]):
+class OwnIterator(IterableDataset[Any]):
     def __iter__(self) -> Iterator[Any]:
         return self
 
@@ -244,15 +245,15 @@ class Endless(IterableDataset[Any]):
             yield torch.zeros(5), 0
 
 
-class Says(Numbers):
-    """Says another length than it has."""
+class WrongLength(Numbers):
+    """Stream whose length is wrong."""
 
-    def __init__(self, count: int, says: int) -> None:
+    def __init__(self, count: int, length: int) -> None:
         super().__init__(count)
-        self._says = says
+        self._length = length
 
     def __len__(self) -> int:
-        return self._says
+        return self._length
 
 
 class Shrinking(Numbers):
@@ -270,16 +271,20 @@ class Broken(Numbers):
 
 
 STEPS, EPOCHS = {"steps": 12}, {"epochs": 3}
-ODD: dict[str, tuple[Any, dict[str, Any], str]] = {
+INVALID_STREAMS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "empty": (lambda: Numbers(0), STEPS, r"train_data\(\) gave no samples"),
-    "says 0": (lambda: Says(0, 0), EPOCHS, r"train_data\(\) gave no samples"),
-    "read once": (Once, STEPS, "gave another sample 0 when it was read again"),
-    "read once, few": (lambda: Once(9), STEPS, "gave no samples when it was read again"),
-    "counted once": (Once, EPOCHS, "ended after 0 samples in pass 0"),
+    "length 0": (lambda: WrongLength(0, 0), EPOCHS, r"train_data\(\) gave no samples"),
+    "read once": (ReadOnce, STEPS, "gave another sample 0 when it was read again"),
+    "read once, few": (lambda: ReadOnce(9), STEPS, "gave no samples when it was read again"),
+    "counted once": (ReadOnce, EPOCHS, "ended after 0 samples in pass 0"),
     "unseeded": (Unseeded, STEPS, "gave another sample 0 when it was read again"),
-    "itself": (Itself, STEPS, "Itself is its own iterator, so it can be read only once"),
-    "ends early": (lambda: Says(30, 37), EPOCHS, "ended after 30 samples in pass 0, and 37 were"),
-    "goes on": (lambda: Says(40, 37), EPOCHS, "gives more than the 37 samples of its len"),
+    "itself": (OwnIterator, STEPS, "OwnIterator is its own iterator, so it can be read only once"),
+    "ends early": (
+        lambda: WrongLength(30, 37),
+        EPOCHS,
+        "ended after 30 samples in pass 0, and 37 were",
+    ),
+    "goes on": (lambda: WrongLength(40, 37), EPOCHS, "gives more than the 37 samples of its len"),
     "shrinks": (Shrinking, EPOCHS, "ended after 36 samples in pass 0, and 37 were"),
     "raises": (Broken, STEPS, "shard 3 is gone"),
     "no end": (
@@ -291,109 +296,111 @@ ODD: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("odd", ODD)
-def test_a_stream_that_cannot_be_trained_on_is_told(odd: str, workers: int) -> None:
-    source, fields, message = ODD[odd]
-    task = type("Odd", (Noted,), {"train_data": lambda self: source()})
+@pytest.mark.parametrize("case", INVALID_STREAMS)
+def test_rejects_invalid_streams(case: str, workers: int) -> None:
+    source, fields, message = INVALID_STREAMS[case]
+    task = type("Odd", (RecordingTask,), {"train_data": lambda self: source()})
     with pytest.raises((ValueError, LookupError), match=message):
         train(job("ring", workers, **fields), task)
 
 
 @pytest.mark.parametrize("count", [1, 5, 8])
-def test_a_stream_shorter_than_a_batch(count: int) -> None:
-    """By epochs all of it is each step's batch; by steps it is repeated until the batch is full."""
-    made = (tensors(count)[0], tensors(count)[1])
-    short = type("Short", (Numbered,), {"train_data": lambda self: iterable(*made)})
-    numbered = type("Short", (Numbered,), {"train_data": lambda self: TensorDataset(*made)})
+def test_stream_shorter_than_batch(count: int) -> None:
+    """By epochs each step's batch is the whole stream; by steps the stream is repeated."""
+    columns = (tensors(count)[0], tensors(count)[1])
+    short = type("Short", (Numbered,), {"train_data": lambda self: iterable(*columns)})
+    numbered = type("Short", (Numbered,), {"train_data": lambda self: TensorDataset(*columns)})
     assert same_bits(train(job("ring", 3), short), train(job("ring", 3), numbered))
-    assert [len(one) for one in read(Numbers2(count), steps=3)] == [BATCH] * 3
+    assert [len(batch) for batch in read(NumberTensors(count), steps=3)] == [BATCH] * 3
 
 
-class Numbers2(Numbers):
+class NumberTensors(Numbers):
     def __iter__(self) -> Iterator[Any]:
         return (torch.tensor(float(number)) for number in range(self.count))
 
 
-def test_a_sampler_beside_a_stream_is_refused() -> None:
+def test_rejects_sampler_for_stream() -> None:
     task = type("Both", (Streamed,), {"sampler": lambda self, data, epoch: [0]})
     with pytest.raises(ValueError, match=r"sampler\(\) returns an order of indices"):
         train(job(), task)
 
 
-def parting(first: int) -> type[Task]:
-    """Each rank's data differs from this sample on."""
+def diverging_data(first: int) -> type[Task]:
+    """Return a task whose data differs between ranks from a sample on."""
 
-    class Each(Numbered):
-        made = 0
+    class DivergingData(Numbered):
+        instances = 0
 
         def __init__(self) -> None:
-            Each.made += 1
-            self._number = Each.made
+            DivergingData.instances += 1
+            self._number = DivergingData.instances
 
         def train_data(self) -> Any:
             inputs, targets = tensors()
             inputs[first:] += self._number
             return iterable(inputs, targets)
 
-    return Each
+    return DivergingData
 
 
-def test_ranks_that_read_other_streams_are_told() -> None:
+def test_reports_ranks_with_different_streams() -> None:
     text = r"(?s)has other training samples than worker-.*do not split data by rank"
     with pytest.raises(Exception, match=text):
-        train(job("ring", 2), parting(0))
+        train(job("ring", 2), diverging_data(0))
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "hybrid"])
-def test_ranks_whose_streams_part_later_are_told(strategy: str) -> None:
-    """The first 16 samples are the same, and the fourth batch begins with another one."""
+def test_reports_streams_that_diverge_later(strategy: str) -> None:
+    """The streams differ from the first sample of the fourth batch on."""
     options = {"pipeline": 1, "data": 2} if strategy == "hybrid" else {}
     plan = job({"name": strategy, **options}, 2, gradient_accumulation=2)
     with pytest.raises(ValueError, match=r"in step 4 worker-. read another batch of a stream"):
-        train(plan, parting(3 * BATCH))
+        train(plan, diverging_data(3 * BATCH))
 
 
-class OneIsSlow(Attempt):
-    """Rank 2 makes a step once the others have made it, and the two after it."""
+class SlowRank(Attempt):
+    """Attempt in which rank 2 is two steps behind the other ranks."""
 
     def __init__(self, run: LocalRun) -> None:
         super().__init__(run)
-        self.at, self.moved = [0, 0], threading.Condition()
+        self.steps, self.has_moved = [0, 0], threading.Condition()
 
     def before(self, rank: int, step: int) -> StopOrder:
-        with self.moved:
+        with self.has_moved:
             if rank == 2:
-                later = min(step + 3, 11)  # the last
-                assert self.moved.wait_for(lambda: min(self.at) >= later, 60)
+                required_step = min(step + 3, 11)  # 11 is the last step
+                assert self.has_moved.wait_for(lambda: min(self.steps) >= required_step, 60)
             else:
-                self.at[rank] = step
-                self.moved.notify_all()
+                self.steps[rank] = step
+                self.has_moved.notify_all()
         return StopOrder.NONE
 
 
-def test_who_is_behind_reads_no_other_stream() -> None:
-    """With backup workers it is told the sum of a later step than that of its batch."""
+def test_late_rank_is_not_reported_as_diverged() -> None:
+    """With backup workers the late rank receives the sum of a later step."""
     strategy = {"name": "ps-sync", "backup_workers": 1}
     run = LocalRun(job(strategy, 3, epochs=None, steps=12), Streamed)
-    assert OneIsSlow(run).make()
+    assert SlowRank(run).make()
     run.close()
-    assert sum(one.samples == 0 for one in run.reports[2] if isinstance(one, StepReport)) > 3
+    assert (
+        sum(report.samples == 0 for report in run.reports[2] if isinstance(report, StepReport)) > 3
+    )
 
 
-def test_evaluations_by_epochs_of_what_has_none_are_told(
+def test_warns_of_evaluation_by_epochs_without_epochs(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = train(job("ring", 1, steps=5), Evaluated)
     assert "unless `evaluation.every_steps` is set" in caplog.text
-    assert [one.step for one in run.reports[0] if isinstance(one, EvalReport)] == [5]
+    assert [report.step for report in run.reports[0] if isinstance(report, EvalReport)] == [5]
 
 
-def test_checkpoints_by_epochs_of_what_has_none_are_refused() -> None:
+def test_rejects_checkpoints_by_epochs_without_epochs() -> None:
     with pytest.raises(Exception, match="a stream without a length, which has no epochs"):
         train(job(steps=5, checkpoint={"every_epochs": 1}), Streamed)
 
 
-def test_a_map_style_data_set_that_can_be_gone_through_stays_one() -> None:
+def test_iterable_map_style_dataset_is_not_a_stream() -> None:
     class Both(Dataset[Any]):
         def __len__(self) -> int:
             return 3

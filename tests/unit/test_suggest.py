@@ -1,4 +1,4 @@
-"""Did-you-mean: near names are found, far ones are not."""
+"""Suggestions of similar names."""
 
 import random
 import string
@@ -11,17 +11,17 @@ from distplat.platform.errors import hint, nearest
 
 MODELS = sorted(
     {
-        thing
+        value
         for module in (lr_schedules, optimizers, spec)
-        for thing in vars(module).values()
-        if isinstance(thing, type) and issubclass(thing, BaseModel) and thing.model_fields
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, BaseModel) and value.model_fields
     },
     key=lambda model: model.__name__,
 )
 
 
 @pytest.mark.parametrize(
-    ("name", "known", "near"),
+    ("name", "known", "expected"),
     [
         ("rnig", ["ps-sync", "ring"], "ring"),
         ("Ps_Sync", ["ps-sync", "ring"], "ps-sync"),
@@ -32,8 +32,8 @@ MODELS = sorted(
         ("ring", [], None),
     ],
 )
-def test_nearest(name: str, known: list[str], near: str | None) -> None:
-    assert nearest(name, known) == near
+def test_nearest(name: str, known: list[str], expected: str | None) -> None:
+    assert nearest(name, known) == expected
 
 
 @pytest.mark.parametrize(
@@ -48,25 +48,25 @@ def test_hint(name: str, known: list[str], text: str) -> None:
     assert hint(name, known) == text
 
 
-def one_edit(word: str, chance: random.Random) -> str:
-    """Insert, delete, replace or swap letters, as fingers do."""
-    at, letter = chance.randrange(len(word)), chance.choice(string.ascii_lowercase + "_")
-    swapped = word[:at] + word[at : at + 2][::-1] + word[at + 2 :]
-    return chance.choice(
+def apply_one_edit(word: str, rng: random.Random) -> str:
+    """Insert, delete, replace or swap a letter."""
+    index, letter = rng.randrange(len(word)), rng.choice(string.ascii_lowercase + "_")
+    swapped = word[:index] + word[index : index + 2][::-1] + word[index + 2 :]
+    return rng.choice(
         [
-            word[:at] + letter + word[at:],
-            word[:at] + word[at + 1 :],
-            word[:at] + letter + word[at + 1 :],
+            word[:index] + letter + word[index:],
+            word[:index] + word[index + 1 :],
+            word[:index] + letter + word[index + 1 :],
             swapped,
         ]
     )
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_field_is_found_again_after_one_edit(model: type[BaseModel]) -> None:
-    names, chance = list(model.model_fields), random.Random(1)
-    for name in (one for one in names if len(one) > 1):  # "d": nothing of it is left in a typo
-        typos = {one_edit(name, chance) for _ in range(300)} - set(names)
-        right = sum(nearest(typo, names) == name for typo in typos)
-        least = 0.9 if name == "T_0" else 0.95  # a letter away from what `T_mult` begins with
-        assert right >= least * len(typos), (name, typos)
+def test_suggests_each_field_after_one_edit(model: type[BaseModel]) -> None:
+    names, rng = list(model.model_fields), random.Random(1)
+    for name in (field for field in names if len(field) > 1):  # an edit may remove all of "d"
+        typos = {apply_one_edit(name, rng) for _ in range(300)} - set(names)
+        correct = sum(nearest(typo, names) == name for typo in typos)
+        required = 0.9 if name == "T_0" else 0.95  # one edit from the beginning of `T_mult`
+        assert correct >= required * len(typos), (name, typos)

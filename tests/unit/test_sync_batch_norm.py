@@ -1,8 +1,8 @@
 """
-`nn.SyncBatchNorm` over all ranks gives what one batch norm over the whole batch gives.
+`nn.SyncBatchNorm` over all ranks matches one batch norm over the whole batch.
 
-The reference is a plain loop with `nn.BatchNorm` in the same places. The data ends in a batch of
-two samples, so that some ranks have nothing to do there.
+The reference is a plain loop with `nn.BatchNorm`. The last batch has two samples, so that some
+ranks have none.
 """
 
 import copy
@@ -26,21 +26,21 @@ from distplat.strategies.model.sync_batch_norm import SyncNorms
 from distplat.strategies.task import Task
 
 SAMPLES, BATCH, STEPS = 18, 8, 7
-WIDE = torch.float64
+DTYPE = torch.float64
 
 
-class Plain(Task):
-    """A residual net: a layer's output is used twice, and one layer is used twice."""
+class PlainTask(Task):
+    """Residual network in which one output and one layer are used twice."""
 
     def model(self) -> nn.Module:
         class Net(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.first = nn.Conv2d(2, 4, 3, padding=1, dtype=WIDE)
-                self.norm = nn.BatchNorm2d(4, dtype=WIDE)
-                self.second = nn.Conv2d(4, 4, 3, padding=1, dtype=WIDE)
-                self.plain = nn.BatchNorm2d(4, affine=False, momentum=None, dtype=WIDE)
-                self.out = nn.Linear(4, 3, dtype=WIDE)
+                self.first = nn.Conv2d(2, 4, 3, padding=1, dtype=DTYPE)
+                self.norm = nn.BatchNorm2d(4, dtype=DTYPE)
+                self.second = nn.Conv2d(4, 4, 3, padding=1, dtype=DTYPE)
+                self.plain = nn.BatchNorm2d(4, affine=False, momentum=None, dtype=DTYPE)
+                self.out = nn.Linear(4, 3, dtype=DTYPE)
 
             def forward(self, x: Tensor) -> Tensor:
                 x = torch.relu(self.norm(self.first(x)))
@@ -52,23 +52,23 @@ class Plain(Task):
 
     def train_data(self) -> TensorDataset:
         generator = torch.Generator().manual_seed(1)
-        x = 3 + torch.randn(SAMPLES, 2, 4, 4, generator=generator, dtype=WIDE)
-        return TensorDataset(x, torch.randn(SAMPLES, 3, generator=generator, dtype=WIDE))
+        x = 3 + torch.randn(SAMPLES, 2, 4, 4, generator=generator, dtype=DTYPE)
+        return TensorDataset(x, torch.randn(SAMPLES, 3, generator=generator, dtype=DTYPE))
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs - targets).square().mean()
 
 
-def synchronised(model: nn.Module) -> nn.Module:
-    """Have torch put its own layers in."""
+def with_sync_batch_norm(model: nn.Module) -> nn.Module:
+    """Replace batch norms with `nn.SyncBatchNorm`."""
     convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
-    found: nn.Module = convert(model)
-    return found
+    converted: nn.Module = convert(model)
+    return converted
 
 
-class Synchronised(Plain):
+class SyncTask(PlainTask):
     def model(self) -> nn.Module:
-        return synchronised(super().model())
+        return with_sync_batch_norm(super().model())
 
     def eval_data(self) -> TensorDataset:
         return self.train_data()
@@ -84,9 +84,9 @@ def job(strategy: Any, world: int, **more: Any) -> Job:
     return job_of(strategy, world, **fields)
 
 
-def plain() -> dict[str, Tensor]:
+def train_plain() -> dict[str, Tensor]:
     torch.manual_seed(0)
-    task = Plain()
+    task = PlainTask()
     model, data = task.model(), task.train_data()
     sampler = Sampler(SAMPLES, BATCH, 1, 0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -99,44 +99,44 @@ def plain() -> dict[str, Tensor]:
 
 
 RING = {"name": "ring", "bucket_mb": 1e-4}
-"""With a bucket for each parameter, or nearly."""
+"""About one bucket per parameter."""
 
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("strategy", [RING, {**RING, "overlap": False}, "ps-sync"])
-def test_any_number_of_ranks_is_as_one_process(strategy: Any, world: int) -> None:
-    run, wanted = train(job(strategy, world), Synchronised), plain()
+def test_matches_one_process_for_any_world(strategy: Any, world: int) -> None:
+    run, expected = train(job(strategy, world), SyncTask), train_plain()
     for rank in range(world):
         for name, value in run.parameters(rank).items():
-            assert torch.allclose(value, wanted[name], rtol=0, atol=1e-10), (name, rank)
+            assert torch.allclose(value, expected[name], rtol=0, atol=1e-10), (name, rank)
 
 
-def test_gradients_wait_where_ranks_have_unequal_numbers_of_micro_batches(
+def test_overlap_with_unequal_numbers_of_micro_batches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of the last three samples one rank has two, another has one."""
+    """In the last batch one rank has two samples, the other one."""
     block_starts(monkeypatch, said=False)
     parts = {"global_batch_size": 5, "steps": 5, "gradient_accumulation": 2}
-    early, late = (
-        train(job({**RING, "overlap": overlap}, 2, **parts), Synchronised).parameters()
+    overlapped, expected = (
+        train(job({**RING, "overlap": overlap}, 2, **parts), SyncTask).parameters()
         for overlap in (True, False)
     )
-    assert early.keys() == late.keys()
-    for name, value in late.items():
-        assert torch.equal(early[name], value), name
+    assert overlapped.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(overlapped[name], value), name
 
 
-class Branching(Synchronised):
-    """One rank of two, in its second step, does not reach a parameter that the other does."""
+class Branching(SyncTask):
+    """In the second step one of two ranks does not use a parameter."""
 
     def model(self) -> nn.Module:
         class Net(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                self.first, self.out = nn.Linear(3, 4, dtype=WIDE), nn.Linear(4, 2, dtype=WIDE)
-                self.norm = nn.SyncBatchNorm(4, dtype=WIDE)
-                self.extra = nn.Linear(2, 2, dtype=WIDE)
+                self.first, self.out = nn.Linear(3, 4, dtype=DTYPE), nn.Linear(4, 2, dtype=DTYPE)
+                self.norm = nn.SyncBatchNorm(4, dtype=DTYPE)
+                self.extra = nn.Linear(2, 2, dtype=DTYPE)
 
             def forward(self, x: Tensor) -> Tensor:
                 y: Tensor = self.out(torch.relu(self.norm(self.first(x))))
@@ -145,31 +145,31 @@ class Branching(Synchronised):
         return Net()
 
     def train_data(self) -> TensorDataset:
-        x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1), dtype=WIDE)
+        x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1), dtype=DTYPE)
         x[:, 0] = -1.0
         x[5, 0] = 1.0
-        return TensorDataset(x, torch.zeros(16, 2, dtype=WIDE))
+        return TensorDataset(x, torch.zeros(16, 2, dtype=DTYPE))
 
 
-def test_a_parameter_that_one_rank_does_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its bucket is complete on the other rank, whose hook may not wait: the layer needs both."""
+def test_parameter_without_gradient_on_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bucket is complete on one rank only, whose hook must not block the norm's exchange."""
     parts = {"global_batch_size": 4, "steps": 3, "data": {"shuffle": False}}
-    wanted = train(job({**RING, "overlap": False}, 2, **parts), Branching).parameters()
+    expected = train(job({**RING, "overlap": False}, 2, **parts), Branching).parameters()
     block_starts(monkeypatch, said=True)
-    found = train(job(RING, 2, **parts), Branching).parameters()
-    for name, value in wanted.items():
-        assert torch.equal(found[name], value), name
+    actual = train(job(RING, 2, **parts), Branching).parameters()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
 
 
 @pytest.mark.parametrize("micro_batches", [[2, 1, 0], [0, 3, 3], [1, 1, 2], [2, 2, 2]])
-def test_ranks_may_have_any_number_of_micro_batches(micro_batches: list[int]) -> None:
-    """The n-th micro-batches of all ranks are one batch."""
+def test_any_number_of_micro_batches_per_rank(micro_batches: list[int]) -> None:
+    """The n-th micro-batches of all ranks are normalized as one batch."""
     torch.manual_seed(0)
     world, most = len(micro_batches), max(micro_batches)
     sizes = [[2 + rank + n for n in range(count)] for rank, count in enumerate(micro_batches)]
-    parts = [[torch.randn(size, 2, 4, 4, dtype=WIDE) for size in rank] for rank in sizes]
-    alone = Plain().model().train()
-    models = [synchronised(copy.deepcopy(alone)) for _ in range(world)]
+    parts = [[torch.randn(size, 2, 4, 4, dtype=DTYPE) for size in rank] for rank in sizes]
+    reference = PlainTask().model().train()
+    models = [with_sync_batch_norm(copy.deepcopy(reference)) for _ in range(world)]
     fabric = Fabric(world)
 
     def body(rank: int) -> None:
@@ -183,15 +183,15 @@ def test_ranks_may_have_any_number_of_micro_batches(micro_batches: list[int]) ->
     on_ranks(world, body)
     for _ in range(2):
         for n in range(most):
-            together = [rank[n] for rank in parts if len(rank) > n]
-            alone(torch.cat(together)).square().sum().backward()
-    for name, parameter in alone.named_parameters():
-        found = sum(grad for m in models if (grad := m.get_parameter(name).grad) is not None)
-        assert torch.allclose(torch.as_tensor(found), _grad(parameter), rtol=1e-10, atol=1e-10), (
-            name
-        )
+            micro_batch = [rank[n] for rank in parts if len(rank) > n]
+            reference(torch.cat(micro_batch)).square().sum().backward()
+    for name, parameter in reference.named_parameters():
+        gradient = sum(grad for m in models if (grad := m.get_parameter(name).grad) is not None)
+        assert torch.allclose(
+            torch.as_tensor(gradient), _grad(parameter), rtol=1e-10, atol=1e-10
+        ), name
     longest = models[micro_batches.index(most)]
-    for name, buffer in alone.named_buffers():
+    for name, buffer in reference.named_buffers():
         assert torch.allclose(longest.get_buffer(name), buffer, rtol=0, atol=1e-12), name
 
 
@@ -201,7 +201,7 @@ def _grad(parameter: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_small_types_keep_their_type_and_a_large_mean_loses_nothing(dtype: torch.dtype) -> None:
+def test_preserves_dtype_and_accuracy_with_large_mean(dtype: torch.dtype) -> None:
     fabric, outputs = Fabric(2), {}
     x = (1000 + torch.randn(64, 3)).to(dtype)
 
@@ -213,14 +213,14 @@ def test_small_types_keep_their_type_and_a_large_mean_loses_nothing(dtype: torch
         outputs[rank] = layer(x[rank::2])
 
     on_ranks(2, body)
-    wanted = nn.BatchNorm1d(3)(x.float())
+    expected = nn.BatchNorm1d(3)(x.float())
     for rank in range(2):
         assert outputs[rank].dtype is dtype
-        off = (outputs[rank].float() - wanted[rank::2]).abs().max()
-        assert off < (1e-3 if dtype is torch.float32 else 2e-2)
+        error = (outputs[rank].float() - expected[rank::2]).abs().max()
+        assert error < (1e-3 if dtype is torch.float32 else 2e-2)
 
 
-def test_one_value_per_channel_is_refused_as_torch_does() -> None:
+def test_rejects_one_value_per_channel_like_torch() -> None:
     fabric = Fabric(2, timeout_s=1.0)
 
     def body(rank: int) -> None:
@@ -237,14 +237,14 @@ def test_one_value_per_channel_is_refused_as_torch_does() -> None:
         on_ranks(2, body)
 
 
-def test_layers_are_torchs_own_again_after_it() -> None:
+def test_close_restores_layers() -> None:
     layer = nn.SyncBatchNorm(3)
     model = nn.Sequential(layer)
     fabric = Fabric(2)
 
     def body(rank: int) -> SyncNorms | None:
-        own = model if rank == 0 else nn.Sequential(nn.SyncBatchNorm(3))
-        return SyncNorms.of(own, fabric.collective(rank), lambda step: [1, 1])
+        rank_model = model if rank == 0 else nn.Sequential(nn.SyncBatchNorm(3))
+        return SyncNorms.of(rank_model, fabric.collective(rank), lambda step: [1, 1])
 
     norms = on_ranks(2, body)[0]
     assert norms is not None
@@ -262,6 +262,6 @@ def test_layers_are_torchs_own_again_after_it() -> None:
         {"name": "hybrid", "pipeline": 1, "data": 2},
     ],
 )
-def test_where_ranks_do_not_wait_for_each_other_it_is_refused(strategy: Any) -> None:
+def test_rejects_strategies_without_lockstep(strategy: Any) -> None:
     with pytest.raises(SpecError, match=r"norm' is nn.SyncBatchNorm"):
-        train(job(strategy, 2), Synchronised)
+        train(job(strategy, 2), SyncTask)

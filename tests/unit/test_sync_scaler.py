@@ -1,4 +1,4 @@
-"""The body of a resize without Ray: who is made and let go, what is answered, what is due."""
+"""Resizing without Ray: start and end of new workers, answers, due resizes."""
 
 from collections.abc import Callable
 from typing import cast
@@ -22,7 +22,7 @@ JOB = job_of(
 
 
 class FakeActorGroup:
-    """Two workers, and newcomers by rank: what their call came to, or None while it is open."""
+    """Two workers; `newcomers` maps ranks to the outcome of their start, None while pending."""
 
     def __init__(self) -> None:
         self.job, self.requests = JOB, ScaleRequests()
@@ -63,14 +63,14 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def lacking() -> list[str]:
-    """What the cluster lacks."""
+def missing_resources() -> list[str]:
+    """Resources that the cluster lacks."""
     return []
 
 
 @pytest.fixture
 def actor_group(
-    monkeypatch: pytest.MonkeyPatch, clock: Clock, lacking: list[str]
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, missing_resources: list[str]
 ) -> FakeActorGroup:
     fake = FakeActorGroup()
 
@@ -86,36 +86,36 @@ def actor_group(
     monkeypatch.setattr(ray, "wait", wait)
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(resizing, "time", clock)
-    monkeypatch.setattr(resizing, "lacks", lambda job, more: "".join(lacking))
+    monkeypatch.setattr(resizing, "lacks", lambda job, more: "".join(missing_resources))
     return fake
 
 
-def made(actor_group: FakeActorGroup, workers: int) -> SyncScaler:
-    resizer = SyncScaler(cast(ActorGroup, actor_group), actor_group.requests)
+def submit_request(actor_group: FakeActorGroup, workers: int) -> SyncScaler:
+    scaler = SyncScaler(cast(ActorGroup, actor_group), actor_group.requests)
     actor_group.requests.submit(workers)
-    assert resizer.advance(0) is None
-    return resizer
+    assert scaler.advance(0) is None
+    return scaler
 
 
-def test_newcomers_are_ready_before_anything_is_due(actor_group: FakeActorGroup) -> None:
-    resizer = made(actor_group, 4)
+def test_resize_waits_until_new_workers_are_ready(actor_group: FakeActorGroup) -> None:
+    scaler = submit_request(actor_group, 4)
     assert actor_group.newcomers == {2: None, 3: None}
     actor_group.newcomers[3] = "ready"
-    assert resizer.advance(0) is None
+    assert scaler.advance(0) is None
     actor_group.newcomers[2] = "ready"
-    assert resizer.advance(0) == 4
-    assert resizer.advance(0) == 4, "until it is so"
+    assert scaler.advance(0) == 4
+    assert scaler.advance(0) == 4, "due until the resize"
     assert actor_group.requests.status().pending
     actor_group.resize(4)
-    resizer.resized()
-    assert (resizer.advance(0), resizer.world) == (None, 4)
+    scaler.resized()
+    assert (scaler.advance(0), scaler.world) == (None, 4)
     assert actor_group.requests.status() == ScaleStatus(ScaleRequest(1, 4))
-    assert resizer.advance(0) is None
+    assert scaler.advance(0) is None
 
 
 @pytest.mark.parametrize("lost", [2, 3])
 @pytest.mark.parametrize(
-    ("outcome", "said"),
+    ("outcome", "reason"),
     [
         (ray.exceptions.RayActorError(), "the actor experienced an error"),
         (
@@ -128,72 +128,72 @@ def test_newcomers_are_ready_before_anything_is_due(actor_group: FakeActorGroup)
     ],
     ids=["killed", "it raised", "too slow"],
 )
-def test_when_one_cannot_come_all_are_let_go(
-    actor_group: FakeActorGroup, clock: Clock, lost: int, outcome: object, said: str
+def test_failed_start_of_one_worker_ends_all_new_workers(
+    actor_group: FakeActorGroup, clock: Clock, lost: int, outcome: object, reason: str
 ) -> None:
-    resizer = made(actor_group, 4)
+    scaler = submit_request(actor_group, 4)
     actor_group.newcomers |= {lost: outcome, 5 - lost: "ready" if lost == 3 else None}
     clock.now = 7.1
-    assert resizer.advance(0) is None
+    assert scaler.advance(0) is None
     assert actor_group.newcomers == {}
     status = actor_group.requests.status()
     assert (status.request, status.pending) == (ScaleRequest(1, 4), False)
-    refused = status.refused
-    assert refused.startswith(f"worker-{lost} could not be started: ")
-    assert said in refused.lower()
-    assert "\n" not in refused
-    assert resizer.advance(0) is None
+    refusal = status.refused
+    assert refusal.startswith(f"worker-{lost} could not be started: ")
+    assert reason in refusal.lower()
+    assert "\n" not in refusal
+    assert scaler.advance(0) is None
     actor_group.requests.submit(3)
-    resizer.advance(0)
+    scaler.advance(0)
     assert actor_group.newcomers == {2: None}
 
 
 @pytest.mark.parametrize(
-    ("workers", "said"),
+    ("workers", "reason"),
     [
         (9, "global_batch_size: 8 samples cannot be cut into 9 workers"),
         (1, "strategy.backup_workers: must be less than the 1 workers (got 1)"),
         (3, "1 more worker needs 1 CPU"),
     ],
 )
-def test_what_cannot_be_had_is_refused_and_the_wish_before_stands(
-    actor_group: FakeActorGroup, lacking: list[str], workers: int, said: str
+def test_rejected_request_keeps_the_earlier_one(
+    actor_group: FakeActorGroup, missing_resources: list[str], workers: int, reason: str
 ) -> None:
-    resizer = made(actor_group, 4)
-    lacking.append("1 more worker needs 1 CPU" if workers == 3 else "")
-    if workers == 3:  # nobody has come yet
-        resizer = SyncScaler(cast(ActorGroup, actor_group), actor_group.requests)
+    scaler = submit_request(actor_group, 4)
+    missing_resources.append("1 more worker needs 1 CPU" if workers == 3 else "")
+    if workers == 3:  # no new worker yet
+        scaler = SyncScaler(cast(ActorGroup, actor_group), actor_group.requests)
         actor_group.newcomers.clear()
-    assert said in resizer.refusal(workers)
-    actor_group.requests.submit(workers)  # it could be had when it was asked for
-    assert resizer.advance(0) is None
+    assert reason in scaler.refusal(workers)
+    actor_group.requests.submit(workers)  # the request was valid when it was submitted
+    assert scaler.advance(0) is None
     status = actor_group.requests.status()
     assert status.request == ScaleRequest(2, workers)
-    assert said in status.refused
+    assert reason in status.refused
     assert list(actor_group.newcomers) == ([] if workers == 3 else [2, 3])
 
 
-def test_as_many_as_there_are_is_granted_at_once(actor_group: FakeActorGroup) -> None:
-    made(actor_group, 2)
+def test_request_for_current_world_is_granted_at_once(actor_group: FakeActorGroup) -> None:
+    submit_request(actor_group, 2)
     assert actor_group.requests.status() == ScaleStatus(ScaleRequest(1, 2))
 
 
-def test_a_later_request_replaces_the_earlier(actor_group: FakeActorGroup) -> None:
-    resizer = made(actor_group, 5)
+def test_later_request_replaces_earlier_one(actor_group: FakeActorGroup) -> None:
+    scaler = submit_request(actor_group, 5)
     actor_group.requests.submit(3)
-    assert resizer.advance(0) is None
+    assert scaler.advance(0) is None
     assert actor_group.newcomers == {2: None}
     actor_group.newcomers[2] = "ready"
-    assert resizer.advance(0) == 3
+    assert scaler.advance(0) == 3
     assert actor_group.requests.status() == ScaleStatus(ScaleRequest(2, 3), pending=True)
 
 
-def test_when_all_were_made_anew_newcomers_are_made_again(actor_group: FakeActorGroup) -> None:
-    resizer = made(actor_group, 4)
-    actor_group.newcomers.clear()  # they ended with all others
-    resizer.all_restarted()
-    assert resizer.advance(0) is None
+def test_new_workers_are_restarted_with_all_others(actor_group: FakeActorGroup) -> None:
+    scaler = submit_request(actor_group, 4)
+    actor_group.newcomers.clear()  # ended with all other actors
+    scaler.all_restarted()
+    assert scaler.advance(0) is None
     assert actor_group.newcomers == {2: None, 3: None}
     actor_group.requests.submit(2)
-    assert resizer.advance(0) is None
+    assert scaler.advance(0) is None
     assert actor_group.newcomers == {}

@@ -1,4 +1,4 @@
-"""Embedding tables in checkpoints: a run that goes on from one has the bits of one that did not."""
+"""Embedding tables in checkpoints: resumed runs are bit-identical to uninterrupted ones."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,59 +41,67 @@ def job(world: int, optimizer: str = "Adagrad", *, every: int = 4, **more: Any) 
     return job_of(workers=world, **fields)
 
 
-def bits(run: LocalRun) -> dict[str, Any]:
-    """Give model and tables, rows in the order of ids."""
-    found: dict[str, Any] = {k: v.numpy().tobytes() for k, v in run.parameters().items()}
+def state_of(run: LocalRun) -> dict[str, Any]:
+    """Return the model and the tables, with rows sorted by id."""
+    contents: dict[str, Any] = {k: v.numpy().tobytes() for k, v in run.parameters().items()}
     for number in range(2):
-        tables = [service.store.tables[number].copy() for service in run.tables.table_servers]
+        tables = [server.store.tables[number].copy() for server in run.tables.table_servers]
         ids = np.concatenate([table.pop("ids") for table in tables])
         for name in tables[0]:
             values = np.concatenate([table[name] for table in tables])
-            found[f"{number}/{name}"] = values[np.argsort(ids)].tobytes()
-        found[f"{number}/ids"] = np.sort(ids).tolist()
-        found[f"{number}/step"] = {s.store.tables[number].updates for s in run.tables.table_servers}
-    return found
+            contents[f"{number}/{name}"] = values[np.argsort(ids)].tobytes()
+        contents[f"{number}/ids"] = np.sort(ids).tolist()
+        contents[f"{number}/step"] = {
+            s.store.tables[number].updates for s in run.tables.table_servers
+        }
+    return contents
 
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_a_run_goes_on_with_the_same_bits(strategy: str, optimizer: str) -> None:
+def test_resumed_run_is_bit_identical(strategy: str, optimizer: str) -> None:
     spec = job(2, optimizer, strategy=strategy)
-    whole = train(spec, Words)
-    assert sorted(whole.checkpoints) == [4, 8, 12]
+    uninterrupted = train(spec, Words)
+    assert sorted(uninterrupted.checkpoints) == [4, 8, 12]
     for step in (4, 8):
-        assert bits(train(spec, Words, saved=whole.checkpoints[step])) == bits(whole)
+        assert state_of(train(spec, Words, saved=uninterrupted.checkpoints[step])) == state_of(
+            uninterrupted
+        )
 
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     "embeddings", [{"servers": 1}, {"servers": 3}, {"partition": "range"}], ids=str
 )
-def test_other_servers_take_the_rows_over(embeddings: dict[str, Any]) -> None:
-    whole = train(job(2), Words)
-    other = train(job(2, embeddings=embeddings), Words, saved=whole.checkpoints[4])
-    mine, expected = bits(other), bits(whole)
-    # Not the bits: in which order torch's bag adds up a row's gradients hangs on the rows' order.
+def test_resumes_with_different_servers(embeddings: dict[str, Any]) -> None:
+    uninterrupted = train(job(2), Words)
+    resumed = train(job(2, embeddings=embeddings), Words, saved=uninterrupted.checkpoints[4])
+    actual, expected = state_of(resumed), state_of(uninterrupted)
+    # Not bit-identical: torch's bag sums a row's gradients in the order of the rows.
     for name in ("0/rows", "0/sum", "1/rows", "1/sum", "head.weight"):
-        first, second = (np.frombuffer(found[name], np.float32) for found in (mine, expected))
+        first, second = (
+            np.frombuffer(contents[name], np.float32) for contents in (actual, expected)
+        )
         np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-6)
-    assert mine["0/ids"] == expected["0/ids"]
+    assert actual["0/ids"] == expected["0/ids"]
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-async"])
 def test_asynchronous_tables_with_one_rank(strategy: str) -> None:
     spec = job(1, strategy=strategy, embeddings={"asynchronous": True})
-    whole = train(spec, Words)
-    resumed = train(spec, Words, saved=whole.checkpoints[8])
-    assert bits(resumed) == bits(whole)
+    uninterrupted = train(spec, Words)
+    resumed = train(spec, Words, saved=uninterrupted.checkpoints[8])
+    assert state_of(resumed) == state_of(uninterrupted)
 
 
-def test_asynchronous_tables_with_some_ranks() -> None:
+def test_asynchronous_tables_with_several_ranks() -> None:
     spec = job(3, strategy="ps-async", embeddings={"asynchronous": True})
-    whole = train(spec, Words)
-    resumed = train(spec, Words, saved=whole.checkpoints[12 if 12 in whole.checkpoints else 8])
-    assert bits(resumed).keys() == bits(whole).keys()
+    uninterrupted = train(spec, Words)
+    resumed = train(
+        spec, Words, saved=uninterrupted.checkpoints[12 if 12 in uninterrupted.checkpoints else 8]
+    )
+    assert state_of(resumed).keys() == state_of(uninterrupted).keys()
 
 
 class Wider(Words):
@@ -101,45 +109,45 @@ class Wider(Words):
         return Net(ShardedEmbedding(41, WIDTH), ShardedEmbeddingBag(40, WIDTH, padding_idx=0))
 
 
-def test_a_checkpoint_of_other_tables_is_refused() -> None:
-    whole = train(job(1), Words)
+def test_rejects_checkpoint_of_different_tables() -> None:
+    uninterrupted = train(job(1), Words)
     with pytest.raises(SpecError, match="'words' has rows 41, had 40"):
-        train(job(1), Wider, saved=whole.checkpoints[4])
+        train(job(1), Wider, saved=uninterrupted.checkpoints[4])
 
 
-def in_process(tmp_path: Path, resume: Path | None = None, **more: Any) -> Any:
+def trainer(tmp_path: Path, resume: Path | None = None, **more: Any) -> Any:
     return Trainer(job(0, storage_path=str(tmp_path), **more), Words, resume=resume)
 
 
-def test_through_files(tmp_path: Path) -> None:
-    whole = in_process(tmp_path).fit()
-    folder = whole.path / "checkpoints" / "step-000008"
+def test_resumes_from_files(tmp_path: Path) -> None:
+    uninterrupted = trainer(tmp_path).fit()
+    folder = uninterrupted.path / "checkpoints" / "step-000008"
     names = {path.name for path in folder.iterdir()}
     assert {"embeddings-0.safetensors", "embeddings-1.safetensors", "manifest.json"} <= names
-    resumed = in_process(tmp_path, resume=folder).fit()
+    resumed = trainer(tmp_path, resume=folder).fit()
     assert Catalogue(resumed.path / "checkpoints").steps() == [12]
-    for name in ["model.safetensors", *(p.name for p in whole.path.glob("embeddings.*"))]:
-        assert (resumed.path / name).read_bytes() == (whole.path / name).read_bytes()
+    for name in ["model.safetensors", *(p.name for p in uninterrupted.path.glob("embeddings.*"))]:
+        assert (resumed.path / name).read_bytes() == (uninterrupted.path / name).read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("fields", "message"),
     [
         ({"embeddings": {"optimizer": {"name": "SGD", "lr": 1}}}, "embeddings.optimizer.name"),
         ({"steps": 8}, "nothing is left"),
     ],
 )
-def test_what_must_stay(more: dict[str, Any], said: str, tmp_path: Path) -> None:
-    whole = in_process(tmp_path, steps=9).fit()
-    with pytest.raises(SpecError, match=said):
-        in_process(tmp_path, resume=whole.path, **more)
+def test_rejects_changed_job(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    first = trainer(tmp_path, steps=9).fit()
+    with pytest.raises(SpecError, match=message):
+        trainer(tmp_path, resume=first.path, **fields)
 
 
-def test_the_field_must_stay(tmp_path: Path) -> None:
-    whole = in_process(tmp_path, steps=9).fit()
+def test_rejects_job_without_embeddings(tmp_path: Path) -> None:
+    first = trainer(tmp_path, steps=9).fit()
     spec = job(0).model_copy(update={"embeddings": None})
     with pytest.raises(SpecError, match="the job does not have the field"):
-        Trainer(spec, Words, resume=whole.path)
+        Trainer(spec, Words, resume=first.path)
 
 
 def plan(every: int, *, world: int = 1, asynchronous: bool = False, attempt: int = 0) -> TablePlan:
@@ -153,17 +161,17 @@ def gradient(step: int) -> list[RowGradients]:
     return [RowGradients(0, ids, np.full((3, 3), step + 1.0, np.float32))]
 
 
-def service(plan: TablePlan, steps: int) -> TableServer:
-    """A server after some steps of one rank."""
-    made = TableServer("server", 0)
-    made.open(plan)
+def make_server(plan: TablePlan, steps: int) -> TableServer:
+    """Return a server after some steps of one rank."""
+    server = TableServer("server", 0)
+    server.open(plan)
     for step in range(steps):
-        made.add(PushId("run", 0, 0, step), gradient(step))
-    return made
+        server.add(PushId("run", 0, 0, step), gradient(step))
+    return server
 
 
-def test_copies_are_of_their_step_and_given_once() -> None:
-    server = service(plan(4), 4)
+def test_copy_is_of_its_step_and_returned_once() -> None:
+    server = make_server(plan(4), 4)
     before = server.store.tables[0].copy()["rows"].tobytes()
     server.add(PushId("run", 0, 0, 4), gradient(4))
     steps, bundle = server.take_copies(4, 0.0)
@@ -173,8 +181,8 @@ def test_copies_are_of_their_step_and_given_once() -> None:
     assert server.take_copies(4, 0.0) == (5, None)
 
 
-def test_newer_copies_take_the_place_of_those_before_the_last() -> None:
-    server = service(plan(2), 6)
+def test_only_last_copies_are_stored() -> None:
+    server = make_server(plan(2), 6)
     assert server.take_copies(2, 0.0) == (6, None)
     assert server.take_copies(4, 0.0)[1] is not None
     assert server.take_copies(6, 0.0)[1] is not None
@@ -182,63 +190,66 @@ def test_newer_copies_take_the_place_of_those_before_the_last() -> None:
 
 
 def test_copies_of_asynchronous_tables_wait_for_the_slowest_rank() -> None:
-    server = service(plan(2, world=2, asynchronous=True), 3)
+    server = make_server(plan(2, world=2, asynchronous=True), 3)
     assert server.take_copies(2, 0.01) == (0, None)
     for step in range(2):
         server.add(PushId("run", 0, 1, step), gradient(step))
     assert server.take_copies(2, 0.0)[1] is not None
 
 
-def test_a_checkpoint_without_its_tables_is_skipped() -> None:
-    def here() -> ArrayRefs | None:
+def test_checkpoint_without_tables_is_skipped() -> None:
+    def complete() -> ArrayRefs | None:
         return [("box", ())]
 
-    def gone() -> ArrayRefs | None:
+    def missing() -> ArrayRefs | None:
         return None
 
-    for first, second, found in (
-        (here, here, 2),
-        (None, here, 1),
-        (here, gone, 0),
-        (gone, here, 0),
+    for first, second, length in (
+        (complete, complete, 2),
+        (None, complete, 1),
+        (complete, missing, 0),
+        (missing, complete, 0),
     ):
         fetch = CheckpointPart(fetch=first).also(second).fetch
         assert fetch is not None
-        assert len(fetch() or []) == found
+        assert len(fetch() or []) == length
 
 
-def files(bundle: Bundle | None) -> list[Any]:
+def checkpoint_of(bundle: Bundle | None) -> list[Any]:
     assert bundle is not None
     return [{k.partition("/")[2]: v for k, v in assemble_tensors([bundle]).items()}]
 
 
-def test_tables_that_are_there_are_not_taken_from_a_checkpoint() -> None:
-    server = service(plan(2), 3)
-    saved = files(server.take_copies(2, 0.0)[1])
-    now = server.store.tables[0].copy()["rows"].tobytes()
+def test_open_keeps_existing_tables() -> None:
+    server = make_server(plan(2), 3)
+    saved = checkpoint_of(server.take_copies(2, 0.0)[1])
+    current_rows = server.store.tables[0].copy()["rows"].tobytes()
     assert server.open(plan(2, attempt=1), 2, saved) == 3
-    assert server.store.tables[0].copy()["rows"].tobytes() == now
+    assert server.store.tables[0].copy()["rows"].tobytes() == current_rows
 
 
-def test_a_damaged_checkpoint_leaves_no_half_tables() -> None:
-    saved = files(service(plan(2), 2).take_copies(2, 0.0)[1])
+def test_damaged_checkpoint_leaves_no_partial_tables() -> None:
+    saved = checkpoint_of(make_server(plan(2), 2).take_copies(2, 0.0)[1])
     del saved[0]["t/sum"]
-    fresh = TableServer("server", 0)
+    server = TableServer("server", 0)
     with pytest.raises(ProtocolError, match="no table 't' of width 3 in the checkpoint: 'sum'"):
-        fresh.open(plan(2), 2, saved)
-    other = replace(plan(2), tables=(replace(SPEC, width=4),))
+        server.open(plan(2), 2, saved)
+    other_plan = replace(plan(2), tables=(replace(SPEC, width=4),))
     with pytest.raises(ProtocolError, match="no table 't' of width 4"):
-        fresh.open(other, 2, files(service(plan(2), 2).take_copies(2, 0.0)[1]))
-    fresh.open(plan(2), 2, files(service(plan(2), 2).take_copies(2, 0.0)[1]))
-    assert fresh.add(PushId("run", 0, 0, 2), gradient(2)).version == 3
+        server.open(other_plan, 2, checkpoint_of(make_server(plan(2), 2).take_copies(2, 0.0)[1]))
+    server.open(plan(2), 2, checkpoint_of(make_server(plan(2), 2).take_copies(2, 0.0)[1]))
+    assert server.add(PushId("run", 0, 0, 2), gradient(2)).version == 3
 
 
-def test_whole_tables_come_back_whole() -> None:
-    whole = replace(plan(2), tables=(replace(SPEC, whole=True),))
-    saved = files(service(whole, 2).take_copies(2, 0.0)[1])
-    fresh = TableServer("server", 0)
-    fresh.open(whole, 2, saved)
-    assert fresh.sizes()[0][1] == 50
+def test_whole_tables_are_restored_completely() -> None:
+    whole_plan = replace(plan(2), tables=(replace(SPEC, whole=True),))
+    saved = checkpoint_of(make_server(whole_plan, 2).take_copies(2, 0.0)[1])
+    server = TableServer("server", 0)
+    server.open(whole_plan, 2, saved)
+    assert server.sizes()[0][1] == 50
     assert torch.equal(
-        *(torch.from_numpy(s.store.tables[0].copy()["rows"]) for s in (fresh, service(whole, 2)))
+        *(
+            torch.from_numpy(table_server.store.tables[0].copy()["rows"])
+            for table_server in (server, make_server(whole_plan, 2))
+        )
     )
