@@ -1,4 +1,4 @@
-"""What is copied to and from a device, and when it is handed over; the device is made up."""
+"""Transfers between host and device, with a fake stream."""
 
 import threading
 from collections.abc import Callable
@@ -14,32 +14,32 @@ LIMIT_S = 60.0
 
 
 class Stream:
-    """A stream that does nothing before it is let go, or somebody waits for it to be."""
+    """A fake stream that executes its copies only when `go` is set, or at `join`."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
         self.go = threading.Event()
-        self._todo: list[Callable[[], object]] = []
+        self._pending: list[Callable[[], object]] = []
 
     def copy(self, to: Tensor, source: Tensor) -> None:
         self.events.append("copy")
-        self._todo.append(lambda: to.copy_(source))
+        self._pending.append(lambda: to.copy_(source))
 
-    def record_event(self) -> "Moment":
-        return Moment(self, len(self._todo))
+    def record_event(self) -> "StreamEvent":
+        return StreamEvent(self, len(self._pending))
 
     def join(self) -> None:
         self.events.append("join")
-        self.run(len(self._todo))
+        self.run(len(self._pending))
 
     def run(self, count: int) -> None:
         for number in range(count):
-            self._todo[number]()
-            self._todo[number] = lambda: None
+            self._pending[number]()
+            self._pending[number] = lambda: None
 
 
-class Moment:
-    """After so many copies of a stream."""
+class StreamEvent:
+    """A recorded event: complete after the first `count` copies of a stream."""
 
     def __init__(self, stream: Stream, count: int) -> None:
         self._stream, self._count = stream, count
@@ -50,7 +50,7 @@ class Moment:
 
 
 class Rig:
-    """Vectors of eight elements, in two parts."""
+    """A transfer of vectors of eight elements, sent in two parts."""
 
     def __init__(self) -> None:
         self.stream = Stream()
@@ -59,16 +59,16 @@ class Rig:
         self.transfer = DeviceTransfer(self.gradients, self.parameters, self.stream)
         self.sent: list[list[float]] = []
 
-    def out(self, start: int, stop: int) -> None:
-        """Send a part; note what is in shared memory when it is handed over."""
+    def send(self, start: int, stop: int) -> None:
+        """Send a part, and record the contents of shared memory in its callback."""
         part = self.shared[start:stop]
         self.transfer.to_host(part, start, lambda: self.sent.append(part.tolist()))
 
 
-def test_a_part_is_handed_over_when_its_copy_has_ended() -> None:
+def test_callbacks_run_after_their_copies() -> None:
     rig = Rig()
-    rig.out(4, 8)
-    rig.out(0, 4)
+    rig.send(4, 8)
+    rig.send(0, 4)
     assert rig.sent == [] and rig.shared.sum() == 0
     rig.stream.go.set()
     rig.transfer.wait(LIMIT_S)
@@ -76,16 +76,16 @@ def test_a_part_is_handed_over_when_its_copy_has_ended() -> None:
     rig.transfer.close()
 
 
-def test_who_computes_does_not_wait_for_copies() -> None:
-    """It would stand still until the device has come to the end of backward."""
+def test_to_host_does_not_block() -> None:
+    """A blocking copy would wait until the device has finished backward."""
     rig = Rig()
-    rig.out(4, 8)
+    rig.send(4, 8)
     assert rig.stream.events == ["copy"] and rig.sent == []
     rig.stream.go.set()
     rig.transfer.wait(LIMIT_S)
 
 
-def test_new_parameters_are_there_after_the_join() -> None:
+def test_to_device_completes_at_join() -> None:
     rig = Rig()
     rig.transfer.to_device(rig.values[4:], 4)
     rig.transfer.to_device(rig.values[:4], 0)
@@ -95,14 +95,14 @@ def test_new_parameters_are_there_after_the_join() -> None:
     assert rig.stream.events == ["copy", "copy", "join"]
 
 
-def test_what_sending_raises_comes_up_in_the_wait() -> None:
+def test_wait_raises_errors_of_callbacks() -> None:
     rig = Rig()
 
     def fail() -> None:
         raise ZeroDivisionError
 
     rig.transfer.to_host(rig.shared[:4], 0, fail)
-    rig.out(4, 8)
+    rig.send(4, 8)
     rig.stream.go.set()
     with pytest.raises(ZeroDivisionError):
         rig.transfer.wait(LIMIT_S)
@@ -110,15 +110,15 @@ def test_what_sending_raises_comes_up_in_the_wait() -> None:
     rig.transfer.wait(LIMIT_S)
 
 
-def test_a_copy_that_does_not_end_is_named() -> None:
+def test_wait_times_out_if_a_copy_hangs() -> None:
     rig = Rig()
-    rig.out(0, 4)
+    rig.send(0, 4)
     with pytest.raises(DeadlineExceeded, match="this worker's device"):
         rig.transfer.wait(0.01)
     rig.stream.go.set()
 
 
-def test_on_the_cpu_all_is_there_already() -> None:
+def test_cpu_transfer_is_immediate() -> None:
     sent = []
     direct = DirectTransfer()
     direct.to_host(torch.zeros(1), 0, lambda: sent.append(1))

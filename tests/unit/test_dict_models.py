@@ -1,4 +1,4 @@
-"""Hugging Face's models with padded dict batches under hybrid: as in a plain loop, or refused."""
+"""Hugging Face models with padded dict batches under `hybrid` match a plain loop."""
 
 from functools import cache
 from typing import Any
@@ -23,37 +23,37 @@ SAMPLES, BATCH, STEPS, LENGTH, WORDS, WIDTH, CLASSES = 21, 16, 3, 7, 11, 8, 4
 
 
 class Samples(Dataset[Any]):
-    """Words, of which every third sample has as many as there may be, and images."""
+    """Token sequences and images; every third sequence has the maximum length."""
 
     def __len__(self) -> int:
         return SAMPLES
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        drawn = torch.Generator().manual_seed(index)
+        generator = torch.Generator().manual_seed(index)
         length = LENGTH if index % 3 == 0 else 3 + index % 4
-        words = torch.randint(1, WORDS, (length,), generator=drawn)
-        return words, torch.randn(1, 8, 8, generator=drawn, dtype=torch.float64)
+        words = torch.randint(1, WORDS, (length,), generator=generator)
+        return words, torch.randn(1, 8, 8, generator=generator, dtype=torch.float64)
 
 
 class Words(Task):
-    """Predict each next word."""
+    """A language model: predicts the next token."""
 
-    kind, config = "GPT2LMHeadModel", "GPT2Config"
+    model_name, config_name = "GPT2LMHeadModel", "GPT2Config"
     more: dict[str, Any] = {}  # noqa: RUF012
 
     def model(self) -> nn.Module:
         sizes = {"num_hidden_layers": 4, "hidden_size": WIDTH, "intermediate_size": 16}
         ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-        given = {"vocab_size": WORDS, "num_attention_heads": 2, **sizes, **ends, **self.more}
-        config = getattr(transformers, self.config)(**given)
-        made: nn.Module = getattr(transformers, self.kind)(config)
-        return made.double()
+        kwargs = {"vocab_size": WORDS, "num_attention_heads": 2, **sizes, **ends, **self.more}
+        config = getattr(transformers, self.config_name)(**kwargs)
+        model: nn.Module = getattr(transformers, self.model_name)(config)
+        return model.double()
 
     def train_data(self) -> Dataset[Any]:
         return Samples()
 
     def collate(self, samples: list[Any]) -> dict[str, Tensor]:
-        words = pad_sequence([one for one, _ in samples], batch_first=True)
+        words = pad_sequence([ids for ids, _ in samples], batch_first=True)
         labels = words.masked_fill(words == 0, -100)
         return {"input_ids": words, "attention_mask": (words > 0).long(), "labels": labels}
 
@@ -67,14 +67,14 @@ class Gpt2(Words):
 
 
 class Llama(Words):
-    kind, config = "LlamaForCausalLM", "LlamaConfig"
+    model_name, config_name = "LlamaForCausalLM", "LlamaConfig"
     more = {"num_key_value_heads": 1}  # noqa: RUF012
 
 
 class Opt(Words):
-    """Its last norm is registered before its blocks."""
+    """The final norm is registered before the blocks."""
 
-    kind, config = "OPTForCausalLM", "OPTConfig"
+    model_name, config_name = "OPTForCausalLM", "OPTConfig"
     more = {  # noqa: RUF012
         "ffn_dim": 16,
         "word_embed_proj_dim": WIDTH,
@@ -84,9 +84,9 @@ class Opt(Words):
 
 
 class Sentences(Words):
-    """Classes of sentences: a mean over samples."""
+    """Sentence classification: the loss is a mean over samples."""
 
-    kind, config = "BertForSequenceClassification", "BertConfig"
+    model_name, config_name = "BertForSequenceClassification", "BertConfig"
     more = {  # noqa: RUF012
         "num_labels": CLASSES,
         "hidden_dropout_prob": 0.0,
@@ -94,24 +94,24 @@ class Sentences(Words):
     }
 
     def collate(self, samples: list[Any]) -> dict[str, Tensor]:
-        found = super().collate(samples)
-        return {**found, "labels": found["input_ids"][:, 0] % CLASSES}
+        batch = super().collate(samples)
+        return {**batch, "labels": batch["input_ids"][:, 0] % CLASSES}
 
     def loss(self, outputs: Any, batch: dict[str, Tensor]) -> Any:
         return outputs.loss
 
 
 class Images(Sentences):
-    kind, config = "ViTForImageClassification", "ViTConfig"
+    model_name, config_name = "ViTForImageClassification", "ViTConfig"
     more = {**Sentences.more, "image_size": 8, "patch_size": 4, "num_channels": 1}  # noqa: RUF012
 
     def collate(self, samples: list[Any]) -> dict[str, Tensor]:
         labels = super().collate(samples)["labels"]
-        return {"pixel_values": torch.stack([one for _, one in samples]), "labels": labels}
+        return {"pixel_values": torch.stack([image for _, image in samples]), "labels": labels}
 
 
-class Stepping(Gpt2):
-    """The same as a `step`."""
+class StepGpt2(Gpt2):
+    """The model of `Gpt2` in a task with `step`."""
 
     loss: Any = Task.loss
 
@@ -121,9 +121,9 @@ class Stepping(Gpt2):
 
 
 @cache
-def plain(kind: type[Task]) -> dict[str, Tensor]:
+def plain(task_cls: type[Task]) -> dict[str, Tensor]:
     torch.manual_seed(5)
-    task = kind()
+    task = task_cls()
     model, data = task.model(), task.train_data()
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -136,24 +136,24 @@ def plain(kind: type[Task]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in model.state_dict().items()}
 
 
-def run_of(kind: type[Task], pipeline: int = 2, data: int = 1, **options: Any) -> LocalRun:
+def run_of(task_cls: type[Task], pipeline: int = 2, data: int = 1, **options: Any) -> LocalRun:
     tensor = options.pop("tensor", 1)
-    chosen, workers = grid_of(pipeline, tensor, data, **options)
-    return train(hybrid_job(chosen, workers, steps=STEPS), kind)
+    strategy, workers = grid_of(pipeline, tensor, data, **options)
+    return train(hybrid_job(strategy, workers, steps=STEPS), task_cls)
 
 
-def assert_equal(kind: type[Task], **options: Any) -> None:
-    found, expected = whole(run_of(kind, **options)), plain(kind)
-    assert found.keys() == expected.keys()
+def assert_equal(task_cls: type[Task], **options: Any) -> None:
+    trained, expected = whole(run_of(task_cls, **options)), plain(task_cls)
+    assert trained.keys() == expected.keys()
     for name, value in expected.items():
-        assert (found[name] - value).abs().max() < 1e-7, name  # losses and norms are in float32
+        assert (trained[name] - value).abs().max() < 1e-7, name  # losses and norms are in float32
 
 
 INTERLEAVED = {"schedule": "interleaved", "virtual": 2}
 CASES: list[tuple[type[Task], dict[str, Any]]] = [
     (Gpt2, {"pipeline": 4}),
     (Gpt2, {**INTERLEAVED, "data": 2}),
-    (Stepping, {"data": 2}),
+    (StepGpt2, {"data": 2}),
     (Llama, {"data": 2, "cut": "auto"}),
     (Llama, {**INTERLEAVED}),
     (Sentences, {"pipeline": 4}),
@@ -163,21 +163,21 @@ CASES: list[tuple[type[Task], dict[str, Any]]] = [
 
 
 @pytest.mark.sweep(4)
-@pytest.mark.parametrize(("kind", "grid"), CASES, ids=str)
-def test_they_train_as_in_one_process(kind: type[Task], grid: dict[str, Any]) -> None:
-    assert_equal(kind, **grid)
+@pytest.mark.parametrize(("task_cls", "grid"), CASES, ids=str)
+def test_matches_plain_loop(task_cls: type[Task], grid: dict[str, Any]) -> None:
+    assert_equal(task_cls, **grid)
 
 
 MLP = "model.layers.*.mlp"
 
 
-def test_linear_layers_of_theirs_are_sliced() -> None:
+def test_linear_layers_are_sliced() -> None:
     plan = {f"{MLP}.gate_proj": "colwise", f"{MLP}.up_proj": "colwise"}
     assert_equal(Llama, tensor=2, tensor_plan={**plan, f"{MLP}.down_proj": "rowwise"})
 
 
 class Grouped(Llama):
-    """Two heads of queries for each of keys and values, as docs/tensor_parallel.md has it."""
+    """Grouped-query attention with `head_layout`, as in docs/tensor_parallel.md."""
 
     more = {"num_attention_heads": 4, "num_key_value_heads": 2}  # noqa: RUF012
 
@@ -191,12 +191,12 @@ class Grouped(Llama):
         return model
 
 
-def test_their_heads_are_sliced_once_they_are_named() -> None:
+def test_heads_are_sliced_with_head_layout() -> None:
     assert_equal(Grouped, tensor=2, tensor_plan={"model.layers.*.self_attn": "heads"})
 
 
 @pytest.mark.parametrize(
-    ("plan", "told"),
+    ("plan", "message"),
     [
         (
             {"transformer.h.*.mlp.c_fc": "colwise", "transformer.h.*.mlp.c_proj": "rowwise"},
@@ -206,24 +206,25 @@ def test_their_heads_are_sliced_once_they_are_named() -> None:
     ],
     ids=["mlp", "heads"],
 )
-def test_layers_of_other_classes_are_not_sliced(plan: dict[str, str], told: str) -> None:
-    with pytest.raises(SpecError, match=told):
+def test_unsupported_layers_are_not_sliced(plan: dict[str, str], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
         run_of(Gpt2, tensor=2, tensor_plan=plan)
 
 
 class T5(Words):
-    """Its blocks give each other the biases that the first one computes."""
+    """The first block computes position biases, which later blocks receive."""
 
     def model(self) -> nn.Module:
         sizes = {"d_model": WIDTH, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2}
         ends = {"decoder_start_token_id": 0, "pad_token_id": 0}
         more = {"num_decoder_layers": 3, "dropout_rate": 0.0}
         config = transformers.T5Config(vocab_size=WORDS, **sizes, **ends, **more)
-        made: Any = transformers.T5ForConditionalGeneration(config)
-        made.lm_head = nn.Linear(WIDTH, WORDS, bias=False)  # its embedding is on the first stage
-        made.config.scale_decoder_outputs = False
-        found: nn.Module = made.double()
-        return found
+        model: Any = transformers.T5ForConditionalGeneration(config)
+        # Untied, because the embedding is on the first stage.
+        model.lm_head = nn.Linear(WIDTH, WORDS, bias=False)
+        model.config.scale_decoder_outputs = False
+        module: nn.Module = model.double()
+        return module
 
     def loss(self, outputs: Any, batch: dict[str, Tensor]) -> Any:
         count = (batch["labels"] != -100).sum()
@@ -236,8 +237,8 @@ class Marian(T5):
         heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
         ends = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 0}
         config = transformers.MarianConfig(vocab_size=WORDS, **sizes, **heads, **ends)
-        made: nn.Module = transformers.MarianMTModel(config)
-        return made.double()
+        model: nn.Module = transformers.MarianMTModel(config)
+        return model.double()
 
 
 class Whisper(T5):
@@ -247,30 +248,28 @@ class Whisper(T5):
         ends = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 0}
         more = {"max_source_positions": 5, "bos_token_id": 0}
         config = transformers.WhisperConfig(vocab_size=WORDS, **sizes, **heads, **ends, **more)
-        made: nn.Module = transformers.WhisperForConditionalGeneration(config)
-        return made.double()
+        model: nn.Module = transformers.WhisperForConditionalGeneration(config)
+        return model.double()
 
     def collate(self, samples: list[Any]) -> dict[str, Tensor]:
         labels = super().collate(samples)["labels"]
-        heard = torch.stack([one.flatten()[:40].view(4, 10) for _, one in samples])
-        return {"input_features": heard, "labels": labels}
+        features = torch.stack([image.flatten()[:40].view(4, 10) for _, image in samples])
+        return {"input_features": features, "labels": labels}
 
 
 @pytest.mark.parametrize(
-    ("kind", "blocks"),
+    ("task_cls", "blocks"),
     [(T5, "decoder.block"), (Marian, "model.decoder.layers"), (Whisper, "model.decoder.layers")],
 )
-def test_it_is_told_what_to_write_for_an_encoder_and_a_decoder(
-    kind: type[Task], blocks: str
-) -> None:
+def test_encoder_decoder_error_suggests_stages(task_cls: type[Task], blocks: str) -> None:
     with pytest.raises(SpecError) as caught:
-        run_of(kind)
+        run_of(task_cls)
     stages = rf"[First(model), *map(Block, model.{blocks}), Last(model)]"
     assert f"give the task a `stages(model)`, such as {stages}" in str(caught.value)
 
 
 class First(nn.Module):
-    """From a batch to what T5's decoder begins with."""
+    """The encoder and the decoder's embedding: a batch to the input of the first decoder block."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -287,7 +286,7 @@ class First(nn.Module):
 
 
 class Block(nn.Module):
-    """One block of the decoder; `biases` are None before the first."""
+    """One block of the decoder; its position biases are None before the first block."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -315,13 +314,13 @@ class StagedT5(T5):
         return [First(model), *map(Block, model.decoder.block), Last(model)]
 
 
-def test_a_t5_with_stages_trains_as_in_one_process() -> None:
+def test_t5_with_stages_matches_plain_loop() -> None:
     assert_equal(StagedT5, data=2)
 
 
-def test_the_balance_of_experts_needs_stages() -> None:
+def test_mixtral_with_router_logits_needs_stages() -> None:
     class Mixtral(Words):
-        kind, config = "MixtralForCausalLM", "MixtralConfig"
+        model_name, config_name = "MixtralForCausalLM", "MixtralConfig"
         more = {  # noqa: RUF012
             "num_local_experts": 4,
             "num_key_value_heads": 1,
@@ -329,7 +328,7 @@ def test_the_balance_of_experts_needs_stages() -> None:
         }
 
         def model(self) -> nn.Module:
-            return super().model().float()  # its experts take no float64
+            return super().model().float()  # the experts do not support float64
 
     with pytest.raises(SpecError, match="fail where MixtralForCausalLM does not"):
         run_of(Mixtral)

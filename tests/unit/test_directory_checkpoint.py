@@ -1,4 +1,4 @@
-"""A directory as a checkpoint: the same files come back, and none outside of it."""
+"""Checkpoints from directories: files round-trip; paths outside are rejected."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -29,35 +29,35 @@ def folder_of(path: Path, files: Mapping[str, bytes] = FILES) -> Path:
 
 
 def contents(folder: str | Path) -> dict[str, bytes]:
-    found = [path for path in Path(folder).rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def test_the_same_files_come_back(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.from_directory(folder_of(tmp_path / "given"))
-    again = unpack(*pack({"epoch": 3, "files": checkpoint}))
-    assert again["epoch"] == 3
-    with again["files"].as_directory() as folder:
+def test_files_round_trip(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.from_directory(folder_of(tmp_path / "source"))
+    restored = unpack(*pack({"epoch": 3, "files": checkpoint}))
+    assert restored["epoch"] == 3
+    with restored["files"].as_directory() as folder:
         assert contents(folder) == FILES
-        where = Path(folder)
-    assert not where.exists()
-    assert contents(again["files"].to_directory(tmp_path / "other")) == FILES
+        extracted = Path(folder)
+    assert not extracted.exists()
+    assert contents(restored["files"].to_directory(tmp_path / "other")) == FILES
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z]{1,3}", fullmatch=True), st.binary(max_size=9)))
-def test_any_bytes_come_back(files: dict[str, bytes]) -> None:
-    tensors = {name: torch.tensor([*held], dtype=torch.uint8) for name, held in files.items()}
+def test_any_bytes_round_trip(files: dict[str, bytes]) -> None:
+    tensors = {name: torch.tensor([*content], dtype=torch.uint8) for name, content in files.items()}
     with unpack(*pack(Checkpoint(tensors))).as_directory() as folder:
         assert contents(folder) == files
 
 
 @pytest.mark.parametrize("name", ["../up", "/etc/passwd", "a/../../up", "", "a\0b"])
-def test_a_file_outside_is_refused(name: str) -> None:
+def test_names_outside_of_the_directory_are_rejected(name: str) -> None:
     with pytest.raises(SpecError, match="outside of the directory"):
         Checkpoint({name: torch.zeros(1, dtype=torch.uint8)})
 
 
-def test_what_is_no_directory_of_files_is_refused(tmp_path: Path) -> None:
+def test_from_directory_rejects_paths_without_regular_files(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="no directory"):
         Checkpoint.from_directory(tmp_path / "nowhere")
     with pytest.raises(SpecError, match="has no files"):
@@ -67,8 +67,8 @@ def test_what_is_no_directory_of_files_is_refused(tmp_path: Path) -> None:
         Checkpoint.from_directory(tmp_path)
 
 
-class OfRayTrain:
-    """As `ray.train.Checkpoint`: a directory that stays where it is."""
+class RayTrainCheckpoint:
+    """The interface of `ray.train.Checkpoint`: `as_directory` returns the directory itself."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -78,11 +78,11 @@ class OfRayTrain:
         yield str(self._folder)
 
 
-@pytest.mark.parametrize("kind", [Checkpoint.from_directory, OfRayTrain])
-def test_a_loop_of_ray_train_goes_on_from_its_files(
-    kind: Callable[[Path], Any], tmp_path: Path
+@pytest.mark.parametrize("create", [Checkpoint.from_directory, RayTrainCheckpoint])
+def test_train_function_resumes_from_checkpoint_files(
+    create: Callable[[Path], Any], tmp_path: Path
 ) -> None:
-    began: list[int] = []
+    first_epochs: list[int] = []
 
     def train(config: Mapping[str, Any]) -> None:
         model = nn.Linear(2, 1)
@@ -95,7 +95,7 @@ def test_a_loop_of_ray_train_goes_on_from_its_files(
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             first = state["epoch"]
-        began.append(first)
+        first_epochs.append(first)
         for epoch in range(first, 4):
             model(torch.full((1, 2), epoch + 1.0)).sum().backward()
             optimizer.step()
@@ -103,17 +103,17 @@ def test_a_loop_of_ray_train_goes_on_from_its_files(
             folder = folder_of(tmp_path / str(rank), {"note": b"of an epoch"})
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({**state, "epoch": epoch + 1}, folder / "state.pt")
-            saved = kind(folder)
+            saved = create(folder)
             distplat.report({"loss": 0.0}, checkpoint=saved if rank == 0 else None)
 
     whole = call_on_ranks(train, 2)
-    again = call_on_ranks(train, 2, saved=whole.checkpoints[2])
-    assert began == [0, 0, 2, 2]
+    resumed = call_on_ranks(train, 2, saved=whole.checkpoints[2])
+    assert first_epochs == [0, 0, 2, 2]
     for name, value in whole.trained[0].items():
-        assert torch.equal(again.trained[0][name], value)
+        assert torch.equal(resumed.trained[0][name], value)
 
 
-def test_files_of_another_rank_are_said_not_to_be_kept(caplog: pytest.LogCaptureFixture) -> None:
+def test_warns_about_files_of_other_ranks(caplog: pytest.LogCaptureFixture) -> None:
     def train(config: Mapping[str, Any]) -> None:
         distplat.prepare(nn.Linear(2, 1))
         rank = distplat.get_context().get_world_rank()
@@ -123,5 +123,5 @@ def test_files_of_another_rank_are_said_not_to_be_kept(caplog: pytest.LogCapture
 
     with caplog.at_level(logging.WARNING):
         call_on_ranks(train, 2)
-    texts = [one.getMessage() for one in caplog.records if "files" in one.getMessage()]
+    texts = [r.getMessage() for r in caplog.records if "files" in r.getMessage()]
     assert texts == ["rank 1 reported files (of-1, ...), which are not saved: only rank 0's are"]

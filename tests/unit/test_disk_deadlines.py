@@ -1,4 +1,4 @@
-"""A disk that gives no answer: runs go on, and end within `failure.storage_timeout_s`."""
+"""Hung disks: training continues, and the run ends within `failure.storage_timeout_s`."""
 
 import os
 import threading
@@ -26,23 +26,22 @@ from distplat.platform.remote_storage import fetch
 from distplat.platform.run_upload import upload_of
 
 LIMIT_S = 0.5
-_HELD_S = 90.0
-"""How long an operation is held that the test does not release; less than a test may take."""
+_BLOCK_S = 90.0
+"""Limit for a blocked operation that the test does not release; below the timeout of a test."""
 
 
-class Hung:
+class HungDisk:
     """
-    Operations of this process that wait until the test is over, once `at` is set.
+    Patched operations of this process that block until the end of the test, once `hangs` is set.
 
-    The clock of `with_deadline` stands until one of them does: on a busy machine healthy ones take
-    their time, too.
+    The clock of `with_deadline` stands still until an operation blocks, because healthy operations
+    may be slow on a busy machine.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.at, self._over, self._patch = threading.Event(), threading.Event(), patch
-        self.ended = (
-            False  #: an operation was held for `_HELD_S`, so somebody may have waited for it
-        )
+        self.hangs, self._test_ended = threading.Event(), threading.Event()
+        self._patch = patch
+        self.timed_out = False  #: an operation blocked for `_BLOCK_S`: a caller may have waited
         self._since: float | None = None
         self.sleep = time.sleep
         patch.setattr(disk, "time", self)
@@ -53,28 +52,28 @@ class Hung:
     def patch(self, owner: Any, name: str) -> None:
         real = getattr(owner, name)
 
-        def work(*args: Any, **more: Any) -> Any:
-            if self.at.is_set():
+        def operation(*args: Any, **kwargs: Any) -> Any:
+            if self.hangs.is_set():
                 self._since = self._since or time.monotonic()
-                self.ended = not self._over.wait(_HELD_S) or self.ended
-                raise OSError("held until after the test")
-            return real(*args, **more)
+                self.timed_out = not self._test_ended.wait(_BLOCK_S) or self.timed_out
+                raise OSError("blocked until the end of the test")
+            return real(*args, **kwargs)
 
-        self._patch.setattr(owner, name, work)
+        self._patch.setattr(owner, name, operation)
 
     def end(self) -> None:
-        self._over.set()
+        self._test_ended.set()
 
 
 @pytest.fixture
-def hung(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hung]:
-    found = Hung(monkeypatch)
-    yield found
-    found.end()
+def hung(monkeypatch: pytest.MonkeyPatch) -> Iterator[HungDisk]:
+    hung_disk = HungDisk(monkeypatch)
+    yield hung_disk
+    hung_disk.end()
 
 
 class Clock:
-    """Seconds as a test says."""
+    """A clock that the test sets."""
 
     now = 0.0
 
@@ -82,20 +81,20 @@ class Clock:
         return self.now
 
 
-def test_who_moves_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deadline_restarts_on_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
     monkeypatch.setattr(disk, "time", clock)
 
-    def work(moved: OnProgress) -> str:
+    def work(on_progress: OnProgress) -> str:
         for _ in range(6):
             clock.now += LIMIT_S / 2
-            moved()
+            on_progress()
         return "done"
 
     assert with_deadline(work, Path("/there"), LIMIT_S) == "done"
     over = threading.Event()
 
-    def hang(moved: OnProgress) -> None:
+    def hang(on_progress: OnProgress) -> None:
         clock.now += 2 * LIMIT_S
         assert over.wait(60)
 
@@ -106,15 +105,17 @@ def test_who_moves_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     over.set()
     assert "`failure.storage_timeout_s` changes this deadline" in str(raised.value)
     with pytest.raises(KeyError, match="'a'"):
-        with_deadline(lambda moved: os.environ["a"], Path("/there"), LIMIT_S)
+        with_deadline(lambda on_progress: os.environ["a"], Path("/there"), LIMIT_S)
 
 
-def test_a_large_file_moves_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_atomically_reports_progress_per_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(disk, "_PIECE_BYTES", 10)
-    moves: list[int] = []
-    write_atomically(tmp_path / "a", b"x" * 25, lambda: moves.append(1))
+    calls: list[int] = []
+    write_atomically(tmp_path / "a", b"x" * 25, lambda: calls.append(1))
     assert (tmp_path / "a").read_bytes() == b"x" * 25
-    assert len(moves) == 3
+    assert len(calls) == 3
 
 
 def fields(folder: Path, **more: Any) -> dict[str, Any]:
@@ -124,131 +125,131 @@ def fields(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("operation", ["fsync", "open"])
-def test_a_run_whose_disk_hangs_ends_with_its_cause(
-    operation: str, hung: Hung, tmp_path: Path
+def test_run_on_a_hung_disk_fails_with_the_cause(
+    operation: str, hung: HungDisk, tmp_path: Path
 ) -> None:
-    """From the third step on: checkpoints, the model and `result.json` do not come to the disk."""
+    """From the third step on, checkpoints, the model and `result.json` cannot be written."""
     hung.patch(os, "fsync")
     if operation == "open":
         hung.patch(disk, "opener")
 
-    class Third(Lin):
+    class HangsInThirdStep(Lin):
         def loss(self, outputs: Any, targets: Any) -> Any:
-            self.made = getattr(self, "made", 0) + 1
-            if self.made == 3:
-                hung.at.set()
+            self.loss_calls = getattr(self, "loss_calls", 0) + 1
+            if self.loss_calls == 3:
+                hung.hangs.set()
             return super().loss(outputs, targets)
 
     with pytest.raises(StorageError, match="its disk does not answer") as raised:
-        Trainer(fields(tmp_path, checkpoint={"every_steps": 3}), Third).fit()
+        Trainer(fields(tmp_path, checkpoint={"every_steps": 3}), HangsInThirdStep).fit()
     assert raised.value.exit_code == 5 and "model.safetensors" in str(raised.value)
-    assert not hung.ended
+    assert not hung.timed_out
 
 
-def test_a_run_directory_that_cannot_be_made_is_not_waited_for(hung: Hung, tmp_path: Path) -> None:
+def test_creating_the_run_directory_has_a_deadline(hung: HungDisk, tmp_path: Path) -> None:
     hung.patch(Path, "mkdir")
-    hung.at.set()
+    hung.hangs.set()
     with pytest.raises(StorageError, match=r"no answer within 0\.5 s"):
         Trainer(fields(tmp_path), Lin).fit()
 
 
 @pytest.mark.parametrize("operation", ["iterdir", "_read_file"])
-def test_a_run_goes_on_from_no_disk_that_hangs(
-    operation: str, hung: Hung, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_resume_from_a_hung_disk_fails(
+    operation: str, hung: HungDisk, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """It hangs when the command looks for checkpoints, or when it reads one."""
-    more = {"task": "tasks_for_tests:Blobs", "checkpoint": {"every_steps": 2}}
-    job = fields(tmp_path, **more)
-    whole = Trainer(job, working_dir=TASKS).fit()
+    """The disk hangs when the command lists the checkpoints, or when it reads one."""
+    extra = {"task": "tasks_for_tests:Blobs", "checkpoint": {"every_steps": 2}}
+    job = fields(tmp_path, **extra)
+    first_run = Trainer(job, working_dir=TASKS).fit()
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump({**job, "steps": 8}))
     hung.patch(Path if operation == "iterdir" else checkpoints, operation)
-    hung.at.set()
-    line = ["submit", str(file), "--working-dir", str(TASKS), "--resume", str(whole.path)]
-    for further in ([], ["--dry-run"]):
-        assert command([*line, *further]) == 5
-        told = capfd.readouterr().err
-        assert f"{whole.path}: no answer within {LIMIT_S:g} s: its disk does not answer" in told
-        assert "`failure.storage_timeout_s` changes this deadline" in told
+    hung.hangs.set()
+    arguments = ["submit", str(file), "--working-dir", str(TASKS), "--resume", str(first_run.path)]
+    for flags in ([], ["--dry-run"]):
+        assert command([*arguments, *flags]) == 5
+        message = capfd.readouterr().err
+        assert (
+            f"{first_run.path}: no answer within {LIMIT_S:g} s: its disk does not answer" in message
+        )
+        assert "`failure.storage_timeout_s` changes this deadline" in message
 
 
-def test_who_begins_from_a_disk_that_hangs_later_is_told(hung: Hung, tmp_path: Path) -> None:
-    """It has been compared with the job, and is read once more when the cluster is there."""
-    more = {"checkpoint": {"every_steps": 2}}
-    whole = Trainer(fields(tmp_path, **more), Lin).fit()
-    trainer = Trainer(fields(tmp_path, **{**more, "steps": 8}), Lin, resume=whole.path)
+def test_launch_fails_if_the_checkpoint_became_unreadable(hung: HungDisk, tmp_path: Path) -> None:
+    """The checkpoint is checked against the job, and read again once the cluster has started."""
+    extra = {"checkpoint": {"every_steps": 2}}
+    first_run = Trainer(fields(tmp_path, **extra), Lin).fit()
+    trainer = Trainer(fields(tmp_path, **{**extra, "steps": 8}), Lin, resume=first_run.path)
     launch: Any = SimpleNamespace(job=trainer.job, resumed=trainer._resumed)
     hung.patch(checkpoints, "_read_file")
-    hung.at.set()
+    hung.hangs.set()
     with pytest.raises(StorageError, match=r"no answer within 0\.5 s"):
         newest_checkpoint(launch)
 
 
-def test_a_large_checkpoint_is_read_piece_by_piece(
+def test_reading_a_checkpoint_reports_progress_per_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk is given its time for each piece, not for all of a checkpoint."""
+    """The deadline applies to each piece, not to the whole checkpoint."""
     monkeypatch.setattr(checkpoints, "_PIECE_BYTES", 10)
     path = Catalogue(tmp_path).write(1, {"a.safetensors": [b"x" * 95]}, {})
-    moves: list[int] = []
-    found = checkpoints.find(path, pytest.fail, lambda: moves.append(1))
-    assert found.files["a.safetensors"] == b"x" * 95
-    assert len(moves) > 10
+    calls: list[int] = []
+    checkpoint = checkpoints.find(path, pytest.fail, lambda: calls.append(1))
+    assert checkpoint.files["a.safetensors"] == b"x" * 95
+    assert len(calls) > 10
 
 
-def test_a_large_checkpoint_is_written_piece_by_piece(
+def test_writing_a_checkpoint_reports_progress_per_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(disk, "_PIECE_BYTES", 10)
-    moves: list[int] = []
-    catalogue = Catalogue(tmp_path, on_progress=lambda: moves.append(1))
+    calls: list[int] = []
+    catalogue = Catalogue(tmp_path, on_progress=lambda: calls.append(1))
     path = catalogue.write(1, {"a.safetensors": [b"x" * 45, b"", memoryview(b"y" * 50)]}, {})
     assert (path / "a.safetensors").read_bytes() == b"x" * 45 + b"y" * 50
-    assert len(moves) >= 10
+    assert len(calls) >= 10
 
 
-def test_a_large_file_of_small_parts_is_synced_as_it_grows(
+def test_file_of_small_parts_is_synced_as_it_grows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk is to show that it moves: all of a checkpoint in one sync takes longer than it may."""
+    """One fsync of a whole checkpoint could take longer than the deadline."""
     monkeypatch.setattr(disk, "_PIECE_BYTES", 10)
-    synced: list[int] = []
+    synced_sizes: list[int] = []
     real = os.fsync
 
     def fsync(file: int) -> None:
         if os.path.samestat(status := os.fstat(file), os.stat(tmp_path / "a")):
-            synced.append(status.st_size)
+            synced_sizes.append(status.st_size)
         real(file)
 
     monkeypatch.setattr(os, "fsync", fsync)
     parts = disk.iter_pieces([b"x" * 4] * 6 + [b"y" * 25], lambda: None)
     assert disk.Disk().write(tmp_path / "a", parts)[0] == 49
-    assert synced == [12, 24, 34, 44, 49]
+    assert synced_sizes == [12, 24, 34, 44, 49]
 
 
 @pytest.mark.parametrize("operation", ["mkdir", "open"])
-def test_what_comes_from_a_url_waits_for_no_local_disk(
-    operation: str, hung: Hung, tmp_path: Path
-) -> None:
+def test_fetch_to_a_hung_disk_times_out(operation: str, hung: HungDisk, tmp_path: Path) -> None:
     url, target = uploaded(tmp_path, (1,)), tmp_path / "here"
     target.mkdir()
     hung.patch(Path, operation)
-    hung.at.set()
+    hung.hangs.set()
     with pytest.raises(StorageError, match=r"here/step-000001.*: no answer within 0\.5 s"):
         fetch(url, target, LIMIT_S, pytest.fail)
 
 
-def test_old_checkpoints_that_cannot_be_deleted_are_not_waited_for(
-    hung: Hung, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_pruning_old_checkpoints_has_a_deadline(
+    hung: HungDisk, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     hung.patch(Catalogue, "prune")
 
-    class Settling(Checkpoints):
+    class HangsAtFinish(Checkpoints):
         def finish(self) -> None:
-            hung.at.set()
+            hung.hangs.set()
             super().finish()
 
-    evaluated = {"evaluation": {"every_steps": 2}}
+    evaluation = {"evaluation": {"every_steps": 2}}
     best = {"every_steps": 2, "keep_best": {"metric": "loss", "mode": "min"}}
 
     class Evaluated(Lin):
@@ -256,34 +257,34 @@ def test_old_checkpoints_that_cannot_be_deleted_are_not_waited_for(
             return self.train_data()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distplat.actors.in_process.Checkpoints", Settling)
-        result = Trainer(fields(tmp_path, checkpoint=best, **evaluated), Evaluated).fit()
+        patch.setattr("distplat.actors.in_process.Checkpoints", HangsAtFinish)
+        result = Trainer(fields(tmp_path, checkpoint=best, **evaluation), Evaluated).fit()
     assert result.checkpoint is not None
     assert "could not be deleted: " in caplog.text
 
 
-def test_lines_of_workers_hold_nobody_up(hung: Hung, tmp_path: Path) -> None:
-    """Ray waits for the thread that prints them when a driver ends."""
+def test_role_files_on_a_hung_disk_do_not_block(hung: HungDisk, tmp_path: Path) -> None:
+    """When a driver exits, Ray waits for the thread that prints the workers' lines."""
     hung.patch(RecordFile, "write")
-    hung.at.set()
-    said: list[str] = []
-    files = role_output.RoleFiles(tmp_path, said.append)
+    hung.hangs.set()
+    messages: list[str] = []
+    files = role_output.RoleFiles(tmp_path, messages.append)
     for number in range(3):
         files.write("worker-0", [f"line {number}"])
     files.close(LIMIT_S)
-    assert not hung.ended
-    assert said == ["3 records of printed lines were not written"]
+    assert not hung.timed_out
+    assert messages == ["3 records of printed lines were not written"]
 
 
-def test_an_upload_from_a_disk_that_hangs_is_given_up(
-    hung: Hung, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_upload_from_a_hung_disk_times_out(
+    hung: HungDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("distplat.platform.run_upload._LIST_S", LIMIT_S)
     (tmp_path / "run").mkdir()
     hung.patch(os, "walk")
-    hung.at.set()
-    said: list[str] = []
-    upload = upload_of(tmp_path / "run", f"file://{tmp_path}/there", LIMIT_S, said.append)
+    hung.hangs.set()
+    messages: list[str] = []
+    upload = upload_of(tmp_path / "run", f"file://{tmp_path}/there", LIMIT_S, messages.append)
     missing = upload.close()
     assert missing.startswith("the run directory not uploaded to file://")
     assert "its disk does not answer" in missing

@@ -1,4 +1,4 @@
-"""A rank of a train function that has left the others: the user's error, without restarts."""
+"""Ranks of a train function that diverge: a user error, without restarts."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from distplat.platform.spec import Failure
 FRAMES = "Traceback\n  train.py, line 7\n"
 MISSED = CollectiveError("g", "all_gather", 3, (1,), "deadline 6 s")
 MISSED_AT_END = CollectiveError("g", "all_reduce", 3, (0,), "deadline 6 s")
-APART = MismatchError("g", "all_reduce", 3, (1,), "rank 0 in barrier")
+DIVERGED = MismatchError("g", "all_reduce", 3, (1,), "rank 0 in barrier")
 PEER, LOADER = PeerLost("closed by peer"), InfrastructureError("a loader process was killed")
 DEATH = ActorLost("worker-1", 2, "killed")
 
 
-def heard(rank: int, *, returned: bool = False, waits: str = "") -> Event:
+def poll_answer(rank: int, *, returned: bool = False, waits: str = "") -> Event:
     state = LoopState("after step 2" if returned else "", waits)
     return PollAnswered(rank, 5, 2, finished=False, loop=state)
 
@@ -61,80 +61,85 @@ def play(events: Sequence[Event], *, seconds: float = SETTLE_S) -> JobState:
     return state
 
 
-LEFT = [heard(0), heard(1, returned=True)]
+ONE_RETURNED = [poll_answer(0), poll_answer(1, returned=True)]
 
 
 @pytest.mark.parametrize(
     "events",
     [
-        [*LEFT, failed(0, APART)],
-        [*LEFT, failed(0, MISSED)],
-        [*LEFT, failed(0, PEER)],
-        [heard(0), failed(0, PEER), heard(1, returned=True), failed(1, MISSED_AT_END, "")],
-        [heard(0, waits=FRAMES), heard(1, returned=True), failed(1, MISSED_AT_END, "")],
+        [*ONE_RETURNED, failed(0, DIVERGED)],
+        [*ONE_RETURNED, failed(0, MISSED)],
+        [*ONE_RETURNED, failed(0, PEER)],
+        [
+            poll_answer(0),
+            failed(0, PEER),
+            poll_answer(1, returned=True),
+            failed(1, MISSED_AT_END, ""),
+        ],
+        [poll_answer(0, waits=FRAMES), poll_answer(1, returned=True), failed(1, MISSED_AT_END, "")],
     ],
 )
-def test_who_waits_for_a_rank_that_has_left_is_told_where(events: Sequence[Event]) -> None:
+def test_error_names_the_returned_rank_and_the_waiting_line(events: Sequence[Event]) -> None:
     state = play(events)
     assert state.phase is Phase.FAILED
     assert isinstance(state.error, UserCodeError)
-    left = (
+    expected = (
         "rank 0, in step 3: waited for rank 1, whose function returned after step 2\n  hint: every"
     )
-    assert left in str(state.error)
+    assert expected in str(state.error)
     assert state.error.frames == FRAMES.rstrip()
 
 
 @pytest.mark.parametrize(
     "events",
     [
-        [*LEFT, failed(0, LOADER)],
-        [*LEFT, failed(0, CollectiveError("g", "all_gather", 3, (2,), "deadline 6 s"))],
-        [*LEFT, failed(0, MISSED), failed(1, DEATH, "", dead=True)],
-        [heard(0), heard(1), failed(0, PEER)],
-        [heard(0), heard(1), failed(0, MISSED)],
-        [heard(0), heard(1), failed(0, MISSED, "")],
+        [*ONE_RETURNED, failed(0, LOADER)],
+        [*ONE_RETURNED, failed(0, CollectiveError("g", "all_gather", 3, (2,), "deadline 6 s"))],
+        [*ONE_RETURNED, failed(0, MISSED), failed(1, DEATH, "", dead=True)],
+        [poll_answer(0), poll_answer(1), failed(0, PEER)],
+        [poll_answer(0), poll_answer(1), failed(0, MISSED)],
+        [poll_answer(0), poll_answer(1), failed(0, MISSED, "")],
     ],
 )
-def test_what_no_loop_is_to_blame_for_is_tried_again(events: Sequence[Event]) -> None:
+def test_other_failures_restart_the_run(events: Sequence[Event]) -> None:
     state = play(events)
     assert state.restart is not None, state.error
 
 
-def test_who_has_not_come_to_the_end_may_be_given_longer() -> None:
-    state = play([*LEFT, failed(1, MISSED_AT_END, "")])
+def test_rank_missing_at_the_end_suggests_a_longer_deadline() -> None:
+    state = play([*ONE_RETURNED, failed(1, MISSED_AT_END, "")])
     assert state.phase is Phase.FAILED
     assert "others did not end beside rank 1, whose function returned" in str(state.error)
     assert "raise the deadline: `strategy.timeout_s`" in str(state.error)
 
 
-@pytest.mark.parametrize("left", [True, False])
-def test_who_stands_still_in_torch_distributed_waits_for_who_has_left(left: bool) -> None:
-    state = play([heard(0, waits=FRAMES), heard(1, returned=left)], seconds=100)
-    assert (state.phase is Phase.FAILED) is left
-    assert isinstance(state.error, UserCodeError) is left
+@pytest.mark.parametrize("returned", [True, False])
+def test_wait_in_torch_distributed_fails_only_if_a_rank_returned(returned: bool) -> None:
+    state = play([poll_answer(0, waits=FRAMES), poll_answer(1, returned=returned)], seconds=100)
+    assert (state.phase is Phase.FAILED) is returned
+    assert isinstance(state.error, UserCodeError) is returned
 
 
-def test_who_has_returned_does_not_stand_still() -> None:
-    at_work = PollAnswered(0, 6, 3, finished=False)
-    state = play([heard(0), heard(1, returned=True)], seconds=20)
-    state.handle(at_work, 25.0)
+def test_returned_rank_is_not_stalled() -> None:
+    progress = PollAnswered(0, 6, 3, finished=False)
+    state = play([poll_answer(0), poll_answer(1, returned=True)], seconds=20)
+    state.handle(progress, 25.0)
     state.handle(Tick(), 40.0)
     assert state.phase is Phase.RUNNING
 
 
-def test_loops_that_part_show_where_each_rank_is() -> None:
+def test_diverged_loops_show_frames_of_each_rank() -> None:
     other = "Traceback\n  train.py, line 9\n"
-    state = play([heard(0), heard(1), failed(0, APART), failed(1, APART, other)])
+    state = play([poll_answer(0), poll_answer(1), failed(0, DIVERGED), failed(1, DIVERGED, other)])
     assert isinstance(state.error, UserCodeError)
     assert "ranks 0, 1, in step 3: the ranks' loops have diverged" in str(state.error)
     assert state.error.frames == f"{FRAMES}\n{other}".rstrip()
 
 
-def leaves(config: Mapping[str, Any]) -> None:
-    """Have rank 1 leave after two of four steps, though its own exception is nothing to others."""
-    rank, words = distplat.get_context().get_world_rank(), {"barrier": distplat.barrier}
-    words["gather"] = lambda: distplat.gather_for_metrics(torch.ones(3))
+def train(config: Mapping[str, Any]) -> None:
+    """A train function whose rank 1 leaves its loop after two of four steps, by an exception."""
+    rank, calls = distplat.get_context().get_world_rank(), {"barrier": distplat.barrier}
+    calls["gather"] = lambda: distplat.gather_for_metrics(torch.ones(3))
     layer = nn.Linear(2, 1)
     nn.init.ones_(layer.weight)
     model, optimizer = distplat.prepare(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
@@ -144,7 +149,7 @@ def leaves(config: Mapping[str, Any]) -> None:
                 raise ValueError("a bad batch")
         except ValueError:
             break
-        words.get(config["word"], lambda: None)()
+        calls.get(config["call"], lambda: None)()
         backward(model(torch.ones(1, 2)).sum())
         optimizer.step()
         distplat.report({"step": step})
@@ -157,7 +162,7 @@ def cluster() -> Iterator[InMemoryRay]:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "word", "line"),
+    ("strategy", "call", "line"),
     [
         ("ring", "none", "backward(model(torch.ones(1, 2)).sum())"),
         slow("ring", "barrier", "backward(model(torch.ones(1, 2)).sum())"),
@@ -166,22 +171,22 @@ def cluster() -> Iterator[InMemoryRay]:
         slow("ps-async", "gather", "distplat.gather_for_metrics(torch.ones(3))"),
     ],
 )
-def test_a_run_names_who_has_left_and_the_line_of_who_waits(
+def test_run_names_the_returned_rank_and_the_waiting_line(
     cluster: InMemoryRay,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     strategy: str,
-    word: str,
+    call: str,
     line: str,
 ) -> None:
     limits = {"step_timeout_s": 10}
-    if strategy != "ps-async":  # it is told at once
+    if strategy != "ps-async":  # ps-async detects it at once
         monkeypatch.setattr(job, "SETTLE_S", 1.0)
         limits.clear()
     fields = {"name": "test", "strategy": strategy, "scaling": {"num_workers": 2}}
-    more = {"own_loop": True, "failure": limits, "storage_path": str(tmp_path)}
+    extra = {"own_loop": True, "failure": limits, "storage_path": str(tmp_path)}
     trainer = Trainer(
-        {**fields, **more, "task_args": {"word": word}}, leaves, progress=False, log_to_driver=False
+        {**fields, **extra, "task_args": {"call": call}}, train, progress=False, log_to_driver=False
     )
     with pytest.raises(
         UserCodeError, match="rank 0, in step 3: waited for rank 1, whose"
@@ -191,31 +196,31 @@ def test_a_run_names_who_has_left_and_the_line_of_who_waits(
     assert raised.value.exit_code == 1
 
 
-def test_a_thread_in_torch_distributed_shows_its_frames() -> None:
-    over, inside = threading.Event(), threading.Event()
+def test_frames_of_a_thread_in_torch_distributed() -> None:
+    released, entered = threading.Event(), threading.Event()
 
     @_exception_logger
     def all_reduce() -> None:
-        inside.set()
-        over.wait(60)
+        entered.set()
+        released.wait(60)
 
     thread = threading.Thread(target=call_train_function, args=(lambda config: all_reduce(), {}))
     assert frames_of_wait(threading.main_thread()) == ""
     thread.start()
     try:
-        assert inside.wait(60)
+        assert entered.wait(60)
         assert "in <lambda>" in frames_of_wait(thread).splitlines()[1]
     finally:
-        over.set()
+        released.set()
         thread.join(60)
     assert frames_of_wait(thread) == ""
 
 
-@pytest.mark.parametrize("collects", [True, False])
-def test_no_garbage_is_collected_while_the_interpreter_lists_frames(
-    collects: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_gc_is_disabled_while_frames_are_listed(
+    is_enabled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a thread that starts meanwhile may keep the whole process for ever."""
+    """With gc enabled, a thread that starts meanwhile may deadlock the process."""
     seen: list[bool] = []
 
     def frames() -> dict[int, Any]:
@@ -224,9 +229,9 @@ def test_no_garbage_is_collected_while_the_interpreter_lists_frames(
 
     monkeypatch.setattr("sys._current_frames", frames)
     try:
-        if not collects:
+        if not is_enabled:
             gc.disable()
         assert frame_of(threading.main_thread()) is None
-        assert (seen, gc.isenabled()) == ([False], collects)
+        assert (seen, gc.isenabled()) == ([False], is_enabled)
     finally:
         gc.enable()

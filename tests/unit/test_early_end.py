@@ -1,4 +1,4 @@
-"""A run that ends before its last step: all ranks after the same one, and as after a last one."""
+"""Early end: all ranks stop after the same step, with the result of a run of so many steps."""
 
 import time
 from typing import Any
@@ -43,51 +43,51 @@ class Line(Task):
 
 
 class Ending(Attempt):
-    """Ends before a step; some ranks are told in time, the others three steps later, if at all."""
+    """Orders the end: ranks in `notified` before step `END`, the others three steps later."""
 
-    told: tuple[int, ...] = (0, 1)
+    notified: tuple[int, ...] = (0, 1)
 
     def before(self, rank: int, step: int) -> StopOrder:
-        told = END - 1 if rank in self.told else END + 2
-        return StopOrder.END if step >= told else StopOrder.NONE
+        order_step = END - 1 if rank in self.notified else END + 2
+        return StopOrder.END if step >= order_step else StopOrder.NONE
 
 
-def job(strategy: Any, steps: int, world: int = 2, **more: Any) -> Any:
+def job(strategy: Any, steps: int, world: int = 2, **options: Any) -> Any:
     optimizer = {"name": "AdamW", "lr": 0.05}
-    given = {"optimizer": optimizer, "steps": steps, "evaluation": {"every_steps": 4}, **more}
-    return job_of(strategy, world, **given)
+    fields = {"optimizer": optimizer, "steps": steps, "evaluation": {"every_steps": 4}, **options}
+    return job_of(strategy, world, **fields)
 
 
-def evaluated(run: LocalRun) -> list[int]:
-    reports = [one for told in run.reports for one in told if isinstance(one, EvalReport)]
-    return sorted({one.step for one in reports})
+def evaluated_steps(run: LocalRun) -> list[int]:
+    reports = [r for of_rank in run.reports for r in of_rank if isinstance(r, EvalReport)]
+    return sorted({report.step for report in reports})
 
 
 @pytest.mark.sweep(3)
-@pytest.mark.parametrize("told", [(0, 1), (0,), (1,)], ids=str)
+@pytest.mark.parametrize("notified", [(0, 1), (0,), (1,)], ids=str)
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=str)
-def test_the_model_is_that_of_a_run_of_so_many_steps(strategy: Any, told: tuple[int, ...]) -> None:
+def test_matches_a_run_of_as_many_steps(strategy: Any, notified: tuple[int, ...]) -> None:
     run = LocalRun(job(strategy, STEPS), Line)
     attempt = Ending(run)
-    attempt.told = told
+    attempt.notified = notified
     assert attempt.make()
     run.close()
-    whole = train(job(strategy, END), Line)
-    for mine, other in zip(run.trained, whole.trained, strict=True):
-        torch.testing.assert_close(mine, other, rtol=0.0, atol=0.0)
-    assert evaluated(run) == evaluated(whole) == [4, END]
+    reference = train(job(strategy, END), Line)
+    for trained, expected in zip(run.trained, reference.trained, strict=True):
+        torch.testing.assert_close(trained, expected, rtol=0.0, atol=0.0)
+    assert evaluated_steps(run) == evaluated_steps(reference) == [4, END]
     assert [rank.progress.step for rank in run.ranks] == [END, END]
 
 
-def test_an_end_where_an_evaluation_was_due_makes_no_other() -> None:
+def test_early_end_does_not_repeat_an_evaluation() -> None:
     run = LocalRun(job("ring", STEPS, evaluation={"every_steps": END}), Line)
     assert Ending(run).make()
     run.close()
-    assert evaluated(run) == [END]
+    assert evaluated_steps(run) == [END]
 
 
-class OneIsSlow(Ending):
-    """A step is made without the last rank, which skips some."""
+class OneSlowRank(Ending):
+    """Backup workers: steps complete without the slow last rank, which skips some."""
 
     def before(self, rank: int, step: int) -> StopOrder:
         if rank == self.world - 1:
@@ -95,39 +95,39 @@ class OneIsSlow(Ending):
         return super().before(rank, step)
 
 
-@pytest.mark.parametrize("told", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
-def test_with_backup_workers_all_end_with_the_newest_parameters(told: tuple[int, ...]) -> None:
-    """What a rank says whose gradient is dropped, the others do not hear: they are told as well."""
+@pytest.mark.parametrize("notified", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+def test_backup_workers_end_with_the_newest_parameters(notified: tuple[int, ...]) -> None:
+    """The order of a rank whose gradient is dropped does not reach the others by itself."""
     run = LocalRun(job({"name": "ps-sync", "backup_workers": 1}, STEPS, world=3), Line)
-    attempt = OneIsSlow(run)
-    attempt.told = told
+    attempt = OneSlowRank(run)
+    attempt.notified = notified
     assert attempt.make()
     run.close()
     first, *others = run.trained
     assert all(torch.equal(first[name], other[name]) for other in others for name in first)
-    (made,) = {rank.progress.step for rank in run.ranks}
-    assert END <= made <= STEPS
-    for reports in run.reports:  # who came late begins later
-        steps = [one.step for one in reports if isinstance(one, StepReport)]
-        assert steps == list(range(steps[0], made))
+    (last_step,) = {rank.progress.step for rank in run.ranks}
+    assert END <= last_step <= STEPS
+    for reports in run.reports:  # a late rank begins later
+        steps = [r.step for r in reports if isinstance(r, StepReport)]
+        assert steps == list(range(steps[0], last_step))
 
 
-class Told(Attempt):
-    """Ranks of a run of one are told before a step."""
+class EndsAtStep(Attempt):
+    """Orders the end before step `END`."""
 
     def before(self, rank: int, step: int) -> StopOrder:
         return StopOrder.END if step == END else StopOrder.NONE
 
 
-def test_a_run_of_one_worker_ends_where_it_is_told() -> None:
+def test_single_worker_ends_at_the_ordered_step() -> None:
     run = LocalRun(job("ring", STEPS, world=1), Line)
-    assert Told(run).make()
+    assert EndsAtStep(run).make()
     run.close()
     assert [rank.progress.step for rank in run.ranks] == [END]
 
 
-class TellingDesk(Attempt):
-    """Where tasks are leased, their scheduler is told."""
+class EndsLeases(Attempt):
+    """Orders the end through the task scheduler, after step 1."""
 
     def report(self, rank: int, report: Any) -> None:
         super().report(rank, report)
@@ -135,21 +135,21 @@ class TellingDesk(Attempt):
             self.run.desk.call("end_early")
 
 
-def test_where_tasks_are_leased_the_steps_that_were_begun_are_made() -> None:
+def test_started_steps_of_leases_are_completed() -> None:
     run = LocalRun(job("ps-async", 100), Line)
-    assert TellingDesk(run).make()
+    assert EndsLeases(run).make()
     run.close()
-    steps = {one.step for told in run.reports for one in told if isinstance(one, StepReport)}
-    made = max(steps) + 1
-    assert steps == set(range(made)) and 2 <= made < 100
-    assert evaluated(run)[-1] == made
-    assert [rank.progress.step for rank in run.ranks] == [made, made]
+    steps = {r.step for of_rank in run.reports for r in of_rank if isinstance(r, StepReport)}
+    count = max(steps) + 1
+    assert steps == set(range(count)) and 2 <= count < 100
+    assert evaluated_steps(run)[-1] == count
+    assert [rank.progress.step for rank in run.ranks] == [count, count]
     first, second = run.trained
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 class Resized(Attempt):
-    """Two ranks stop for a resize; the one that is left is asked to stop before its first step."""
+    """Two ranks stop for a resize; the remaining one is stopped before its first step."""
 
     ends = (Abandoned,)
 
@@ -160,7 +160,7 @@ class Resized(Attempt):
 
 
 @pytest.mark.parametrize("newest", [0, END])
-def test_a_stop_keeps_steps_of_the_attempt_before(newest: int) -> None:
+def test_stop_saves_steps_of_the_previous_attempt(newest: int) -> None:
     run = LocalRun(job("ps-sync", STEPS), Line)
     Resized(run).make()
     run.resize(1)
@@ -170,7 +170,7 @@ def test_a_stop_keeps_steps_of_the_attempt_before(newest: int) -> None:
 
 
 @pytest.mark.parametrize("newest", [0, STEPS])
-def test_so_does_one_where_tasks_are_leased(newest: int) -> None:
+def test_stop_saves_leased_steps_of_the_previous_attempt(newest: int) -> None:
     run = LocalRun(job("ps-async", STEPS), Line)
     assert Attempt(run).make() and not run.checkpoints
     run.desk.call("end_early", True)

@@ -1,4 +1,4 @@
-"""The average of the weights is torch's, whoever keeps it, and goes through checkpoints."""
+"""The average of the weights (EMA) matches torch's under every strategy, also after a resume."""
 
 from functools import cache
 from pathlib import Path
@@ -38,7 +38,7 @@ DATA = TensorDataset(
 
 
 class Small(Task):
-    """Has a frozen layer, which an average has as it is, and a batch norm's buffers beside."""
+    """A model with a frozen layer and the buffers of a batch norm."""
 
     def model(self) -> nn.Module:
         layers = nn.Linear(4, 5), nn.SyncBatchNorm(5), nn.Tanh(), nn.Linear(5, 5), nn.Linear(5, 3)
@@ -56,7 +56,7 @@ class Small(Task):
 
 
 class Norms(Small):
-    """The same with a norm that looks at no other sample."""
+    """`Small` with a layer norm, whose output does not depend on the other samples."""
 
     def model(self) -> nn.Module:
         model = super().model()
@@ -66,28 +66,28 @@ class Norms(Small):
 
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "plain": {"name": "SGD", "lr": 0.2},  # remembers nothing itself
+    "plain": {"name": "SGD", "lr": 0.2},  # without optimizer state
     "adam": {"name": "Adam", "lr": 0.05},
 }
 
 
 def job(strategy: Any, workers: int = 1, optimizer: str = "plain", **fields: Any) -> Job:
-    given = {"ema": {"decay": DECAY}, "evaluation": {"every_steps": EVERY}, **fields}
+    options = {"ema": {"decay": DECAY}, "evaluation": {"every_steps": EVERY}, **fields}
     spec, size = OPTIMIZERS[optimizer], {"steps": STEPS, "global_batch_size": BATCH}
-    return job_of(strategy, workers, optimizer=spec, seed=3, **{**size, **given})
+    return job_of(strategy, workers, optimizer=spec, seed=3, **{**size, **options})
 
 
 @cache
 def plain(optimizer: str = "plain", clip: float | None = None) -> tuple[dict[str, Tensor], Any]:
-    """Train in one process as torch's page on averages says; give the average and its losses."""
+    """Train with torch's `AveragedModel` in one process; return the average and its losses."""
     torch.manual_seed(3)
     task = Norms()
     model = task.model()
     arguments = {k: v for k, v in OPTIMIZERS[optimizer].items() if k != "name"}
     trained = [p for p in model.parameters() if p.requires_grad]
     rule = getattr(torch.optim, OPTIMIZERS[optimizer]["name"])(trained, **arguments)
-    by: Any = get_ema_multi_avg_fn
-    average = AveragedModel(model, multi_avg_fn=by(DECAY))
+    ema_fn: Any = get_ema_multi_avg_fn
+    average = AveragedModel(model, multi_avg_fn=ema_fn(DECAY))
     sampler, losses = Sampler(SAMPLES, BATCH, world=1, seed=3), {}
     for step in range(STEPS):
         inputs, targets = DATA[sampler.batch_ids(step).tolist()]
@@ -104,18 +104,18 @@ def plain(optimizer: str = "plain", clip: float | None = None) -> tuple[dict[str
 
 
 def average_of(trained: dict[str, Tensor]) -> dict[str, Tensor]:
-    found = {k.removeprefix(EMA_PREFIX): v for k, v in trained.items() if EMA_PREFIX in k}
-    assert 2 * len(found) == len(trained)
-    return found
+    average = {k.removeprefix(EMA_PREFIX): v for k, v in trained.items() if EMA_PREFIX in k}
+    assert 2 * len(average) == len(trained)
+    return average
 
 
 def losses_of(run: LocalRun, name: str) -> dict[int, float]:
-    """By step, of the parts of the first rank's evaluations and others', each told once."""
+    """Return the mean of a metric by step, over the evaluation reports of all ranks."""
     parts = {
-        (one.step, one.rank): (one.sums[name], one.counts[name])
+        (report.step, report.rank): (report.sums[name], report.counts[name])
         for reports in run.reports
-        for one in reports
-        if isinstance(one, EvalReport)
+        for report in reports
+        if isinstance(report, EvalReport)
     }
     steps = sorted({step for step, _ in parts})
     sums = {s: [v for (step, _), v in parts.items() if step == s] for s in steps}
@@ -134,43 +134,43 @@ WORLDS = [
     ("ps-sync", 3, {}),
     (THREE, 2, {"clip_norm": 0.5}),
     ({**THREE, "replication": 2}, 2, {}),
-    ("ps-async", 1, {}),  # of several workers see below
+    ("ps-async", 1, {}),  # several workers: see the test of shards below
     ({"name": "ps-async", "num_servers": 3, "replication": 2}, 1, {"clip_norm": 0.5}),
 ]
 
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(("strategy", "workers", "more"), WORLDS)
-def test_it_is_that_of_a_plain_loop(
-    strategy: Any, workers: int, more: dict[str, Any], optimizer: str
+@pytest.mark.parametrize(("strategy", "workers", "options"), WORLDS)
+def test_matches_plain_loop(
+    strategy: Any, workers: int, options: dict[str, Any], optimizer: str
 ) -> None:
-    run = train(job(strategy, workers, optimizer, **more), Norms)
-    expected, losses = plain(optimizer, more.get("clip_norm"))
-    found = average_of(run.trained[0])
+    run = train(job(strategy, workers, optimizer, **options), Norms)
+    expected, losses = plain(optimizer, options.get("clip_norm"))
+    average = average_of(run.trained[0])
     for name, value in expected.items():
-        assert torch.allclose(found[name], value, rtol=0, atol=1e-10), name
+        assert torch.allclose(average[name], value, rtol=0, atol=1e-10), name
     assert losses_of(run, "ema_loss") == pytest.approx(losses, abs=1e-10)
     assert losses_of(run, "loss") != pytest.approx(losses, rel=1e-3)
 
 
 @pytest.mark.parametrize("strategy", ["ring", THREE], ids=str)
-def test_every_rank_has_it_in_the_end(strategy: Any) -> None:
-    """Where rank 0 is lost after the last step another one is asked for what was trained."""
+def test_every_rank_returns_the_average(strategy: Any) -> None:
+    """If rank 0 is lost after the last step, another rank returns the trained parameters."""
     first, second = train(job(strategy, 2), Norms).trained
     assert first.keys() == second.keys() and average_of(first)
     assert all(torch.equal(second[name], value) for name, value in first.items())
 
 
-def test_a_worker_s_copy_is_no_less_right() -> None:
-    """As if servers were on another node."""
-    found = average_of(train(job(THREE, 2), Norms, apart=True).trained[0])
+def test_servers_on_another_node_match_plain_loop() -> None:
+    """`apart`: workers copy the parameters instead of sharing the servers' memory."""
+    average = average_of(train(job(THREE, 2), Norms, apart=True).trained[0])
     for name, value in plain()[0].items():
-        assert torch.allclose(found[name], value, rtol=0, atol=1e-10), name
+        assert torch.allclose(average[name], value, rtol=0, atol=1e-10), name
 
 
-def test_weights_are_what_they_are_without_it() -> None:
-    """Buffers too: evaluating twice counts once. And the average has the buffers of the weights."""
+def test_ema_does_not_change_the_weights() -> None:
+    """Evaluating weights and average updates buffers once. The average has the model's buffers."""
     run, without = (train(job("ring", 2, ema=ema), Small) for ema in ({"decay": 0.5}, None))
     for name, value in without.trained[0].items():
         assert torch.equal(run.trained[0][name], value), name
@@ -181,48 +181,48 @@ def test_weights_are_what_they_are_without_it() -> None:
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("to", ["ring", SHARDED, THREE], ids=str)
+@pytest.mark.parametrize("resumed", ["ring", SHARDED, THREE], ids=str)
 @pytest.mark.parametrize("strategy", ["ring", SHARDED, THREE], ids=str)
-def test_it_goes_on_from_a_checkpoint(strategy: Any, to: Any, optimizer: str) -> None:
-    given: dict[str, Any] = {"ema": {"decay": DECAY, "warmup": True}}
-    whole = train(job(strategy, 2, optimizer, checkpoint={"every_steps": EVERY}, **given), Norms)
-    rest = train(job(to, 2, optimizer, **given), Norms, saved=whole.checkpoints[EVERY])
+def test_resumes_from_a_checkpoint(strategy: Any, resumed: Any, optimizer: str) -> None:
+    ema: dict[str, Any] = {"ema": {"decay": DECAY, "warmup": True}}
+    whole = train(job(strategy, 2, optimizer, checkpoint={"every_steps": EVERY}, **ema), Norms)
+    rest = train(job(resumed, 2, optimizer, **ema), Norms, saved=whole.checkpoints[EVERY])
     for name, value in whole.trained[0].items():
-        if strategy == to:
+        if strategy == resumed:
             assert torch.equal(rest.trained[0][name], value), name
         assert torch.allclose(rest.trained[0][name], value, rtol=0, atol=1e-10), name
 
 
-@pytest.mark.parametrize("to", ["ps-async", "ps-sync", "ring"])
-def test_an_asynchronous_one_goes_on_from_a_checkpoint(to: str) -> None:
-    given: dict[str, Any] = {"ema": {"decay": DECAY, "warmup": True}}
-    of = job("ps-async", 1, "adam", checkpoint={"every_steps": EVERY}, **given)
-    whole = train(of, Norms)
-    rest = train(job(to, 1, "adam", **given), Norms, saved=whole.checkpoints[EVERY])
+@pytest.mark.parametrize("resumed", ["ps-async", "ps-sync", "ring"])
+def test_ps_async_resumes_from_a_checkpoint(resumed: str) -> None:
+    ema: dict[str, Any] = {"ema": {"decay": DECAY, "warmup": True}}
+    first = job("ps-async", 1, "adam", checkpoint={"every_steps": EVERY}, **ema)
+    whole = train(first, Norms)
+    rest = train(job(resumed, 1, "adam", **ema), Norms, saved=whole.checkpoints[EVERY])
     for name, value in whole.trained[0].items():
         assert torch.equal(rest.trained[0][name], value), name
 
 
-def test_each_update_of_an_asynchronous_shard_moves_its_part(
+def test_ps_async_averages_after_each_update_of_a_shard(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whichever worker's gradient it is of; one that is there in the end has all of them."""
-    made: dict[int, list[Tensor]] = {}  # by shard, its parameters after each update
+    """The average includes the updates from gradients of all workers."""
+    updates: dict[int, list[Tensor]] = {}  # per shard, its parameters after each update
     update = DenseStore._update
 
-    def noting(store: DenseStore, *arguments: Any) -> None:
+    def recording_update(store: DenseStore, *arguments: Any) -> None:
         update(store, *arguments)
-        made.setdefault(id(store), []).append(store.params.clone())
+        updates.setdefault(id(store), []).append(store.params.clone())
 
-    monkeypatch.setattr(DenseStore, "_update", noting)
+    monkeypatch.setattr(DenseStore, "_update", recording_update)
     run = train(job({"name": "ps-async", "num_servers": 2}, 2), Norms)
-    assert [len(values) for values in made.values()] == [2 * STEPS] * 2
+    assert [len(values) for values in updates.values()] == [2 * STEPS] * 2
     for index in range(2):
         store = run.servers.shard_server(index).store
-        values = made[id(store)]
+        values = updates[id(store)]
         expected = values[0].clone()
-        for one in values[1:]:
-            expected.mul_(DECAY).add_(one, alpha=1 - DECAY)
+        for params in values[1:]:
+            expected.mul_(DECAY).add_(params, alpha=1 - DECAY)
         assert torch.allclose(store.optimizer.average, expected, rtol=0, atol=1e-12)
     parts = [run.servers.shard_server(index).store.optimizer.average for index in range(2)]
     flat = run.ranks[0].prepared.flat
@@ -233,17 +233,17 @@ def test_each_update_of_an_asynchronous_shard_moves_its_part(
             assert torch.equal(value, expected_state[name]), name
 
 
-def test_it_begins_and_ends_with_a_resumed_run() -> None:
+def test_ema_can_be_added_or_removed_at_a_resume() -> None:
     without = job("ring", 2, ema=None, checkpoint={"every_steps": EVERY})
-    begun = train(job("ring", 2), Norms, saved=train(without, Norms).checkpoints[EVERY])
-    with_it = train(job("ring", 2, checkpoint={"every_steps": EVERY}), Norms)
-    ended = train(without, Norms, saved=with_it.checkpoints[EVERY]).trained[0]
-    for name, value in ended.items():
-        assert torch.equal(begun.trained[0][name], value), name
-    assert not torch.equal(begun.trained[0]["ema:0.weight"], with_it.trained[0]["ema:0.weight"])
+    added = train(job("ring", 2), Norms, saved=train(without, Norms).checkpoints[EVERY])
+    with_ema = train(job("ring", 2, checkpoint={"every_steps": EVERY}), Norms)
+    removed = train(without, Norms, saved=with_ema.checkpoints[EVERY]).trained[0]
+    for name, value in removed.items():
+        assert torch.equal(added.trained[0][name], value), name
+    assert not torch.equal(added.trained[0]["ema:0.weight"], with_ema.trained[0]["ema:0.weight"])
 
 
-def test_a_lost_worker_leaves_no_trace_in_it() -> None:
+def test_recovery_from_a_lost_worker_keeps_the_bits() -> None:
     fields = job("ring", 3)
     run, fabric = LocalRun(fields, Norms), Fabric(3)
     fabric.kill(1, after=30)
@@ -257,17 +257,17 @@ def test_a_lost_worker_leaves_no_trace_in_it() -> None:
         assert torch.equal(run.trained[0][name], value), name
 
 
-def test_a_step_that_is_left_out_does_not_move_it() -> None:
+def test_skipped_step_does_not_change_the_average() -> None:
     vector, gradient = torch.zeros(3), torch.ones(3)
-    one = FlatOptimizer(SGD(name="SGD", lr=1.0), vector, gradient, ema=EMA(decay=0.5))
-    seen = []
+    optimizer = FlatOptimizer(SGD(name="SGD", lr=1.0), vector, gradient, ema=EMA(decay=0.5))
+    averages = []
     for present, applied in ((None, True), ([True], True), ([False], False), ([True], True)):
-        one.step([1.0], present, applied=applied)
-        seen.append(float(one.average[0]))
-    assert seen == [-1.0, -1.5, -1.5, -2.25]
+        optimizer.step([1.0], present, applied=applied)
+        averages.append(float(optimizer.average[0]))
+    assert averages == [-1.0, -1.5, -1.5, -2.25]
 
 
-def test_warm_up_is_of_the_decay() -> None:
+def test_warmup_of_the_decay() -> None:
     assert [EMA(decay=0.9, warmup=True).decay_after(n) for n in (1, 10, 1000)] == [
         2 / 11,
         0.55,
@@ -276,7 +276,7 @@ def test_warm_up_is_of_the_decay() -> None:
     assert EMA(decay=0.9).decay_after(1) == 0.9
 
 
-REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+UNSUPPORTED: list[tuple[Any, dict[str, Any], str]] = [
     ({"name": "ps-sync", "backup_workers": 1}, {}, "cannot be combined with `backup_workers`"),
     (
         "ring",
@@ -287,26 +287,28 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("strategy", "more", "text"), REFUSED)
-def test_what_has_none_is_refused(strategy: Any, more: dict[str, Any], text: str) -> None:
-    with pytest.raises(SpecError, match=f"(?s){text}"):
-        job(strategy, 2, **more)
+@pytest.mark.parametrize(("strategy", "options", "message"), UNSUPPORTED)
+def test_unsupported_jobs_are_rejected(
+    strategy: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SpecError, match=f"(?s){message}"):
+        job(strategy, 2, **options)
 
 
-def test_a_strategy_that_keeps_none_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_strategy_without_ema_rejects_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Hybrid, "averages", False)
     with pytest.raises(SpecError, match="'hybrid' keeps no average of the weights"):
         job("hybrid", 2)
 
 
-def test_it_has_a_file_of_its_own(tmp_path: Path) -> None:
+def test_average_is_saved_to_its_own_file(tmp_path: Path) -> None:
     names = "w", "task:t", "ema:w", "ema:task:t"
-    given = {name: whole_of(torch.full((2,), float(n))) for n, name in enumerate(names)}
+    tensors = {name: whole_of(torch.full((2,), float(n))) for n, name in enumerate(names)}
     directory = RunDirectory(job("ring"), "run", tmp_path)
-    assert directory.save_model(b"".join(encode(given))).name == "model.safetensors"
-    found = {
-        f"{path.stem}/{name}": float(one.data.view("float32")[0])
+    assert directory.save_model(b"".join(encode(tensors))).name == "model.safetensors"
+    values = {
+        f"{path.stem}/{name}": float(tensor.data.view("float32")[0])
         for path in directory.path.glob("*.safetensors")
-        for name, one in decode(path.read_bytes()).items()
+        for name, tensor in decode(path.read_bytes()).items()
     }
-    assert found == {"model/w": 0, "task/t": 1, "model_ema/w": 2, "task_ema/t": 3}
+    assert values == {"model/w": 0, "task/t": 1, "model_ema/w": 2, "task_ema/t": 3}

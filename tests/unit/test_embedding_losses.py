@@ -1,4 +1,4 @@
-"""Ranks that are lost, join and leave beside embedding tables: every gradient counts once."""
+"""Lost and resized ranks with embedding tables: every gradient is applied exactly once."""
 
 import os
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from counting import BATCH, SAMPLES, Counting, counting
 from hypothesis import given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 from jobs import job_of
 from lost_ranks import Loss, LossyRun, Resize, train_lossy
 from rank_threads import UNSHRUNK
@@ -17,7 +17,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.catalog import make_job
 
 RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "4"))
-"""`make test-all` draws many more."""
+"""Number of generated runs; `make test-all` sets many more."""
 STEPS = 15
 EPOCHS = 2
 
@@ -36,12 +36,12 @@ def words(strategy: dict[str, Any], world: int = 3) -> Job:
 
 
 def counted(strategy: dict[str, Any], world: int = 2) -> Job:
-    """Each gradient of a sample counts 1."""
+    """Return a job in which each gradient of a sample changes its row by -1."""
     optimizer = {"name": "SGD", "lr": float(BATCH)}
     return make_job(counting(world, strategy=strategy, optimizer=optimizer, epochs=EPOCHS))
 
 
-def same_bits(run: LossyRun, other: LossyRun) -> None:
+def assert_same_bits(run: LossyRun, other: LossyRun) -> None:
     assert run.dense().tobytes() == other.dense().tobytes()
     for number in range(2):
         assert run.rows(number, ROWS).tobytes() == other.rows(number, ROWS).tobytes()
@@ -55,56 +55,56 @@ def undisturbed() -> dict[int, LossyRun]:
     return {n: train_lossy(words(strategy), Words, []) for n, strategy in PS_SYNC.items()}
 
 
-losses = some.builds(
+losses = st.builds(
     Loss,
-    step=some.integers(0, STEPS - 1),
-    rank=some.integers(0, 2),
-    tables=some.integers(0, 2),
-    shards=some.integers(0, 2),
-    others_s=some.sampled_from([0.0, 0.02]),
+    step=st.integers(0, STEPS - 1),
+    rank=st.integers(0, 2),
+    tables=st.integers(0, 2),
+    shards=st.integers(0, 2),
+    others_s=st.sampled_from([0.0, 0.02]),
 )
 
 
 @pytest.mark.timeout(120 + 2 * RUNS)
 @settings(max_examples=RUNS, deadline=None, phases=UNSHRUNK)
 @given(
-    servers=some.sampled_from([1, 2]),
-    events=some.lists(losses, min_size=1, max_size=3, unique_by=lambda loss: loss.step),
+    servers=st.sampled_from([1, 2]),
+    events=st.lists(losses, min_size=1, max_size=3, unique_by=lambda loss: loss.step),
 )
-def test_synchronous_runs_keep_their_bits(
+def test_recovered_synchronous_runs_are_bit_identical(
     undisturbed: dict[int, LossyRun], servers: int, events: list[Loss]
 ) -> None:
     events = sorted(events, key=lambda event: event.step)
     events = [Loss(e.step, e.rank, e.tables, min(e.shards, servers), e.others_s) for e in events]
     run = train_lossy(words(PS_SYNC[servers]), Words, events)
-    same_bits(run, undisturbed[servers])
+    assert_same_bits(run, undisturbed[servers])
 
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize(
-    ("servers", "loss", "goes_on_from"),
+    ("servers", "loss", "resumed_step"),
     [
-        (1, Loss(5, 1, tables=2, shards=0), 5),  # the tables have made the step
-        (1, Loss(5, 1, tables=1, shards=0), 5),  # one of them
-        (1, Loss(5, 1, tables=0, shards=1), 5),  # the shard
+        (1, Loss(5, 1, tables=2, shards=0), 5),  # both table servers have applied the step
+        (1, Loss(5, 1, tables=1, shards=0), 5),  # one table server
+        (1, Loss(5, 1, tables=0, shards=1), 5),  # the shard only
         (1, Loss(5, 1, tables=1, shards=1), 5),
-        (1, Loss(5, 1, tables=2, shards=1), 6),  # all have
+        (1, Loss(5, 1, tables=2, shards=1), 6),  # all servers
         (2, Loss(5, 0, tables=0, shards=2), 5),
         (2, Loss(5, 0, tables=2, shards=1), 5),
         (2, Loss(5, 0, tables=1, shards=1), 5),
     ],
     ids=str,
 )
-def test_all_go_on_with_the_step_that_some_server_lacks(
-    undisturbed: dict[int, LossyRun], servers: int, loss: Loss, goes_on_from: int
+def test_recovery_resumes_with_the_step_that_a_server_lacks(
+    undisturbed: dict[int, LossyRun], servers: int, loss: Loss, resumed_step: int
 ) -> None:
     run = train_lossy(words(PS_SYNC[servers]), Words, [loss])
-    assert run.starts == [0, goes_on_from]
-    same_bits(run, undisturbed[servers])
+    assert run.starts == [0, resumed_step]
+    assert_same_bits(run, undisturbed[servers])
 
 
-def test_more_and_fewer_ranks_train_the_same_model() -> None:
-    one = train_lossy(words(PS_SYNC[2], world=1), Words, [])
+def test_resizes_keep_the_result() -> None:
+    alone = train_lossy(words(PS_SYNC[2], world=1), Words, [])
     events: list[Loss | Resize] = [
         Resize(4, 3),
         Loss(6, 2, tables=1, shards=2),
@@ -113,11 +113,11 @@ def test_more_and_fewer_ranks_train_the_same_model() -> None:
     ]
     run = train_lossy(words(PS_SYNC[2], world=2), Words, events)
     assert run.starts == [0, 4, 6, 9, 11]
-    np.testing.assert_allclose(run.dense(), one.dense(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(run.dense(), alone.dense(), rtol=1e-4, atol=1e-5)
     for number in range(2):
-        mine, alone = run.rows(number, ROWS), one.rows(number, ROWS)
-        assert np.array_equal(np.isnan(mine), np.isnan(alone))
-        np.testing.assert_allclose(mine, alone, rtol=1e-4, atol=1e-5)
+        rows, expected = run.rows(number, ROWS), alone.rows(number, ROWS)
+        assert np.array_equal(np.isnan(rows), np.isnan(expected))
+        np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.sweep(3)
@@ -134,15 +134,15 @@ def test_more_and_fewer_ranks_train_the_same_model() -> None:
     ],
     ids=str,
 )
-def test_asynchronous_tables_count_each_gradient_once(
+def test_asynchronous_tables_apply_each_gradient_once(
     strategy: dict[str, Any], shards: int, tables: int
 ) -> None:
     events = [Loss(2, 1, tables, shards), Loss(5, 0, tables, shards)]
     run = train_lossy(counted(strategy), Counting, events)
-    each_counts_once(run)
+    assert_each_gradient_counted_once(run)
 
 
-def test_asynchronous_tables_follow_more_and_fewer_ranks() -> None:
+def test_asynchronous_tables_apply_each_gradient_once_across_resizes() -> None:
     events: list[Loss | Resize] = [
         Resize(1, 4),
         Loss(2, 1, tables=1, shards=0),
@@ -151,9 +151,9 @@ def test_asynchronous_tables_follow_more_and_fewer_ranks() -> None:
     ]
     run = train_lossy(counted(PS_SYNC[2]), Counting, events)
     assert run.starts == [0, 1, 2, 3, 6]
-    each_counts_once(run)
+    assert_each_gradient_counted_once(run)
 
 
-def each_counts_once(run: LossyRun) -> None:
+def assert_each_gradient_counted_once(run: LossyRun) -> None:
     assert (run.rows(0, SAMPLES) == -EPOCHS).all()
     assert (run.dense()[:SAMPLES] == -EPOCHS).all()

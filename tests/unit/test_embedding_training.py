@@ -1,4 +1,4 @@
-"""Whole runs in memory: embeddings on servers against `nn.Embedding` in one process."""
+"""Runs in memory: sharded embeddings match `nn.Embedding` in one process."""
 
 import time
 from pathlib import Path
@@ -25,12 +25,12 @@ from distplat.strategies.sparse.lookups import Lookups
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, Tensor]:
+def reference() -> dict[str, Tensor]:
     return train(job(Local, 1), Local).parameters()
 
 
 @pytest.mark.parametrize(
-    ("world", "more"),
+    ("world", "options"),
     [
         (1, {}),
         (2, {}),
@@ -40,25 +40,26 @@ def alone() -> dict[str, Tensor]:
     ],
     ids=str,
 )
-def test_equals_one_process_with_local_tables(
-    alone: dict[str, Tensor], world: int, more: dict[str, Any]
+def test_matches_one_process_with_local_tables(
+    reference: dict[str, Tensor], world: int, options: dict[str, Any]
 ) -> None:
-    run = train(job(Words, world, **more), Words)
+    run = train(job(Words, world, **options), Words)
     for name, value in run.parameters().items():
-        torch.testing.assert_close(value, alone[name], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(value, reference[name], rtol=1e-5, atol=1e-6)
     for number, name in enumerate(("words", "tags")):
-        mine = torch.from_numpy(table(run, number))
-        there = ~mine[:, 0].isnan()
-        assert there.sum() in (21, 22, 23)
-        assert not there[0 if name == "tags" else 39]  # padding, and an id only evaluated
+        rows = torch.from_numpy(table(run, number))
+        exists = ~rows[:, 0].isnan()
+        assert exists.sum() in (21, 22, 23)
+        # The padding, and an id of the evaluation only.
+        assert not exists[0 if name == "tags" else 39]
         torch.testing.assert_close(
-            mine[there], alone[f"{name}.weight"][there], rtol=1e-5, atol=1e-6
+            rows[exists], reference[f"{name}.weight"][exists], rtol=1e-5, atol=1e-6
         )
 
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("optimizer", ["Adagrad", "SparseAdam", "RowWiseAdagrad"])
-def test_repeats_bit_for_bit(optimizer: str) -> None:
+def test_repeated_runs_are_bit_identical(optimizer: str) -> None:
     embeddings = {"servers": 2, "optimizer": {"name": optimizer, "lr": 0.1}}
     spec = job(Words, 3, embeddings=embeddings)
     first, second = train(spec, Words), train(spec, Words)
@@ -66,7 +67,7 @@ def test_repeats_bit_for_bit(optimizer: str) -> None:
         assert table(first, number).tobytes() == table(second, number).tobytes()
 
 
-def test_asynchronous_with_one_rank_is_synchronous() -> None:
+def test_asynchronous_tables_with_one_rank_match_synchronous() -> None:
     runs = []
     for strategy, asynchronous in (("ring", False), ("ring", True), ("ps-async", True)):
         optimizer = {"name": "Adagrad", "lr": 0.5}
@@ -77,22 +78,22 @@ def test_asynchronous_with_one_rank_is_synchronous() -> None:
         assert first == second == third
 
 
-def test_asynchronous_ranks_train() -> None:
+def test_asynchronous_ranks_reduce_the_loss() -> None:
     embeddings = {"optimizer": {"name": "SGD", "lr": 0.5}, "asynchronous": True, "servers": 2}
     spec = job(Words, 3, strategy="ps-async", embeddings=embeddings, epochs=20)
     run = train(spec, Words)
-    parts = [one for some in run.reports for one in some if isinstance(one, StepReport)]
+    reports = [r for of_rank in run.reports for r in of_rank if isinstance(r, StepReport)]
     steps = run.ranks[0].prepared.total_steps
-    assert sorted((one.step, one.rank) for one in parts) == [
-        (s, p) for s in range(steps) for p in range(3)
+    assert sorted((r.step, r.rank) for r in reports) == [
+        (step, rank) for step in range(steps) for rank in range(3)
     ]
-    first, last = (mean([one.loss for one in parts if one.step == step]) for step in (0, steps - 1))
+    first, last = (mean([r.loss for r in reports if r.step == step]) for step in (0, steps - 1))
     assert last < 0.3 * first
     assert {service.store.ledger.steps for service in run.tables.table_servers} == {steps}
-    assert {one.figures["rows"] > 0 for one in parts if one.samples} == {True}
+    assert {r.figures["rows"] > 0 for r in reports if r.samples} == {True}
 
 
-def test_partition_changes_no_bit() -> None:
+def test_hash_and_range_partition_are_bit_identical() -> None:
     runs = []
     for partition in ("hash", "range"):
         embeddings = {
@@ -105,8 +106,8 @@ def test_partition_changes_no_bit() -> None:
     assert first.tobytes() == second.tobytes()
 
 
-def test_ids_without_end() -> None:
-    class Open(Words):
+def test_unbounded_ids() -> None:
+    class UnboundedWords(Words):
         def model(self) -> nn.Module:
             return Net(ShardedEmbedding(None, WIDTH), ShardedEmbeddingBag(None, WIDTH))
 
@@ -114,59 +115,59 @@ def test_ids_without_end() -> None:
             ids, targets = super().train_data().tensors  # type: ignore[attr-defined]
             return TensorDataset(ids * 2**57 + 1, targets)
 
-    run = train(job(Words, 2), Open)
+    run = train(job(Words, 2), UnboundedWords)
     assert sum(rows for s in run.tables.table_servers for _, rows in s.sizes()) in range(40, 47)
 
 
 @pytest.mark.parametrize(
-    ("task", "more", "said"),
+    ("task", "options", "message"),
     [
         (Words, {"embeddings": None}, r"rows on servers \(words, tags\).*add the field"),
         (Local, {"embeddings": {"optimizer": {"name": "SGD", "lr": 1}}}, "has no distplat.nn"),
     ],
 )
-def test_job_and_model_must_agree(task: type[Task], more: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        train(job(task, 1, **more), task)
+def test_job_and_model_must_agree(task: type[Task], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(job(task, 1, **options), task)
 
 
-def test_open_ended_ids_have_no_ranges() -> None:
+def test_range_partition_needs_num_embeddings() -> None:
     embeddings = {"partition": "range", "optimizer": {"name": "SGD", "lr": 1}}
     net = nn.ModuleDict({"a": ShardedEmbedding(None, 4)})
     with pytest.raises(ValueError, match="but a has no num_embeddings"):
         Lookups(net, job(Words, 1, embeddings=embeddings))
 
 
-class Stopping(RingWorker):
-    """Breaks off in the exchange of one step, when the rows' gradients are already applied."""
+class FailingWorker(RingWorker):
+    """Fails in the exchange of a step, after the tables have applied the rows' gradients."""
 
-    stop_at = 5
+    fails_at = 5
 
     def exchange(self, step: int, local: StepControl) -> StepControl:
         total = super().exchange(step, local)
-        if step == self.stop_at:
-            time.sleep(0.2)  # the tables have made the step by now
+        if step == self.fails_at:
+            time.sleep(0.2)  # by now the tables have applied the step
             raise CollectiveError("world", "all_reduce", step, (1,), "as if a rank were lost")
         return total
 
 
-class UntilAStop(Attempt):
-    """All ranks break off in a step."""
+class UntilFailure(Attempt):
+    """An attempt in which all ranks fail in a step."""
 
     ends = (CollectiveError,)
 
 
-def test_a_step_that_only_the_tables_had_made_is_made_once() -> None:
+def test_recovery_applies_a_step_to_the_tables_once() -> None:
     lossy = LocalRun(job(Words, 2), Words, rewinds=True)
-    stopping = [Stopping(Ring(RingOptions())) for _ in range(2)]
-    for rank, strategy in zip(lossy.ranks, stopping, strict=True):
+    failing = [FailingWorker(Ring(RingOptions())) for _ in range(2)]
+    for rank, strategy in zip(lossy.ranks, failing, strict=True):
         rank.strategy = strategy
-    first = UntilAStop(lossy)
+    first = UntilFailure(lossy)
     assert not first.make()
     assert (first.starts, len(first.errors)) == ([0, 0], 2)
     assert {service.store.ledger.steps for service in lossy.tables.table_servers} == {6}
-    for strategy in stopping:
-        strategy.stop_at = -1
+    for strategy in failing:
+        strategy.fails_at = -1
     second = Attempt(lossy)
     assert second.make()
     assert second.starts == [5, 5]
@@ -178,7 +179,7 @@ def test_a_step_that_only_the_tables_had_made_is_made_once() -> None:
         assert torch.equal(lossy.parameters()[name], value)
 
 
-def test_a_trained_model_goes_on_outside_of_the_run(tmp_path: Path) -> None:
+def test_trained_model_works_outside_of_the_run(tmp_path: Path) -> None:
     spec = job(Words, 0).model_copy(update={"storage_path": str(tmp_path)})
     result = Trainer(spec, Words).fit()
     assert result.checkpoint is not None

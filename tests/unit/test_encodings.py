@@ -1,4 +1,4 @@
-"""What a stream's encoding lacks is printed otherwise; it ends no run."""
+"""Characters that a stream's encoding lacks are escaped when printed."""
 
 import io
 import os
@@ -32,23 +32,25 @@ with (
 ):
     main.main()
 """
-"""The command, in which a script has printed a bar, and the run directory has Cyrillic letters."""
+"""A command whose script prints a block character, with Cyrillic letters in the run directory."""
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 
 
 @pytest.mark.parametrize("environ", [{"PYTHONIOENCODING": "latin-1"}, ASCII])
-def test_a_command_prints_what_its_encoding_lacks_as_an_escape(environ: dict[str, str]) -> None:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHONIO")}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN], env=kept | environ, capture_output=True, timeout=100
+def test_command_escapes_unencodable_characters(environ: dict[str, str]) -> None:
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("PYTHONIO")
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", RUN], env=inherited | environ, capture_output=True, timeout=100
     )
-    assert (done.returncode, done.stderr) == (0, b"")
-    first, *_, last = done.stdout.decode("ascii").splitlines()
+    assert (process.returncode, process.stderr) == (0, b"")
+    first, *_, last = process.stdout.decode("ascii").splitlines()
     assert first == "50%\\u2588"
     assert last.startswith("logs") and last.endswith("/runs/one")
 
 
-def strict(encoding: str) -> io.TextIOWrapper:
+def strict_stream(encoding: str) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
 
 
@@ -58,16 +60,16 @@ def written(stream: io.TextIOWrapper) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_view_in_another_program_goes_on_after_such_a_line() -> None:
-    out = strict("latin-1")
+def test_view_escapes_unencodable_characters() -> None:
+    out = strict_stream("latin-1")
     view = View(out)
     view._print("50%\u2588")
     view._print("next")
     assert written(out) == b"50%\\u2588\nnext\n"
 
 
-def test_lines_of_workers_are_printed_in_another_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    out = strict("ascii")
+def test_print_batch_escapes_unencodable_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = strict_stream("ascii")
     monkeypatch.setattr(sys, "stdout", out)
     batch: dict[str, Any] = {
         **{"actor_name": "lin/worker-0", "pid": 17, "lines": ["50%\u2588"], "is_err": False},
@@ -77,16 +79,16 @@ def test_lines_of_workers_are_printed_in_another_program(monkeypatch: pytest.Mon
     assert written(out) == b"(lin/worker-0 pid=17) 50%\\u2588\n"
 
 
-def test_what_an_encoding_has_stays() -> None:
-    assert encodable("é█", strict("latin-1")) == "é\\u2588"
+def test_encodable_characters_are_unchanged() -> None:
+    assert encodable("é█", strict_stream("latin-1")) == "é\\u2588"
     assert encodable("é█", io.StringIO()) == "é█"
 
 
-def test_a_strategy_file_is_read_as_python_reads_it(tmp_path: Path) -> None:
+def test_strategy_file_is_read_as_utf8(tmp_path: Path) -> None:
     path = tmp_path / "own.py"
     path.write_bytes("# я\n".encode())
     read = "import sys, pathlib; from distplat.strategies.catalog import load_strategy_file as load"
     code = f"{read}; print(ascii(load(pathlib.Path(sys.argv[1])).text))"
     command = [sys.executable, "-c", code, str(path)]
-    done = subprocess.run(command, env=os.environ | ASCII, capture_output=True, timeout=100)
-    assert (done.stdout, done.stderr) == (b"'# \\u044f\\n'\n", b"")
+    process = subprocess.run(command, env=os.environ | ASCII, capture_output=True, timeout=100)
+    assert (process.stdout, process.stderr) == (b"'# \\u044f\\n'\n", b"")

@@ -1,4 +1,4 @@
-"""The error tree: drawn as it is, fit to cross processes, with the exit codes it promises."""
+"""The error classes: the documented tree, pickling, exit codes and messages."""
 
 import inspect
 import pickle
@@ -14,9 +14,7 @@ from distplat.platform import errors
 from distplat.platform.errors import DistplatError, Problem, SpecError
 
 TREE = [
-    kind
-    for _, kind in inspect.getmembers(errors, inspect.isclass)
-    if issubclass(kind, DistplatError)
+    cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, DistplatError)
 ]
 PROBLEM = Problem(("optimizer", "lr"), "must be > 0", "try 0.1", "job.yaml", 7, 13)
 ARGUMENTS: dict[str, tuple[object, ...]] = {
@@ -33,25 +31,27 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
 }
 
 
-def example(kind: type[DistplatError]) -> DistplatError:
-    return kind(*ARGUMENTS.get(kind.__name__, ("some message",)))
+def example(cls: type[DistplatError]) -> DistplatError:
+    return cls(*ARGUMENTS.get(cls.__name__, ("some message",)))
 
 
-@pytest.mark.parametrize("kind", TREE)
-def test_an_error_crosses_processes_whole(kind: type[DistplatError]) -> None:
-    error = example(kind)
-    back = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
-    assert type(back) is kind
-    assert str(back) == str(error)
-    assert vars(back) == vars(error)
-    assert back.exit_code == error.exit_code
+@pytest.mark.parametrize("cls", TREE)
+def test_pickle_round_trip(cls: type[DistplatError]) -> None:
+    error = example(cls)
+    unpickled = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+    assert type(unpickled) is cls
+    assert str(unpickled) == str(error)
+    assert vars(unpickled) == vars(error)
+    assert unpickled.exit_code == error.exit_code
 
 
-@pytest.mark.parametrize("kind", TREE)
-def test_a_constructor_of_its_own_keeps_all_arguments(kind: type[DistplatError]) -> None:
-    assert example(kind).args == ARGUMENTS.get(kind.__name__, ("some message",))
-    takes_own = kind.__init__ is not DistplatError.__init__
-    assert takes_own == (kind.__name__ in ARGUMENTS), "a constructor that the table does not try"
+@pytest.mark.parametrize("cls", TREE)
+def test_own_constructors_keep_all_arguments(cls: type[DistplatError]) -> None:
+    assert example(cls).args == ARGUMENTS.get(cls.__name__, ("some message",))
+    has_own_constructor = cls.__init__ is not DistplatError.__init__
+    assert has_own_constructor == (cls.__name__ in ARGUMENTS), (
+        "a constructor that is missing in ARGUMENTS"
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,30 +79,30 @@ def test_exit_codes(name: str, code: int) -> None:
     assert example(getattr(errors, name)).exit_code == code
 
 
-@pytest.mark.parametrize("kind", TREE)
-def test_ipython_shows_the_message_in_place_of_our_frames(kind: type[DistplatError]) -> None:
-    """By the method's name, which is IPython's."""
-    assert example(kind)._render_traceback_() == [f"{kind.__name__}: {example(kind)}"]
+@pytest.mark.parametrize("cls", TREE)
+def test_ipython_shows_the_message_without_frames(cls: type[DistplatError]) -> None:
+    """IPython calls a method of this name."""
+    assert example(cls)._render_traceback_() == [f"{cls.__name__}: {example(cls)}"]
 
 
-def test_ctrl_c_has_the_shells_exit_code() -> None:
+def test_interrupt_has_the_exit_code_of_the_shell() -> None:
     assert errors.Interrupted(2).exit_code == 130
 
 
-def test_the_drawn_tree_is_the_tree() -> None:
-    drawn: dict[str, str] = {}
+def test_documented_tree_is_complete() -> None:
+    documented: dict[str, str] = {}
     above: dict[int, str] = {}
     for line in (errors.__doc__ or "").splitlines():
         match = re.match(r"    ([ |`-]*)([A-Z]\w+)  ", line)
         if match:
             depth, name = len(match[1]), match[2]
             above[depth] = name
-            drawn[name] = max((d, n) for d, n in [(-1, "Exception"), *above.items()] if d < depth)[
-                1
-            ]
+            documented[name] = max(
+                (d, n) for d, n in [(-1, "Exception"), *above.items()] if d < depth
+            )[1]
             for deeper in [d for d in above if d > depth]:
                 del above[deeper]
-    assert drawn == {kind.__name__: kind.__bases__[0].__name__ for kind in TREE}
+    assert documented == {cls.__name__: cls.__bases__[0].__name__ for cls in TREE}
 
 
 @pytest.mark.parametrize(
@@ -116,11 +116,11 @@ def test_the_drawn_tree_is_the_tree() -> None:
         (Problem(("k" * 80,), "no"), "k" * 57 + "...: no"),
     ],
 )
-def test_a_problem_in_words(problem: Problem, text: str) -> None:
+def test_problem_as_text(problem: Problem, text: str) -> None:
     assert str(problem) == text
 
 
-def test_a_spec_error_lists_all_its_problems() -> None:
+def test_spec_error_lists_all_problems() -> None:
     error = SpecError(PROBLEM, "and more")
     assert error.problems == (PROBLEM, Problem((), "and more"))
     assert str(error) == f"{PROBLEM}\nand more"
@@ -164,12 +164,12 @@ def test_a_spec_error_lists_all_its_problems() -> None:
         (errors.Interrupted(9), "interrupted by 9"),
     ],
 )
-def test_errors_in_words(error: DistplatError, text: str) -> None:
+def test_errors_as_text(error: DistplatError, text: str) -> None:
     assert str(error) == text
 
 
 @pytest.mark.parametrize(
-    ("what", "environment", "named"),
+    ("operation", "environment", "field"),
     [
         ("start", {"py_executable": "/nowhere"}, "py_executable"),
         ("starting processes", {"env_vars": {"A": "1"}, "image_uri": "them/it"}, "image_uri"),
@@ -177,19 +177,19 @@ def test_errors_in_words(error: DistplatError, text: str) -> None:
         ("a step", {"py_executable": "/nowhere"}, ""),
     ],
 )
-def test_who_waits_for_processes_hears_of_a_python_that_may_not_be_there(
-    what: str, environment: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+def test_start_deadline_names_the_field_of_the_runtime_env(
+    operation: str, environment: dict[str, Any], field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = SimpleNamespace(runtime_env=environment)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
-    late = errors.DeadlineExceeded(what, ("worker-0",), 30.0, "failure.start_timeout_s")
+    deadline = errors.DeadlineExceeded(operation, ("worker-0",), 30.0, "failure.start_timeout_s")
     with pytest.raises(errors.DeadlineExceeded) as caught, failures_of_ray():
-        raise late
-    told = str(caught.value).removeprefix(str(late))
-    assert told.startswith(f"; Ray starts processes with `{named}` of the") if named else not told
+        raise deadline
+    note = str(caught.value).removeprefix(str(deadline))
+    assert note.startswith(f"; Ray starts processes with `{field}` of the") if field else not note
 
 
-def test_a_cluster_that_ends_is_no_error_of_ours() -> None:
+def test_cancelled_actor_creation_is_an_infrastructure_error() -> None:
     with pytest.raises(errors.InfrastructureError, match="cancelled") as caught, failures_of_ray():
         raise ray.exceptions.RaySystemError("Actor creation cancelled.")
     assert caught.value.exit_code == 4

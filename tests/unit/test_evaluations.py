@@ -1,4 +1,4 @@
-"""What a run makes of its evaluations: the best checkpoint, and an early end."""
+"""Evaluations select the best checkpoint and may stop the run early."""
 
 import json
 import math
@@ -26,11 +26,11 @@ from distplat.platform.evaluations import (
 from distplat.platform.progress import EvalSummary
 
 NAN = math.nan
-MOST_S = 60.0
+LIMIT_S = 60.0
 
 
 @pytest.mark.parametrize(
-    "mode, figure, than, by, better",
+    "mode, value, best, min_delta, is_better",
     [
         ("min", 1.0, None, 0.0, True),
         ("min", 1.0, 2.0, 0.0, True),
@@ -43,24 +43,24 @@ MOST_S = 60.0
         ("min", NAN, 2.0, 0.0, False),
     ],
 )
-def test_which_figure_is_better(
-    mode: Any, figure: float, than: float | None, by: float, better: bool
+def test_is_better(
+    mode: Any, value: float, best: float | None, min_delta: float, is_better: bool
 ) -> None:
-    assert MetricRule(metric="loss", mode=mode).is_better(figure, than, by) is better
+    assert MetricRule(metric="loss", mode=mode).is_better(value, best, min_delta) is is_better
 
 
 def best_of(*events: tuple[str, int] | tuple[str, int, float]) -> BestCheckpoint:
-    found = BestCheckpoint(KeepBest(metric="loss", mode="min"))
-    for kind, step, *figure in events:
-        if kind == "saved":
-            found.saved(step)
+    best = BestCheckpoint(KeepBest(metric="loss", mode="min"))
+    for event, step, *loss in events:
+        if event == "saved":
+            best.saved(step)
         else:
-            found.evaluated(step, {"loss": figure[0]})
-    return found
+            best.evaluated(step, {"loss": loss[0]})
+    return best
 
 
 @pytest.mark.parametrize(
-    "events, best, protected",
+    "events, best_step, protected",
     [
         ([], None, set()),
         ([("saved", 2)], None, {2}),
@@ -70,42 +70,42 @@ def best_of(*events: tuple[str, int] | tuple[str, int, float]) -> BestCheckpoint
         ([("saved", 2), ("evaluated", 2, 0.5), ("saved", 4)], 2, {2, 4}),
         ([("saved", 2), ("saved", 4), ("evaluated", 2, 0.5), ("evaluated", 4, 0.25)], 4, {4}),
         ([("saved", 2), ("saved", 4), ("evaluated", 2, 0.5), ("evaluated", 4, 0.75)], 2, {2}),
-        # Of equals the first; NaN never; a checkpoint without an evaluation is let go.
+        # The first of equals; never NaN; a checkpoint without an evaluation is not protected.
         ([("saved", 2), ("evaluated", 2, 0.5), ("saved", 4), ("evaluated", 4, 0.5)], 2, {2}),
         ([("saved", 2), ("evaluated", 2, NAN)], None, set()),
         ([("saved", 2), ("evaluated", 3, 0.5)], None, set()),
-        # Evaluations come in any order where tasks are leased.
+        # Evaluations arrive in any order under leases.
         ([("saved", 2), ("saved", 4), ("evaluated", 4, 0.5), ("evaluated", 2, 0.25)], 2, {2}),
     ],
 )
-def test_which_checkpoint_is_the_best(events: Any, best: int | None, protected: set[int]) -> None:
-    found = best_of(*events)
-    assert (found.step, found.protected) == (best, protected)
+def test_best_checkpoint(events: Any, best_step: int | None, protected: set[int]) -> None:
+    best = best_of(*events)
+    assert (best.step, best.protected) == (best_step, protected)
 
 
-def test_what_a_rollback_takes_away_is_the_best_no_more() -> None:
-    found = best_of(("saved", 2), ("evaluated", 2, 0.5), ("saved", 4), ("evaluated", 4, 0.25))
-    found.retain([2])
-    assert (found.step, found.figure) == (2, 0.5)
-    found.saved(4)  # written again; its evaluation is told once only
-    assert (found.step, found.figure) == (4, 0.25)
+def test_rollback_forgets_deleted_checkpoints() -> None:
+    best = best_of(("saved", 2), ("evaluated", 2, 0.5), ("saved", 4), ("evaluated", 4, 0.25))
+    best.retain([2])
+    assert (best.step, best.figure) == (2, 0.5)
+    best.saved(4)  # written again, without a second evaluation
+    assert (best.step, best.figure) == (4, 0.25)
 
 
-def test_a_long_run_remembers_so_much_and_the_best() -> None:
-    found = best_of(("saved", 1), ("evaluated", 1, 0.0))
+def test_number_of_remembered_evaluations_is_bounded() -> None:
+    best = best_of(("saved", 1), ("evaluated", 1, 0.0))
     for step in range(2, 3000):
-        found.evaluated(step, {"loss": 1.0})
-    assert found.step == 1 and len(found._figures) == 1000
+        best.evaluated(step, {"loss": 1.0})
+    assert best.step == 1 and len(best._figures) == 1000
 
 
-def test_without_a_rule_nothing_is_kept() -> None:
-    found = BestCheckpoint(None)
-    found.saved(2)
-    found.evaluated(2, {"loss": 0.5})
-    assert (found.step, found.protected) == (None, set())
+def test_without_a_rule_nothing_is_protected() -> None:
+    best = BestCheckpoint(None)
+    best.saved(2)
+    best.evaluated(2, {"loss": 0.5})
+    assert (best.step, best.protected) == (None, set())
 
 
-def test_the_protected_stay() -> None:
+def test_protected_steps_are_not_deletable() -> None:
     assert deletable_steps([2, 4, 6, 8], 2, 8) == [2, 4]
     assert deletable_steps([2, 4, 6, 8], 2, 8, {2}) == [4]
 
@@ -114,7 +114,7 @@ BEST = {"metric": "score", "mode": "max"}
 
 
 @pytest.mark.parametrize(
-    "checkpoint, evaluation, told",
+    "checkpoint, evaluation, message",
     [
         ({"every_steps": 4}, {"every_steps": 2}, ""),
         ({"every_epochs": 2}, {"every_epochs": 1}, ""),
@@ -125,17 +125,17 @@ BEST = {"metric": "score", "mode": "max"}
         ({"every_steps": 3}, {"every_epochs": 0}, "needs evaluations during the run"),
     ],
 )
-def test_a_checkpoint_that_is_not_evaluated_cannot_be_the_best(
-    checkpoint: dict[str, int], evaluation: dict[str, int], told: str
+def test_keep_best_needs_an_evaluation_of_each_checkpoint(
+    checkpoint: dict[str, int], evaluation: dict[str, int], message: str
 ) -> None:
-    more = {"checkpoint": {**checkpoint, "keep_best": BEST}, "evaluation": evaluation}
-    job = Job.model_validate({**fields_of("ring", 1), **more})
-    assert told in "; ".join(map(str, job.problems()))
-    assert bool(told) is bool(job.problems())
+    fields = {"checkpoint": {**checkpoint, "keep_best": BEST}, "evaluation": evaluation}
+    job = Job.model_validate({**fields_of("ring", 1), **fields})
+    assert message in "; ".join(map(str, job.problems()))
+    assert bool(message) is bool(job.problems())
 
 
 class Scored(Task):
-    """Its evaluations give these scores, one after the other."""
+    """A task whose evaluations return the given scores in order."""
 
     def __init__(self, scores: list[float], evaluates: bool = True) -> None:
         self.scores, self.evaluates = iter(scores), evaluates
@@ -156,18 +156,18 @@ class Scored(Task):
         return {"score": next(self.scores)}
 
 
-class AfterItsCheckpoint(Callback):
-    """Holds the run at each evaluation until the checkpoint of that step is on the disk."""
+class WaitForCheckpoint(Callback):
+    """Blocks the run at each evaluation until the checkpoint of that step is on the disk."""
 
     def on_start(self, job: Job, run: str, path: Path) -> None:
         self.folder, self.last = path / "checkpoints", job.steps
 
     def on_evaluation(self, evaluation: EvalSummary) -> None:
         if evaluation.step == self.last:
-            return  # its checkpoint comes after the last evaluation, and is waited for
-        pause, until = threading.Event(), time.monotonic() + MOST_S
+            return  # the run writes this checkpoint after the evaluation, and waits for it
+        pause, deadline = threading.Event(), time.monotonic() + LIMIT_S
         while not (self.folder / f"step-{evaluation.step:06d}").is_dir():
-            assert time.monotonic() < until, "its checkpoint was not written"
+            assert time.monotonic() < deadline, "the checkpoint was not written"
             pause.wait(0.01)
 
 
@@ -176,67 +176,67 @@ def spec(tmp_path: Path, scores: list[float], **more: Any) -> dict[str, Any]:
     checkpoint = {"every_steps": 1, "num_to_keep": 1, "keep_best": BEST}
     evaluation = {"every_steps": 1}
     args = {"scores": scores}
-    given = {"checkpoint": checkpoint, "evaluation": evaluation, "task_args": args}
-    return {**fields, **given, "storage_path": str(tmp_path), **more}
+    rules = {"checkpoint": checkpoint, "evaluation": evaluation, "task_args": args}
+    return {**fields, **rules, "storage_path": str(tmp_path), **more}
 
 
 @pytest.mark.parametrize(
-    "scores, best, left",
+    "scores, best, remaining",
     [
         ([1, 3, 2, 2, 1, 0], 2, [2, 6]),
         ([1, 3, 2, 2, 1, 4], 6, [6]),
         ([5, 3, 2, 2, 1, 4], 1, [1, 6]),
     ],
 )
-def test_the_best_checkpoint_stays(
+def test_best_checkpoint_is_kept(
     scores: list[float],
     best: int,
-    left: list[int],
+    remaining: list[int],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    result = Trainer(spec(tmp_path, scores), Scored, callbacks=[AfterItsCheckpoint()]).fit()
+    result = Trainer(spec(tmp_path, scores), Scored, callbacks=[WaitForCheckpoint()]).fit()
     catalogue = Catalogue(result.path / "checkpoints")
     assert "continues without it" not in caplog.text
     assert result.best_checkpoint == catalogue.path(best)
-    assert catalogue.steps() == left
+    assert catalogue.steps() == remaining
     assert (
         f'"best_checkpoint": "{catalogue.path(best)}"' in (result.path / "result.json").read_text()
     )
     assert f"best checkpoint  {catalogue.path(best)}" in str(result)
 
 
-def test_the_metric_must_be_one_that_evaluations_give(tmp_path: Path) -> None:
-    given = spec(tmp_path, [1.0] * 6)
-    given["checkpoint"] = {"every_steps": 1, "keep_best": {"metric": "scor", "mode": "max"}}
-    steps = Steps()
+def test_keep_best_with_an_unknown_metric(tmp_path: Path) -> None:
+    job = spec(tmp_path, [1.0] * 6)
+    job["checkpoint"] = {"every_steps": 1, "keep_best": {"metric": "scor", "mode": "max"}}
+    counter = StepCounter()
     with pytest.raises(SpecError, match=r"no 'scor'.*\n?.*did you mean 'score'\?.*loss, score"):
-        Trainer(given, Scored, callbacks=[steps]).fit()
-    assert steps.made == 1
+        Trainer(job, Scored, callbacks=[counter]).fit()
+    assert counter.steps == 1
 
 
-class Steps(Callback):
-    made = 0
+class StepCounter(Callback):
+    steps = 0
 
     def on_end(self, result: Result, error: BaseException | None) -> None:
-        self.made = result.totals.steps
+        self.steps = result.totals.steps
 
 
-def test_a_task_without_evaluations_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    args, steps = {"scores": [], "evaluates": False}, Steps()
+def test_keep_best_needs_eval_data(tmp_path: Path) -> None:
+    args, counter = {"scores": [], "evaluates": False}, StepCounter()
     with pytest.raises(SpecError, match=r"keep_best.*eval_data\(\) gives no data"):
-        Trainer(spec(tmp_path, [], task_args=args), Scored, callbacks=[steps]).fit()
-    assert steps.made == 0
+        Trainer(spec(tmp_path, [], task_args=args), Scored, callbacks=[counter]).fit()
+    assert counter.steps == 0
 
 
-def test_epochs_and_steps_are_compared_once_the_data_is_known(tmp_path: Path) -> None:
-    given = spec(tmp_path, [1.0] * 6, evaluation={"every_epochs": 1})  # of two steps
+def test_evaluation_epochs_are_compared_with_checkpoint_steps(tmp_path: Path) -> None:
+    job = spec(tmp_path, [1.0] * 6, evaluation={"every_epochs": 1})  # an epoch has two steps
     with pytest.raises(SpecError, match="every 1, and evaluated every 2"):
-        Trainer(given, Scored).fit()
+        Trainer(job, Scored).fit()
 
 
 @pytest.mark.parametrize(
-    "rule, figures, stops_after",
+    "rule, values, stops_after",
     [
         ({"mode": "min"}, [3, 2, 1, 1, 1, 1], 6),
         ({"mode": "min", "patience": 1}, [3, 2, 2, 1], 3),
@@ -247,11 +247,9 @@ def test_epochs_and_steps_are_compared_once_the_data_is_known(tmp_path: Path) ->
         ({"mode": "min", "patience": 2}, [1, NAN, 0.5, NAN, 0.25], None),
     ],
 )
-def test_when_a_run_ends_early(
-    rule: dict[str, Any], figures: list[float], stops_after: int | None
-) -> None:
+def test_early_stopping(rule: dict[str, Any], values: list[float], stops_after: int | None) -> None:
     stopping = EarlyStopping(EarlyStop(metric="loss", **rule))
-    answers = [stopping.evaluated(n, {"loss": one}) for n, one in enumerate(figures, 1)]
+    answers = [stopping.evaluated(n, {"loss": value}) for n, value in enumerate(values, 1)]
     first = next((n for n, answer in enumerate(answers, 1) if answer is not None), None)
     assert first == stops_after
 
@@ -259,106 +257,104 @@ def test_when_a_run_ends_early(
 @pytest.mark.parametrize(
     "damage", [{"state": [1]}, {"state": ["a", 0, 0]}, {"best": {}}, {"best": "low"}]
 )
-def test_what_a_checkpoint_says_may_be_damaged(damage: dict[str, Any]) -> None:
+def test_damaged_early_stop_state(damage: dict[str, Any]) -> None:
     rule = EarlyStop(metric="loss", mode="min")
     saved = {**EarlyStopping(rule).state_dict(1, 1), **damage}
     with pytest.raises(StorageError, match="early_stop is damaged"):
         EarlyStopping(rule, saved)
 
 
-def test_the_reason_names_the_best_step() -> None:
+def test_early_stop_reason_names_the_best_step() -> None:
     stopping = EarlyStopping(EarlyStop(metric="loss", mode="min", patience=2))
-    told = [stopping.evaluated(step, {"loss": 1.0}) for step in (5, 10, 15)]
-    assert told == [None, None, "loss got no better since step 5, in 2 evaluations"]
+    answers = [stopping.evaluated(step, {"loss": 1.0}) for step in (5, 10, 15)]
+    assert answers == [None, None, "loss got no better since step 5, in 2 evaluations"]
 
 
-def test_a_job_whose_evaluations_come_at_its_end_only_cannot_stop_early() -> None:
-    more = {"early_stop": {"metric": "loss", "mode": "min"}, "evaluation": {"every_epochs": 0}}
-    (problem,) = Job.model_validate({**fields_of("ring", 1), **more}).problems()
+def test_early_stop_needs_evaluations_during_the_run() -> None:
+    fields = {"early_stop": {"metric": "loss", "mode": "min"}, "evaluation": {"every_epochs": 0}}
+    (problem,) = Job.model_validate({**fields_of("ring", 1), **fields}).problems()
     assert "early_stop: needs evaluations during the run" in str(problem)
 
 
-def test_early_stop_ends_a_run_as_after_its_last_step(tmp_path: Path) -> None:
-    """In this process what is decided after a step holds before the next one."""
+def test_early_stop_completes_the_run(tmp_path: Path) -> None:
+    """In this process a decision after a step takes effect before the next one."""
     rule = {"metric": "score", "mode": "max", "patience": 2}
-    given = spec(tmp_path, [1.0, 3.0, 2.0, 2.0], early_stop=rule, checkpoint={})
-    result = Trainer(given, Scored).fit()
-    assert result.totals.steps == 4 and [one.step for one in result.evaluations] == [1, 2, 3, 4]
+    job = spec(tmp_path, [1.0, 3.0, 2.0, 2.0], early_stop=rule, checkpoint={})
+    result = Trainer(job, Scored).fit()
+    assert result.totals.steps == 4 and [e.step for e in result.evaluations] == [1, 2, 3, 4]
     assert result.stopped == "score got no better since step 2, in 2 evaluations"
     assert result.checkpoint is not None and result.checkpoint.exists()
     assert '"stopped": "score got no better' in (result.path / "result.json").read_text()
     assert "stopped early  score got no better" in str(result)
 
 
-@pytest.mark.parametrize("mode, figures", [("min", [3.0, 2.0, 4.0, 2.5, 5.0, 6.0]), ("max", [1.0])])
-def test_patience_goes_on_with_a_resumed_run(mode: Any, figures: list[float]) -> None:
+@pytest.mark.parametrize("mode, losses", [("min", [3.0, 2.0, 4.0, 2.5, 5.0, 6.0]), ("max", [1.0])])
+def test_resumed_run_continues_the_patience(mode: Any, losses: list[float]) -> None:
     rule = EarlyStop(metric="loss", mode=mode, patience=4)
-    whole, before = EarlyStopping(rule), EarlyStopping(rule)
-    figures = [*figures, *[figures[-1]] * 6, math.inf]
-    answers = [whole.evaluated(n, {"loss": one}) for n, one in enumerate(figures, 1)]
-    for step, figure in enumerate(figures, 1):
-        before.evaluated(step, {"loss": figure})
-    for kept in range(len(figures)):
-        saved = json.loads(json.dumps(before.state_dict(kept, 1)))
-        after = EarlyStopping(rule, saved)
-        again = [after.evaluated(n, {"loss": one}) for n, one in enumerate(figures, 1)]
-        assert again == [None] * kept + answers[kept:]
-    other = EarlyStopping(EarlyStop(metric="loss", mode=mode, patience=1), before.state_dict(1, 1))
-    assert other.evaluated(2, {"loss": math.nan}) is not None
-    anew = EarlyStopping(EarlyStop(metric="acc", mode=mode, patience=2), before.state_dict(4, 1))
-    assert anew.evaluated(1, {"acc": math.nan}) is None
+    whole, first = EarlyStopping(rule), EarlyStopping(rule)
+    losses = [*losses, *[losses[-1]] * 6, math.inf]
+    answers = [whole.evaluated(n, {"loss": loss}) for n, loss in enumerate(losses, 1)]
+    for step, loss in enumerate(losses, 1):
+        first.evaluated(step, {"loss": loss})
+    for saved_step in range(len(losses)):
+        saved = json.loads(json.dumps(first.state_dict(saved_step, 1)))
+        resumed = EarlyStopping(rule, saved)
+        resumed_answers = [resumed.evaluated(n, {"loss": loss}) for n, loss in enumerate(losses, 1)]
+        assert resumed_answers == [None] * saved_step + answers[saved_step:]
+    shorter = EarlyStopping(EarlyStop(metric="loss", mode=mode, patience=1), first.state_dict(1, 1))
+    assert shorter.evaluated(2, {"loss": math.nan}) is not None
+    other = EarlyStopping(EarlyStop(metric="acc", mode=mode, patience=2), first.state_dict(4, 1))
+    assert other.evaluated(1, {"acc": math.nan}) is None
 
 
-def test_an_evaluation_at_the_end_alone_is_not_counted_by_a_longer_run() -> None:
+def test_longer_run_does_not_count_the_final_evaluation() -> None:
     rule = EarlyStop(metric="loss", mode="min", patience=2)
     stopping = EarlyStopping(rule)
-    for step, figure in [(4, 1.0), (8, 2.0), (10, 3.0)]:
-        stopping.evaluated(step, {"loss": figure})
+    for step, loss in [(4, 1.0), (8, 2.0), (10, 3.0)]:
+        stopping.evaluated(step, {"loss": loss})
     longer = EarlyStopping(rule, stopping.state_dict(10, 4))
-    assert longer.evaluated(8, {"loss": 2.0}) is None  # made again
+    assert longer.evaluated(8, {"loss": 2.0}) is None  # repeated
     assert (
         longer.evaluated(12, {"loss": 4.0}) == "loss got no better since step 4, in 2 evaluations"
     )
 
 
-def test_patience_goes_on_where_evaluations_come_at_other_steps_than_before() -> None:
+def test_patience_continues_with_another_evaluation_interval() -> None:
     rule = EarlyStop(metric="loss", mode="min", patience=2)
     first = EarlyStopping(rule)
     first.evaluated(5, {"loss": 1.0})
     second = EarlyStopping(rule, first.state_dict(5, 5))
-    third = EarlyStopping(
-        rule, second.state_dict(7, 8)
-    )  # of a checkpoint before its first evaluation
-    told = [third.evaluated(step, {"loss": 1.0}) for step in (8, 16)]
-    assert told == [None, "loss got no better since step 5, in 2 evaluations"]
+    # From a checkpoint before the second run's first evaluation.
+    third = EarlyStopping(rule, second.state_dict(7, 8))
+    answers = [third.evaluated(step, {"loss": 1.0}) for step in (8, 16)]
+    assert answers == [None, "loss got no better since step 5, in 2 evaluations"]
 
 
-@pytest.mark.parametrize("kept", [3, 4])
-def test_early_stop_of_a_resumed_run_is_that_of_one_that_never_stopped(
-    kept: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("saved_step", [3, 4])
+def test_resumed_run_stops_at_the_same_step(saved_step: int, tmp_path: Path) -> None:
     rule = {"metric": "score", "mode": "max", "patience": 4}
     more: dict[str, Any] = {"checkpoint": {"every_steps": 1, "num_to_keep": 9}}
     scores = [1.0, 3.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
-    given = spec(tmp_path, scores, early_stop=rule, steps=8, **more)
-    first = Trainer(given, Scored, callbacks=[AfterItsCheckpoint()]).fit()
+    job = spec(tmp_path, scores, early_stop=rule, steps=8, **more)
+    first = Trainer(job, Scored, callbacks=[WaitForCheckpoint()]).fit()
     assert first.totals.steps == 6 and first.stopped is not None
-    where = first.path / "checkpoints" / f"step-{kept:06d}"
-    given["task_args"] = {"scores": scores[kept - 1 :]}  # that after its step is made again
-    result = Trainer(given, Scored, resume=where).fit()
+    checkpoint = first.path / "checkpoints" / f"step-{saved_step:06d}"
+    # The evaluation of the saved step is repeated.
+    job["task_args"] = {"scores": scores[saved_step - 1 :]}
+    result = Trainer(job, Scored, resume=checkpoint).fit()
     assert result.evaluations[-1].step == 6 and result.stopped == first.stopped
 
 
-def test_early_stop_that_is_damaged_is_told_before_there_is_a_run(tmp_path: Path) -> None:
-    given = spec(tmp_path, [1.0, 2.0], steps=2, checkpoint={"every_steps": 1})
-    given["early_stop"] = {"metric": "score", "mode": "max"}
-    first = Trainer(given, Scored).fit().path
+def test_damaged_early_stop_state_fails_before_the_run(tmp_path: Path) -> None:
+    job = spec(tmp_path, [1.0, 2.0], steps=2, checkpoint={"every_steps": 1})
+    job["early_stop"] = {"metric": "score", "mode": "max"}
+    first = Trainer(job, Scored).fit().path
     [*_, newest] = sorted((first / "checkpoints").iterdir())
     state = json.loads((newest / "state.json").read_text())
     state["early_stop"]["state"] = [1]
-    files = {one.name: [one.read_bytes()] for one in newest.glob("*.safetensors")}
+    files = {file.name: [file.read_bytes()] for file in newest.glob("*.safetensors")}
     (tmp_path / "other").mkdir()
     other = Catalogue(tmp_path / "other" / "checkpoints").write(2, files, state)
     with pytest.raises(StorageError, match="early_stop is damaged"):
-        Trainer({**given, "steps": 3}, Scored, resume=other).fit()
+        Trainer({**job, "steps": 3}, Scored, resume=other).fit()
     assert [*first.parent.glob("*/job.yaml")] == [first / "job.yaml"]

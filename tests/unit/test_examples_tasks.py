@@ -1,4 +1,4 @@
-"""The examples' tasks and job files by themselves: no trainer, no Ray, one process."""
+"""The tasks and job files of the examples in one process, without trainer and Ray."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Build = Callable[[str, dict[str, Any]], Any]
 
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch) -> Build:
-    """Make a task of its entry point and arguments, the way a job file names it."""
+    """Return a function that creates a task from its entry point and arguments."""
     for folder in ("digits", "charlm"):
         monkeypatch.syspath_prepend(EXAMPLES / folder)
 
@@ -69,7 +69,7 @@ def seeded_model(task: Task, seed: int = 0) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("kind", "inputs_like", "targets_like", "outputs_shape"),
+    ("name", "inputs_like", "targets_like", "outputs_shape"),
     [
         ("mlp", ((5, 1, 8, 8), torch.float32), ((5,), torch.int64), (5, 10)),
         ("cnn", ((5, 1, 8, 8), torch.float32), ((5,), torch.int64), (5, 10)),
@@ -77,10 +77,10 @@ def seeded_model(task: Task, seed: int = 0) -> nn.Module:
         ("gpt-tied", ((5, 16), torch.int64), ((5, 16), torch.int64), (5, 16, 97)),
     ],
 )
-def test_a_batch_has_the_shapes_the_model_takes(
-    build: Build, kind: str, inputs_like: Any, targets_like: Any, outputs_shape: tuple[int, ...]
+def test_shapes_of_a_batch(
+    build: Build, name: str, inputs_like: Any, targets_like: Any, outputs_shape: tuple[int, ...]
 ) -> None:
-    task = build(*TASKS[kind])
+    task = build(*TASKS[name])
     inputs, targets = batch(task.train_data(), 5)
     assert (inputs.shape, inputs.dtype) == inputs_like
     assert (targets.shape, targets.dtype) == targets_like
@@ -91,24 +91,24 @@ def test_loss_and_metrics_are_means_over_the_batch(task: Task) -> None:
     inputs, targets = batch(task.train_data(), 8)
     outputs = seeded_model(task)(inputs).detach()
 
-    def figures(rows: slice) -> Tensor:
+    def means(rows: slice) -> Tensor:
         parts = [mean_loss(task, outputs[rows], targets[rows])]
         parts += map(torch.as_tensor, task.metrics(outputs[rows], targets[rows]).values())
         assert all(part.shape == () for part in parts)
         return torch.stack(parts)
 
-    whole, head, tail = figures(slice(8)), figures(slice(3)), figures(slice(3, 8))
+    whole, head, tail = means(slice(8)), means(slice(3)), means(slice(3, 8))
     assert len(whole) == 2
     torch.testing.assert_close(whole, (3 * head + 5 * tail) / 8)
 
 
-def test_the_seed_decides_the_first_parameters(task: Task) -> None:
+def test_seed_determines_the_initial_parameters(task: Task) -> None:
     first, same, other = (seeded_model(task, seed).state_dict() for seed in (7, 7, 8))
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
-def test_every_parameter_takes_part(task: Task) -> None:
+def test_every_parameter_receives_a_gradient(task: Task) -> None:
     model = seeded_model(task)
     inputs, targets = batch(task.train_data(), 16)
     names, parameters = zip(*model.named_parameters(), strict=True)
@@ -121,7 +121,7 @@ def test_every_parameter_takes_part(task: Task) -> None:
     assert [name for name, g in zip(names, gradients, strict=True) if not g.any()] == []
 
 
-def test_the_data_do_not_depend_on_the_seed(task: Task) -> None:
+def test_data_does_not_depend_on_the_seed(task: Task) -> None:
     def samples(seed: int) -> list[tuple[Tensor, Tensor]]:
         torch.manual_seed(seed)
         return [batch(data, 50) for data in (task.train_data(), task.eval_data())]
@@ -138,7 +138,7 @@ def test_the_data_do_not_depend_on_the_seed(task: Task) -> None:
         ("charlm:CharLM", {"width": 10, "heads": 3}, "width 10 .* 3 heads"),
     ],
 )
-def test_impossible_arguments_are_refused(
+def test_invalid_arguments(
     build: Build, entry_point: str, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -146,7 +146,7 @@ def test_impossible_arguments_are_refused(
 
 
 @pytest.mark.parametrize("path", JOBS)
-def test_job_files_are_valid_and_name_a_task_that_runs(build: Build, path: str) -> None:
+def test_job_files_are_valid(build: Build, path: str) -> None:
     job = Job.model_validate(yaml.safe_load((EXAMPLES / path).read_text(encoding="utf-8")))
     assert job.problems() == []
     assert job.task is not None
@@ -154,21 +154,22 @@ def test_job_files_are_valid_and_name_a_task_that_runs(build: Build, path: str) 
     inputs, targets = batch(task.train_data(), 4)
     loss = task.loss(seeded_model(task, job.seed)(inputs), targets)
     classes = 97 if path.startswith("charlm") else 10
-    assert loss.item() == pytest.approx(math.log(classes), rel=0.1)  # it knows nothing yet
+    # The loss of a uniform prediction.
+    assert loss.item() == pytest.approx(math.log(classes), rel=0.1)
 
 
-def test_digits_are_split_80_to_20_in_each_class_without_overlap(build: Build) -> None:
+def test_digits_are_split_80_to_20_in_each_class(build: Build) -> None:
     task = build(*TASKS["mlp"])
     (train, train_labels), (test, test_labels) = task.train_data().tensors, task.eval_data().tensors
     assert (len(train), len(test)) == (1437, 360)
     assert (train.min(), train.max()) == (0, 1)
     share = test_labels.bincount() / (train_labels.bincount() + test_labels.bincount())
     torch.testing.assert_close(share, torch.full((10,), 0.2), atol=0.005, rtol=0)
-    seen = {image.numpy().tobytes() for image in train}
-    assert not seen & {image.numpy().tobytes() for image in test}
+    train_images = {image.numpy().tobytes() for image in train}
+    assert not train_images & {image.numpy().tobytes() for image in test}
 
 
-def test_digits_are_learned_by_a_plain_loop(build: Build) -> None:
+def test_plain_loop_learns_digits(build: Build) -> None:
     task = build(*TASKS["mlp"])
     model = seeded_model(task)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -195,7 +196,7 @@ def decoded(numbers: Tensor) -> str:
     return "".join(table[number] for number in numbers.tolist())
 
 
-def test_charlm_reads_every_character_once_and_holds_out_the_tail(build: Build) -> None:
+def test_charlm_holds_out_the_tail_of_the_text(build: Build) -> None:
     task = build(*TASKS["gpt"])
     text = source_text()
     plain = "".join(c if c == "\n" or " " <= c <= "~" else "\0" for c in text)
@@ -217,7 +218,7 @@ def test_charlm_windows_predict_each_character_once(build: Build) -> None:
             data[index]
 
 
-def test_unigram_entropy_is_that_of_the_training_text(build: Build) -> None:
+def test_unigram_entropy_of_the_training_text(build: Build) -> None:
     task = build(*TASKS["gpt"])
     text = task.train_data().text.tolist()
     shares = [count / len(text) for count in Counter(text).values()]
@@ -225,13 +226,13 @@ def test_unigram_entropy_is_that_of_the_training_text(build: Build) -> None:
     assert 2.9 < task.unigram_entropy() < 3.3
 
 
-def test_charlm_counts_bits(build: Build) -> None:
-    guesses, targets = torch.zeros(2, 16, 97), torch.zeros(2, 16, dtype=torch.int64)
-    bits = build(*TASKS["gpt"]).metrics(guesses, targets)["bits_per_char"]
+def test_charlm_bits_per_char(build: Build) -> None:
+    logits, targets = torch.zeros(2, 16, 97), torch.zeros(2, 16, dtype=torch.int64)
+    bits = build(*TASKS["gpt"]).metrics(logits, targets)["bits_per_char"]
     assert bits.item() == pytest.approx(math.log2(97))
 
 
-def test_charlm_sees_no_later_character(build: Build) -> None:
+def test_charlm_attention_is_causal(build: Build) -> None:
     task = build(*TASKS["gpt"])
     model = seeded_model(task).eval()
     inputs, _ = batch(task.train_data(), 2)
@@ -242,7 +243,7 @@ def test_charlm_sees_no_later_character(build: Build) -> None:
     assert (before[:, 9:] - after[:, 9:]).abs().amax(dim=(0, 2)).gt(1e-6).all()
 
 
-def test_charlm_dropout_acts_in_training_only(build: Build) -> None:
+def test_charlm_dropout_in_training_only(build: Build) -> None:
     task = build("charlm:CharLM", TINY | {"dropout": 0.5})
     model = seeded_model(task)
     inputs, _ = batch(task.train_data(), 2)
@@ -251,7 +252,7 @@ def test_charlm_dropout_acts_in_training_only(build: Build) -> None:
     assert torch.equal(model(inputs), model(inputs))
 
 
-def test_charlm_stages_in_a_row_are_the_model(build: Build) -> None:
+def test_charlm_stages_match_the_model(build: Build) -> None:
     task = build(*TASKS["gpt"])
     model = seeded_model(task)
     stages = task.stages(model)
@@ -260,7 +261,7 @@ def test_charlm_stages_in_a_row_are_the_model(build: Build) -> None:
     assert torch.equal(nn.Sequential(*stages)(inputs), model(inputs))
 
 
-def test_charlm_with_tied_embeddings_has_one_matrix_and_is_not_cut(build: Build) -> None:
+def test_charlm_with_tied_embeddings_has_no_stages(build: Build) -> None:
     tied, untied = build(*TASKS["gpt-tied"]), build(*TASKS["gpt"])
     sizes = [sum(p.numel() for p in task.model().parameters()) for task in (tied, untied)]
     assert sizes[1] - sizes[0] == 97 * TINY["width"]
@@ -268,7 +269,7 @@ def test_charlm_with_tied_embeddings_has_one_matrix_and_is_not_cut(build: Build)
         tied.stages(tied.model())
 
 
-def test_charlm_learns_a_batch_by_heart(build: Build) -> None:
+def test_charlm_overfits_a_batch(build: Build) -> None:
     task = build(*TASKS["gpt"])
     model = seeded_model(task)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -283,20 +284,20 @@ def test_charlm_learns_a_batch_by_heart(build: Build) -> None:
     assert losses[-1] < losses[0] - 1.5
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Give the packages that a file imports, anywhere in it."""
-    for one in ast.walk(ast.parse(path.read_text())):
-        names = [alias.name for alias in one.names] if isinstance(one, ast.Import) else []
-        names += [one.module or ""] if isinstance(one, ast.ImportFrom) else []
+def imported_packages(path: Path) -> Iterator[str]:
+    """Yield the packages that a file imports, at any level."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         yield from (name.partition(".")[0] for name in names)
 
 
-def test_what_examples_import_comes_with_their_extra() -> None:
+def test_imports_of_examples_are_in_their_extra() -> None:
     project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["examples"]]
-    there = {re.split(r"[\[>=]", one)[0] for one in asked} | {"distplat"}
-    found = {name for path in EXAMPLES.rglob("*.py") for name in imported(path)}
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["examples"]]
+    declared = {re.split(r"[\[>=]", line)[0] for line in requirements} | {"distplat"}
+    imports = {name for path in EXAMPLES.rglob("*.py") for name in imported_packages(path)}
     own = {path.stem for path in EXAMPLES.rglob("*.py")} | sys.stdlib_module_names
-    makers = packages_distributions()
-    missing = [one for one in found - own if there.isdisjoint(makers.get(one, [one]))]
-    assert not missing, "name their packages in the extra `examples` of pyproject.toml"
+    distributions = packages_distributions()
+    missing = [n for n in imports - own if declared.isdisjoint(distributions.get(n, [n]))]
+    assert not missing, "add their packages to the extra `examples` of pyproject.toml"

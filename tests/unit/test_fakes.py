@@ -1,4 +1,4 @@
-"""The ports in memory keep the contracts of the real ones, their faults included."""
+"""The fakes in memory pass the contract tests of the real ports, including failures."""
 
 import time
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from rank_threads import on_ranks
 from distplat.platform.errors import CollectiveError
 from distplat.strategies.fakes import Fabric
 
-SOON = 0.2
-"""Deadline where one is meant to pass, seconds."""
+TIMEOUT_S = 0.2
+"""Deadline of operations that should time out, seconds."""
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -25,11 +25,11 @@ def test_collective_contract(check: Check, world: int) -> None:
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("check", FAILURES.values(), ids=FAILURES)
 def test_collective_contract_of_failures(check: Check, world: int) -> None:
-    fabric = Fabric(world, timeout_s=SOON)
+    fabric = Fabric(world, timeout_s=TIMEOUT_S)
     on_ranks(world, lambda rank: check(fabric.collective(rank)))
 
 
-def test_all_checks_follow_each_other_on_one_group() -> None:
+def test_all_checks_in_sequence_on_one_group() -> None:
     fabric = Fabric(3)
 
     def body(rank: int) -> None:
@@ -40,8 +40,8 @@ def test_all_checks_follow_each_other_on_one_group() -> None:
     on_ranks(3, body)
 
 
-def test_a_world_of_one_waits_for_nobody() -> None:
-    group = Fabric(1, timeout_s=SOON).collective(0)
+def test_world_of_one_does_not_wait() -> None:
+    group = Fabric(1, timeout_s=TIMEOUT_S).collective(0)
     tensor = part_of(0)
     group.all_reduce(tensor)
     group.broadcast(tensor)
@@ -49,22 +49,22 @@ def test_a_world_of_one_waits_for_nobody() -> None:
     assert torch.equal(tensor, part_of(0))
 
 
-def test_the_barrier_waits_for_the_last() -> None:
+def test_barrier_waits_for_all_ranks() -> None:
     fabric = Fabric(2)
-    came: list[int] = []
+    arrived: list[int] = []
 
     def body(rank: int) -> None:
         if rank == 1:
-            time.sleep(SOON)
-            came.append(rank)
+            time.sleep(TIMEOUT_S)
+            arrived.append(rank)
         fabric.collective(rank).barrier()
-        assert came == [1]
+        assert arrived == [1]
 
     on_ranks(2, body)
 
 
-def test_sums_are_made_in_rank_order() -> None:
-    """1e8 swallows a 1 that is added to it: only 0 + 1 + 2 gives 1."""
+def test_all_reduce_sums_in_rank_order() -> None:
+    """In float32 1e8 + 1 equals 1e8, so only the order of ranks 0, 1, 2 gives 1."""
     parts = [1e8, -1e8, 1.0]
     fabric = Fabric(3)
 
@@ -76,7 +76,7 @@ def test_sums_are_made_in_rank_order() -> None:
     assert on_ranks(3, body) == [1.0, 1.0, 1.0]
 
 
-def test_nothing_is_kept_of_operations_that_are_over() -> None:
+def test_completed_operations_are_released() -> None:
     fabric = Fabric(2)
 
     def body(rank: int) -> None:
@@ -89,7 +89,7 @@ def test_nothing_is_kept_of_operations_that_are_over() -> None:
 
 
 def errors_of(world: int, body: Callable[[int], None]) -> list[Exception | None]:
-    """What each rank raised."""
+    """Return the exception that each rank raised, or None."""
 
     def catch(rank: int) -> Exception | None:
         try:
@@ -101,27 +101,27 @@ def errors_of(world: int, body: Callable[[int], None]) -> list[Exception | None]
     return on_ranks(world, catch)
 
 
-def test_a_killed_rank_is_named_by_the_others() -> None:
-    fabric = Fabric(3, timeout_s=1.0)  # within it the other two meet
+def test_errors_name_a_killed_rank() -> None:
+    fabric = Fabric(3, timeout_s=1.0)  # the other two ranks meet within it
     fabric.kill(1, after=2)
-    done = [0, 0, 0]
+    completed = [0, 0, 0]
 
     def body(rank: int) -> None:
         group = fabric.collective(rank)
         for _ in range(4):
             group.all_reduce(part_of(rank))
-            done[rank] += 1
+            completed[rank] += 1
 
     errors = errors_of(3, body)
-    assert done == [2, 2, 2]
+    assert completed == [2, 2, 2]
     for error in errors:
         assert isinstance(error, CollectiveError)
         assert (error.operation, error.number, error.missing) == ("all_reduce", 2, (1,))
     assert "killed" in str(errors[1])
 
 
-def test_a_message_that_does_not_come_names_its_sender() -> None:
-    group = Fabric(3, timeout_s=SOON).collective(0)
+def test_recv_timeout_names_the_sender() -> None:
+    group = Fabric(3, timeout_s=TIMEOUT_S).collective(0)
     with pytest.raises(CollectiveError) as caught:
         group.recv(torch.zeros(3), 2)
     assert (caught.value.operation, caught.value.missing) == ("recv", (2,))

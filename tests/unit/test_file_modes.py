@@ -1,4 +1,4 @@
-"""Who may read what a run leaves: the group as the umask says, others of the machine never."""
+"""Permissions of run directories: owner and group according to the umask, others none."""
 
 import os
 from collections.abc import Iterator
@@ -22,11 +22,11 @@ UMASKS = [0o022, 0o002, 0o077, 0]
 
 @contextmanager
 def umask(mask: int) -> Iterator[None]:
-    before = os.umask(mask)
+    previous = os.umask(mask)
     try:
         yield
     finally:
-        os.umask(before)
+        os.umask(previous)
 
 
 def modes(folder: Path, *, of_folders: bool) -> set[str]:
@@ -34,8 +34,8 @@ def modes(folder: Path, *, of_folders: bool) -> set[str]:
     return {oct(S_IMODE(path.stat().st_mode)) for path in paths if path.is_dir() is of_folders}
 
 
-def leave_run(base: Path) -> Path:
-    """Write what a run writes into its directory, and give that."""
+def write_run(base: Path) -> Path:
+    """Write the files of a run into its directory, and return the directory."""
     directory = RunDirectory(job_of({"name": "ring"}, storage_path="some/runs"), "kept-1", base)
     step = StepSummary(0, 0, 1.0, 64, {"data": 0.25})
     directory.record(step)
@@ -52,9 +52,9 @@ def leave_run(base: Path) -> Path:
 
 
 @pytest.mark.parametrize("mask", UMASKS)
-def test_others_may_read_nothing_of_a_run_or_its_copy(mask: int, tmp_path: Path) -> None:
+def test_others_cannot_read_a_run_or_its_copy(mask: int, tmp_path: Path) -> None:
     with umask(mask):
-        run = leave_run(tmp_path)
+        run = write_run(tmp_path)
         storage = RemoteStorage(f"file://{tmp_path}/there/{run.name}", 240.0)
         assert RunUpload(run, storage, list[str]().append).close() == ""
     copy = tmp_path / "there" / run.name
@@ -62,5 +62,5 @@ def test_others_may_read_nothing_of_a_run_or_its_copy(mask: int, tmp_path: Path)
     for folder in (run, copy):
         assert modes(folder, of_folders=True) == {oct(0o770 & ~mask)}
         assert modes(folder, of_folders=False) == {oct(0o660 & ~mask)}
-    for above in (run.parent, copy.parent):
-        assert S_IMODE(above.stat().st_mode) == 0o777 & ~mask
+    for parent in (run.parent, copy.parent):
+        assert S_IMODE(parent.stat().st_mode) == 0o777 & ~mask

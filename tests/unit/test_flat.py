@@ -1,4 +1,4 @@
-"""The flat model: the vectors are the parameters and the gradients, not copies of them."""
+"""The flat model: parameters and gradients are views of its vectors."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ def mlp() -> nn.Module:
 
 
 class Tied(nn.Module):
-    """An embedding whose matrix is also the output layer's."""
+    """An embedding whose weight is tied to the output layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ def test_layout() -> None:
     assert all(slot.offset % 16 == 0 for slot in flat.slots)
 
 
-def test_the_model_keeps_its_values_and_the_padding_is_zero() -> None:
+def test_values_are_kept_and_padding_is_zero() -> None:
     flat, original = FlatModel(mlp()), mlp()
     padding = torch.ones(flat.size, dtype=torch.bool)
     for slot, parameter in zip(flat.slots, original.parameters(), strict=True):
@@ -52,7 +52,7 @@ def test_the_model_keeps_its_values_and_the_padding_is_zero() -> None:
     assert torch.equal(flat.model(x), original(x))
 
 
-def test_the_vector_is_the_model() -> None:
+def test_parameters_are_views_of_the_vector() -> None:
     flat = FlatModel(mlp())
     flat.params.fill_(0.5)
     assert all(parameter.eq(0.5).all() for parameter in flat.model.parameters())
@@ -90,7 +90,7 @@ def test_tied_weights_are_one_slot() -> None:
     assert flat.model.out.weight.eq(2.0).all() and flat.model.embed.weight.eq(2.0).all()
 
 
-def test_frozen_parameters_stay_out() -> None:
+def test_frozen_parameters_have_no_slot() -> None:
     model = mlp()
     assert isinstance(model, nn.Sequential)
     frozen = model[0].requires_grad_(False)
@@ -103,7 +103,7 @@ def test_frozen_parameters_stay_out() -> None:
     assert all(p.grad is None for p in frozen.parameters())
 
 
-def test_move_goes_on_in_other_vectors() -> None:
+def test_move_to_other_vectors() -> None:
     flat = FlatModel(mlp())
     old_params, old_grads = flat.params, flat.grads
     params, grads = torch.full((flat.size,), 0.25), torch.zeros(flat.size)
@@ -127,19 +127,19 @@ def mixed() -> nn.Module:
         (nn.Tanh, "no trainable parameter"),
     ],
 )
-def test_models_that_cannot_be_flat(make: Callable[[], nn.Module], message: str) -> None:
+def test_models_without_trainable_parameters(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FlatModel(make())
 
 
-def test_a_frozen_part_may_have_another_dtype() -> None:
+def test_frozen_part_may_have_another_dtype() -> None:
     model = mixed()
     assert isinstance(model, nn.Sequential)
     model[0].requires_grad_(False)
     assert FlatModel(model).params.dtype is torch.float64
 
 
-OTHERS: dict[str, Callable[[], nn.Module]] = {
+OTHER_MODELS: dict[str, Callable[[], nn.Module]] = {
     "wider": lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)),
     "dtype": lambda: mlp().double(),
     "names": lambda: nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)),
@@ -148,12 +148,12 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
-def test_another_model_has_another_digest(other: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("other", OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_other_models_have_other_digests(other: Callable[[], nn.Module]) -> None:
     assert FlatModel(other()).digest() != FlatModel(mlp()).digest()
 
 
-def test_the_digest_does_not_depend_on_values() -> None:
+def test_digest_does_not_depend_on_values() -> None:
     first, second = FlatModel(mlp()), FlatModel(mlp())
     second.params.zero_()
     assert first.digest() == second.digest()
