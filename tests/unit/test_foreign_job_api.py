@@ -1,4 +1,4 @@
-"""A server that speaks HTTP where a Ray's job API is looked for, and answers what it likes."""
+"""HTTP servers at the address of a Ray job API that are not Ray, or send invalid responses."""
 
 import gzip
 import json
@@ -31,15 +31,15 @@ BODIES = {
 
 
 @contextmanager
-def serving(body: bytes, *, says_version: bool, status: int = 200) -> Iterator[str]:
-    """Give the URL of a server that answers every question alike, but that for Ray's version."""
+def serving(body: bytes, *, has_version: bool, status: int = 200) -> Iterator[str]:
+    """Yield the URL of a server with one response to all requests except that for the version."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked_version = says_version and self.path.endswith("/version")
-            self.send_response(200 if asked_version else status)
+            is_version_request = has_version and self.path.endswith("/version")
+            self.send_response(200 if is_version_request else status)
             self.end_headers()
-            self.wfile.write(VERSION.encode() if asked_version else body)
+            self.wfile.write(VERSION.encode() if is_version_request else body)
 
         do_POST = do_GET
 
@@ -55,65 +55,68 @@ def serving(body: bytes, *, says_version: bool, status: int = 200) -> Iterator[s
 
 
 @pytest.mark.sweep(3)
-@pytest.mark.parametrize("says_version", [True, False])
+@pytest.mark.parametrize("has_version", [True, False])
 @pytest.mark.parametrize("body", BODIES)
-def test_what_is_no_ray_is_told_so(
-    body: str, says_version: bool, capsys: pytest.CaptureFixture[str]
+def test_reports_servers_that_are_not_ray(
+    body: str, has_version: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with serving(BODIES[body], says_version=says_version) as url:
+    with serving(BODIES[body], has_version=has_version) as url:
         for command in ("list", "logs"):
             args = [command] if command == "list" else [command, "lin-1"]
             code = run([*args, "--address", url])
-            said = capsys.readouterr().err
-            if (command, body, says_version) == ("list", "list", True):
-                assert code == 0, "it has no jobs"
+            error_text = capsys.readouterr().err
+            if (command, body, has_version) == ("list", "list", True):
+                assert code == 0, "an empty list of jobs is valid"
             else:
-                assert code == 3, said
-                assert f"the server at {url} is not a Ray dashboard" in said
-            assert "\x1b" not in said
+                assert code == 3, error_text
+                assert f"the server at {url} is not a Ray dashboard" in error_text
+            assert "\x1b" not in error_text
 
 
 @pytest.mark.parametrize(("status", "error"), [(500, ClusterUnreachable), (400, SpecError)])
-def test_whose_fault_it_is_that_a_job_is_not_taken(status: int, error: type[Exception]) -> None:
-    """Ray answers 500 where it has no process to run a job's driver."""
-    with serving(b"no agent", says_version=True, status=status) as url:
+def test_error_class_of_a_rejected_job(status: int, error: type[Exception]) -> None:
+    """Ray responds with 500 if it has no process to run the driver of a job."""
+    with serving(b"no agent", has_version=True, status=status) as url:
         jobs = cluster.Jobs(url)
         with pytest.raises(error, match="no agent"):
             jobs.submit(entrypoint="python", runtime_env={})
 
 
-def test_a_job_api_that_fails_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    with serving(b"out of order", says_version=True, status=500) as url:
+def test_reports_a_failing_job_api(capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(b"out of order", has_version=True, status=500) as url:
         for args in (["list"], ["logs", "lin-1"]):
             assert run([*args, "--address", url]) == 3
             assert "the cluster failed" in capsys.readouterr().err
 
 
-def drip(peer: socket.socket, first: bytes) -> None:
-    peer.sendall(first)
+def send_slowly(peer: socket.socket, start: bytes) -> None:
+    peer.sendall(start)
     while True:
         peer.sendall(b" ")
         time.sleep(0.05)
 
 
-def pour(peer: socket.socket, first: bytes, piece: bytes) -> None:
-    peer.sendall(first)
+def send_endlessly(peer: socket.socket, start: bytes, piece: bytes) -> None:
+    peer.sendall(start)
     while True:
         peer.sendall(piece)
 
 
-ENDLESS: dict[str, tuple[Callable[[socket.socket], None], str]] = {
+UNBOUNDED: dict[str, tuple[Callable[[socket.socket], None], str]] = {
     "slow head": (
-        lambda peer: drip(peer, b"HTTP/1.1 200 OK\r\nX:"),
+        lambda peer: send_slowly(peer, b"HTTP/1.1 200 OK\r\nX:"),
         "complete response within 1 s",
     ),
     "slow body": (
-        lambda peer: drip(peer, b"HTTP/1.1 200 OK\r\n\r\n"),
+        lambda peer: send_slowly(peer, b"HTTP/1.1 200 OK\r\n\r\n"),
         "complete response within 1 s",
     ),
-    "much": (lambda peer: pour(peer, b"HTTP/1.1 200 OK\r\n\r\n", b" " * 2**16), "more than 1 MiB"),
-    "packed": (
-        lambda peer: pour(
+    "large": (
+        lambda peer: send_endlessly(peer, b"HTTP/1.1 200 OK\r\n\r\n", b" " * 2**16),
+        "more than 1 MiB",
+    ),
+    "large compressed": (
+        lambda peer: send_endlessly(
             peer,
             b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n",
             gzip.compress(b" " * 2**22),
@@ -125,7 +128,7 @@ ENDLESS: dict[str, tuple[Callable[[socket.socket], None], str]] = {
 
 @contextmanager
 def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
-    """Give the URL of a server that is a Ray as to its version, and answers the rest as told."""
+    """Yield the URL of a server with Ray's version and a given response to all other requests."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve(peer: socket.socket) -> None:
@@ -151,29 +154,29 @@ def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize(
-    ("kind", "args"),
+    ("response", "args"),
     [
-        *((kind, ["list"]) for kind in ENDLESS),
+        *((response, ["list"]) for response in UNBOUNDED),
         *(("slow body", [command, "a"]) for command in ("status", "logs", "stop")),
     ],
 )
-def test_an_answer_without_an_end_is_given_up(
-    kind: str,
+def test_unbounded_responses_are_aborted(
+    response: str,
     args: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cluster, "_ANSWER_S", 0.7 if kind.startswith("slow") else 60.0)
+    monkeypatch.setattr(cluster, "_ANSWER_S", 0.7 if response.startswith("slow") else 60.0)
     monkeypatch.setattr(cluster, "_MOST_BYTES", 2**20)
-    answer, why = ENDLESS[kind]
+    answer, reason = UNBOUNDED[response]
     with answering(answer) as url:
         assert run([*args, "--address", url]) == 3
-    said = capsys.readouterr().err
-    assert f"{url} " in said and why in said
-    assert "`--address`" in said, "the setting that names it"
+    error_text = capsys.readouterr().err
+    assert f"{url} " in error_text and reason in error_text
+    assert "`--address`" in error_text, "the hint names the setting"
 
 
-def test_a_log_may_be_larger_than_other_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_may_be_larger_than_other_responses(monkeypatch: pytest.MonkeyPatch) -> None:
     log = json.dumps({"logs": "x" * 3 * 2**20}).encode()
     head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(log)
     monkeypatch.setattr(cluster, "_MOST_BYTES", 2**20)
@@ -181,18 +184,20 @@ def test_a_log_may_be_larger_than_other_answers(monkeypatch: pytest.MonkeyPatch)
         assert len(cluster.Jobs(url).logs("a")) == 3 * 2**20
 
 
-def test_a_large_upload_may_take_longer_than_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    body = b"x" * 2**23  # more than the buffers of a connection hold
+def test_upload_may_take_longer_than_the_connection_timeout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    body = b"x" * 2**23  # more than the socket buffers hold
 
-    def take(peer: socket.socket) -> None:
+    def receive(peer: socket.socket) -> None:
         time.sleep(0.5)
-        left = len(body)
-        while left > 2**16:  # the head was read by another
-            left -= len(peer.recv(2**20))
+        remaining = len(body)
+        while remaining > 2**16:  # `serve` has read the head
+            remaining -= len(peer.recv(2**20))
         peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
 
     monkeypatch.setattr(bounded_answers, "_CONNECT_S", 0.2)
-    with answering(take) as url:
+    with answering(receive) as url:
 
         def send(method: str, endpoint: str, **kwargs: object) -> requests.Response:
             return requests.request(method, url + endpoint, **kwargs)  # type: ignore[arg-type]
@@ -201,19 +206,19 @@ def test_a_large_upload_may_take_longer_than_a_connection(monkeypatch: pytest.Mo
     assert answer.json() == {}
 
 
-def test_no_proxy_hears_the_token_for_this_machine(
+def test_token_for_localhost_is_not_sent_to_a_proxy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    heard: list[bytes] = []
+    requests_seen: list[bytes] = []
 
-    def listen(peer: socket.socket) -> None:
-        heard.append(b"")
+    def record(peer: socket.socket) -> None:
+        requests_seen.append(b"")
 
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "hush")
-    with answering(listen) as proxy, serving(b"[]", says_version=True) as url:
+    with answering(record) as proxy, serving(b"[]", has_version=True) as url:
         for name in ("http_proxy", "all_proxy"):
             monkeypatch.setenv(name, proxy)
         assert run(["list", "--address", url]) == 0, capsys.readouterr().err
-    assert not heard
+    assert not requests_seen

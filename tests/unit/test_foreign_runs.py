@@ -1,4 +1,4 @@
-"""`distplat report` on runs that are damaged, or were made to harm whoever looks at them."""
+"""`distplat report` and `logs` on damaged and malicious run directories."""
 
 import json
 import os
@@ -21,40 +21,42 @@ from distplat.strategies.checkpoint.initial_weights import _read_file
 from distplat.strategies.sparse import files
 from distplat.strategies.sparse.files import LIST_NAME, read_list, read_part
 
-FIGURES = {"sent_bytes": 4e6, "waiting_s": 0.01, "working_s": 0.02, "exposed_s": 0.01}
-ODD: list[Any] = [
+STEP_FIGURES = {"sent_bytes": 4e6, "waiting_s": 0.01, "working_s": 0.02, "exposed_s": 0.01}
+UNEXPECTED: list[Any] = [
     *(None, True, "", " \n ", "\x1b[2J", "1", -1, 0, 1e-300, 1e300, 1e9, 2**62, 10**400),
     *(float("inf"), float("-inf"), float("nan"), [], {}, [[]], {"": None}, ["x", None, 1]),
 ]
 
 
 def lines() -> list[dict[str, Any]]:
-    steps = [step(n, figures={**FIGURES, "staleness": n % 3, "queue_s": 0.1}) for n in range(6)]
+    steps = [
+        step(n, figures={**STEP_FIGURES, "staleness": n % 3, "queue_s": 0.1}) for n in range(6)
+    ]
     return [*steps, FAILURE, RECOVERY, RESIZED, SAVED, evaluation(4, loss=1.8, accuracy=0.5)]
 
 
-def spoil(value: Any, draw: random.Random) -> Any:
-    """Give a copy in which some values or keys are others, or gone."""
+def damage(value: Any, draw: random.Random) -> Any:
+    """Return a copy in which some values and keys are replaced or removed."""
     if isinstance(value, dict):
-        kept = {key: spoil(item, draw) for key, item in value.items() if draw.random() > 0.02}
-        return kept | ({draw.choice(["", "x", "\x1b"]): 1.0} if draw.random() < 0.05 else {})
+        remaining = {key: damage(item, draw) for key, item in value.items() if draw.random() > 0.02}
+        return remaining | ({draw.choice(["", "x", "\x1b"]): 1.0} if draw.random() < 0.05 else {})
     if isinstance(value, list):
-        return [spoil(item, draw) for item in value if draw.random() > 0.02]
-    return draw.choice(ODD) if draw.random() < 0.08 else value
+        return [damage(item, draw) for item in value if draw.random() > 0.02]
+    return draw.choice(UNEXPECTED) if draw.random() < 0.08 else value
 
 
 @pytest.mark.sweep(4)
 @pytest.mark.parametrize("seed", range(12))
-def test_no_damage_ends_a_report(
+def test_report_survives_any_damage(
     seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw = random.Random(seed)
     path = made_run(
         tmp_path,
-        [spoil(line, draw) for line in lines()],
-        job=json.dumps(spoil({"name": "d", "strategy": {"name": "ring"}, "scaling": {}}, draw)),
-        result=spoil({"status": "FAILED", "error": "boom", "seconds": 3.0}, draw),
-        trace=spoil(made_trace(), draw),
+        [damage(line, draw) for line in lines()],
+        job=json.dumps(damage({"name": "d", "strategy": {"name": "ring"}, "scaling": {}}, draw)),
+        result=damage({"status": "FAILED", "error": "boom", "seconds": 3.0}, draw),
+        trace=damage(made_trace(), draw),
     )
     assert run(["report", str(path)]) == 0, capsys.readouterr().err
     assert (path / "report.html").stat().st_size < 2_000_000
@@ -72,7 +74,7 @@ def test_no_damage_ends_a_report(
         json.dumps(step(-1)),
     ],
 )
-def test_a_line_that_cannot_be_is_left_out(
+def test_invalid_lines_are_skipped(
     line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = made_run(tmp_path, [step(0)])
@@ -85,7 +87,7 @@ def test_a_line_that_cannot_be_is_left_out(
     assert "result.json is damaged" in printed
 
 
-def test_any_staleness_can_be_drawn(tmp_path: Path) -> None:
+def test_report_of_large_staleness(tmp_path: Path) -> None:
     path = made_run(tmp_path, [step(n, figures={"staleness": n * 1e9}) for n in range(3)])
     assert run(["report", str(path)]) == 0
     text = (path / "report.html").read_text()
@@ -93,7 +95,7 @@ def test_any_staleness_can_be_drawn(tmp_path: Path) -> None:
     assert "staleness 0 to 12500000" in text and len(text) < 1_000_000
 
 
-def test_causes_and_errors_of_blanks_are_no_error(
+def test_report_with_blank_causes_and_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = {"status": "FAILED", "error": " \n "}
@@ -103,7 +105,7 @@ def test_causes_and_errors_of_blanks_are_no_error(
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "job.yaml", "result.json"])
-def test_a_pipe_or_a_device_is_not_read(
+def test_report_rejects_pipes_and_devices(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = made_run(tmp_path, [step(0)], result={})
@@ -113,26 +115,26 @@ def test_a_pipe_or_a_device_is_not_read(
     (path / name).unlink()
     (path / name).symlink_to("/dev/zero")
     assert run(["report", str(path)]) == 5
-    said = capsys.readouterr().err
-    assert f"{name}: it is not a regular file" in said and f"{name}: it is a link" in said
+    errors = capsys.readouterr().err
+    assert f"{name}: it is not a regular file" in errors and f"{name}: it is a link" in errors
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "job.yaml", "result.json", TRACE_FILE])
-def test_what_a_link_leads_to_is_not_shown(
+def test_report_does_not_show_the_target_of_a_link(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The page is written into their directory, where they can read it."""
+    """The owner of the directory could read the target's content in the written page."""
     path = made_run(tmp_path, [step(0)], result={}, trace=made_trace())
-    mine = tmp_path / "mine"
-    mine.write_text("name: precious\n")
+    private = tmp_path / "private"
+    private.write_text("name: precious\n")
     (path / name).unlink()
-    (path / name).symlink_to(mine)
+    (path / name).symlink_to(private)
     assert run(["report", str(path)]) == 5
     assert f"{name}: it is a link" in capsys.readouterr().err
     assert not (path / "report.html").exists()
 
 
-def test_logs_read_no_pipe_and_no_device(
+def test_logs_rejects_pipes_and_devices(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("distplat.cli.jobs.DASHBOARD", "http://127.0.0.1:9")
@@ -144,8 +146,11 @@ def test_logs_read_no_pipe_and_no_device(
     log.unlink()
     log.symlink_to("/dev/zero")
     assert run(["logs", str(path)]) == 5
-    said = capsys.readouterr().err
-    assert "worker-0.log: it is not a regular file" in said and "worker-0.log: it is a link" in said
+    errors = capsys.readouterr().err
+    assert (
+        "worker-0.log: it is not a regular file" in errors
+        and "worker-0.log: it is a link" in errors
+    )
 
 
 @pytest.mark.parametrize(
@@ -158,9 +163,7 @@ def test_logs_read_no_pipe_and_no_device(
         lambda path: _compare({}, path),
     ],
 )
-def test_other_files_of_a_foreign_run_are_files(
-    read: Callable[[Path], Any], tmp_path: Path
-) -> None:
+def test_other_readers_reject_pipes(read: Callable[[Path], Any], tmp_path: Path) -> None:
     path = tmp_path / LIST_NAME
     os.mkfifo(path)
     with pytest.raises((StorageError, SpecError), match="is not a regular file"):
@@ -176,7 +179,7 @@ def test_other_files_of_a_foreign_run_are_files(
         lambda path: _compare({}, path),
     ],
 )
-def test_other_files_of_a_foreign_run_are_no_links_and_fit_into_memory(
+def test_other_readers_reject_links_and_files_larger_than_memory(
     read: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / LIST_NAME
@@ -186,32 +189,30 @@ def test_other_files_of_a_foreign_run_are_no_links_and_fit_into_memory(
     with pytest.raises(StorageError, match=r"memory and swap 99|more than 99 bytes"):
         read(path)
     path.unlink()
-    path.symlink_to(tmp_path / "mine")
+    path.symlink_to(tmp_path / "private")
     with pytest.raises(StorageError, match="it is a link"):
         read(path)
 
 
-def test_a_file_of_endless_size_is_not_read(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_rejects_large_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = made_run(tmp_path, [step(0)])
     os.truncate(path / "job.yaml", 2**40)
     assert run(["report", str(path)]) == 5
     assert "job.yaml: it has 1099511627776 bytes" in capsys.readouterr().err
 
 
-def test_a_link_in_a_foreign_run_is_not_followed(tmp_path: Path) -> None:
+def test_report_does_not_write_through_links(tmp_path: Path) -> None:
     path = made_run(tmp_path, [step(0)], trace=made_trace())
-    mine = tmp_path / "mine"
-    mine.write_text("precious")
+    private = tmp_path / "private"
+    private.write_text("precious")
     for name in ("report.partial", "pipeline_perfetto.partial", "report.html"):
-        (path / name).symlink_to(mine)
+        (path / name).symlink_to(private)
     assert run(["report", str(path)]) == 0
-    assert mine.read_text() == "precious"
+    assert private.read_text() == "precious"
     assert not (path / "report.html").is_symlink()
 
 
-def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_report_leaves_no_files(tmp_path: Path) -> None:
     path = made_run(tmp_path, [step(0)])
     (path / "report.html").mkdir()
     before = {*path.iterdir()}
@@ -219,7 +220,7 @@ def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     assert {*path.iterdir()} == before
 
 
-def test_a_page_has_no_values_of_keys_that_are_called_like_a_secret(tmp_path: Path) -> None:
+def test_report_hides_values_of_secret_keys(tmp_path: Path) -> None:
     names = ("token", "hub_token", "api-key", "API_KEY", "db_password", "secret", "access_key")
     arguments = {**dict.fromkeys(names, "pa55word"), "max_tokens": 4711, "tokenizer": "bpe-4712"}
     job = {"name": "d", "task_args": {"deep": [arguments], "password": {"of": "pa55word"}}}
@@ -230,7 +231,7 @@ def test_a_page_has_no_values_of_keys_that_are_called_like_a_secret(tmp_path: Pa
     assert "4711" in text and "bpe-4712" in text
 
 
-def test_aliases_that_unfold_are_left_out(
+def test_report_skips_a_job_file_with_expanding_aliases(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = ["a: &a0 [x, x, x, x, x, x, x, x, x]"]

@@ -1,4 +1,4 @@
-"""What others wrote does not steer the terminal: jobs of a shared cluster, runs of colleagues."""
+"""Text of foreign jobs and runs is printed without terminal escapes."""
 
 import ast
 import io
@@ -24,12 +24,12 @@ ESCAPES = "\x1b]0;title\x07\x1b[2J\x9b2J\x08\u202egpj.exe\ud800"
 
 
 def is_harmless(text: str) -> bool:
-    text.encode()  # half of a surrogate pair would end the program
+    text.encode()  # a lone surrogate raises UnicodeEncodeError
     return all(c.isprintable() or c in "\n\t" for c in text)
 
 
 @pytest.mark.parametrize(
-    ("text", "left"),
+    ("text", "expected"),
     [
         ("plain\n\tüß训练 🚀", "plain\n\tüß训练 🚀"),
         ("\x1b[31mred\x1b[0m", "red"),
@@ -40,16 +40,16 @@ def is_harmless(text: str) -> bool:
         ("a\ud800b", "a\ufffdb"),
     ],
 )
-def test_printable(text: str, left: str) -> None:
-    assert printable(text) == left
+def test_printable(text: str, expected: str) -> None:
+    assert printable(text) == expected
 
 
-def test_a_problem_quotes_what_it_was_given_without_its_escapes() -> None:
+def test_problem_is_printed_without_escapes() -> None:
     problem = Problem((ESCAPES,), ESCAPES, hint=ESCAPES, file=ESCAPES, line=1, column=1)
     assert is_harmless(str(problem))
 
 
-def test_tables_and_lines_are_clean_at_the_sink(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_and_lines_are_printed_without_escapes(capsys: pytest.CaptureFixture[str]) -> None:
     render.print_pairs([(ESCAPES, ESCAPES)])
     render.print_table([ESCAPES], [[ESCAPES]])
     remote.say(ESCAPES)
@@ -61,27 +61,27 @@ def test_tables_and_lines_are_clean_at_the_sink(capsys: pytest.CaptureFixture[st
     assert is_harmless("\n".join(render.table_lines([ESCAPES], [[ESCAPES]])))
 
 
-def test_a_tenants_job_cannot_write_escapes_in_its_result(
+def test_result_of_a_job_is_printed_without_escapes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    evil = FACTS | {"strategy": ESCAPES, "metrics": {ESCAPES: 1.0}, "restarts": [ESCAPES]}
+    facts = FACTS | {"strategy": ESCAPES, "metrics": {ESCAPES: 1.0}, "restarts": [ESCAPES]}
 
-    class Fake:
+    class FakeJobs:
         address = "http://h:8265"
 
         def info(self, job_id: str) -> dict[str, Any]:
             return {"status": "SUCCEEDED"}
 
         def logs(self, job_id: str) -> str:
-            return f"{remote.RESULT_MARK}{json.dumps(evil)}\n"
+            return f"{remote.RESULT_MARK}{json.dumps(facts)}\n"
 
-    monkeypatch.setattr(jobs, "open_jobs", lambda address: Fake())
+    monkeypatch.setattr(jobs, "open_jobs", lambda address: FakeJobs())
     jobs.logs("lin-1")
     printed = capsys.readouterr().out
     assert "gpj.exe" in printed and is_harmless(printed)
 
 
-def test_a_result_is_taken_whole() -> None:
+def test_log_reader_parses_a_result() -> None:
     lines: list[str] = []
     reader = LogReader(lines.append)
     reader(remote.RESULT_MARK + json.dumps(FACTS))
@@ -105,7 +105,7 @@ def test_a_result_is_taken_whole() -> None:
         json.dumps({name: FACTS[name] for name in FACTS if name != "model"}),
     ],
 )
-def test_json_of_another_shape_is_a_line_of_the_log(value: str) -> None:
+def test_invalid_result_is_a_line_of_the_log(value: str) -> None:
     lines: list[str] = []
     reader = LogReader(lines.append)
     reader(remote.RESULT_MARK + value)
@@ -113,25 +113,25 @@ def test_json_of_another_shape_is_a_line_of_the_log(value: str) -> None:
     assert lines == [remote.RESULT_MARK + value]
 
 
-def turned(value: Any, chance: random.Random) -> Any:
-    """Put something else in the place of one part of a JSON value."""
-    if isinstance(value, dict) and value and chance.random() < 0.8:
-        key = chance.choice(sorted(value))
-        return {**value, key: turned(value[key], chance)}
-    if isinstance(value, list) and value and chance.random() < 0.8:
-        at = chance.randrange(len(value))
-        return [*value[:at], turned(value[at], chance), *value[at + 1 :]]
-    return chance.choice([None, -1, 2**70, 1e308, 0.5, "", ESCAPES, [], {}, [None], True, "step"])
+def damaged(value: Any, rng: random.Random) -> Any:
+    """Replace one part of a JSON value."""
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice(sorted(value))
+        return {**value, key: damaged(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        index = rng.randrange(len(value))
+        return [*value[:index], damaged(value[index], rng), *value[index + 1 :]]
+    return rng.choice([None, -1, 2**70, 1e308, 0.5, "", ESCAPES, [], {}, [None], True, "step"])
 
 
-def test_a_damaged_result_is_shown_or_is_a_line_of_the_log(
+def test_damaged_result_is_printed_or_a_line_of_the_log(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    chance, outcomes = random.Random(0), {"shown": 0, "line": 0}
+    rng, outcomes = random.Random(0), {"shown": 0, "line": 0}
     for _ in range(300):
         lines: list[str] = []
         reader = LogReader(lines.append)
-        reader(remote.RESULT_MARK + json.dumps(turned(FACTS, chance)))
+        reader(remote.RESULT_MARK + json.dumps(damaged(FACTS, rng)))
         if reader.facts is None:
             assert len(lines) == 1
             outcomes["line"] += 1
@@ -153,7 +153,7 @@ def test_a_damaged_result_is_shown_or_is_a_line_of_the_log(
         {"optimizer_state_bytes": None, "pipeline_s": None},
     ],
 )
-def test_figures_that_do_not_belong_together_are_no_error(
+def test_incomplete_figures_are_printed(
     figures: dict[str, float | None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     reader = LogReader(lambda line: None)
@@ -163,7 +163,7 @@ def test_figures_that_do_not_belong_together_are_no_error(
     assert "/runs/lin-1" in capsys.readouterr().out
 
 
-def test_a_report_of_a_foreign_run_is_clean(
+def test_report_is_printed_without_escapes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = [step(0, seconds={ESCAPES: 0.5}), FAILURE | {"cause": ESCAPES, "replaced": [ESCAPES]}]
@@ -173,10 +173,10 @@ def test_a_report_of_a_foreign_run_is_clean(
     assert is_harmless(capsys.readouterr().out)
 
 
-def test_an_error_of_another_process_is_clean(
+def test_errors_are_printed_without_escapes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # without runs, which `list` would show
+    monkeypatch.chdir(tmp_path)  # a directory without runs for `list`
     for error in (ValueError(ESCAPES), ClusterUnreachable(f"one\n{ESCAPES}")):
 
         def fail(*args: object, error: Exception = error, **options: object) -> None:
@@ -188,39 +188,39 @@ def test_an_error_of_another_process_is_clean(
 
 
 @pytest.mark.parametrize("field", ["bytes", "sha256"])
-def test_what_is_wrong_with_a_foreign_checkpoint_is_told_clean(field: str, tmp_path: Path) -> None:
-    about = {"bytes": 1, "sha256": "0" * 64, field: ESCAPES}
-    manifest = {"format": 1, "files": {"model.safetensors": about}}
+def test_checkpoint_error_has_no_escapes(field: str, tmp_path: Path) -> None:
+    entry = {"bytes": 1, "sha256": "0" * 64, field: ESCAPES}
+    manifest = {"format": 1, "files": {"model.safetensors": entry}}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(StorageError) as caught:
         read(tmp_path)
     assert is_harmless(str(caught.value))
 
 
-def test_warnings_are_clean(capsys: pytest.CaptureFixture[str]) -> None:
-    """They go to stderr by Python's last resort, and may quote anything."""
+def test_warnings_are_printed_without_escapes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a handler, Python's last-resort handler prints warnings to stderr."""
     assert run(["strategies"]) == 0
     assert logging.lastResort is not None
     assert is_harmless(logging.lastResort.format(logging.makeLogRecord({"msg": ESCAPES})))
 
 
-def test_every_print_of_the_command_line_is_clean() -> None:
-    raw = []
+def test_every_print_of_the_cli_is_escaped() -> None:
+    unescaped = []
     for file in sorted(CLI.glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
                 continue
-            if node.func.id == "print" and not all(map(_is_clean, node.args)):
-                raw.append(f"{file.name}:{node.lineno}")
-    assert raw == []
+            if node.func.id == "print" and not all(map(_is_escaped, node.args)):
+                unescaped.append(f"{file.name}:{node.lineno}")
+    assert unescaped == []
 
 
-def _is_clean(value: ast.expr) -> bool:
-    """Say whether it is a constant, JSON, which escapes, or went through `printable`."""
+def _is_escaped(value: ast.expr) -> bool:
+    """Return whether an expression is a constant, JSON or a result of `printable`."""
     if isinstance(value, ast.Constant):
         return True
     if isinstance(value, ast.BinOp):
-        return _is_clean(value.left) and _is_clean(value.right)
+        return _is_escaped(value.left) and _is_escaped(value.right)
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Name):
         return value.func.id in ("printable", "to_json")
     return isinstance(value, ast.Name) and value.id == "RESULT_MARK"

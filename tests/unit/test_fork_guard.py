@@ -1,4 +1,4 @@
-"""A child that a task forks, and that comes back from its code, does not train on."""
+"""Fork guard: a child process forked in a task's code exits and does not continue training."""
 
 import os
 import signal
@@ -18,12 +18,12 @@ from distplat.strategies.model.gradients import Gradients
 from distplat.strategies.model.model_state import ModelState
 from distplat.strategies.worker_strategy import WorkerStrategy
 
-ENDED, WENT_ON = 1, 77
+ENDED, CONTINUED = 1, 77
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 
 
 def fork() -> int:
-    """Fork; a child that hangs is ended by a signal."""
+    """Fork; an alarm ends a child that hangs."""
     child = os.fork()
     if not child:
         signal.alarm(60)
@@ -34,9 +34,9 @@ def status_of(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def go_on(*_: Any) -> None:
-    """What a child must not come to."""
-    os._exit(WENT_ON)
+def fail_in_child(*_: Any) -> None:
+    """Exit with the status of a child that continued training."""
+    os._exit(CONTINUED)
 
 
 def returning() -> None:
@@ -47,24 +47,24 @@ def raising() -> None:
     raise ValueError("in the child")
 
 
-@pytest.mark.parametrize("called", [returning, raising])
-def test_a_fork_that_leaves_the_tasks_code_ends(
-    called: Callable[[], None], capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("function", [returning, raising])
+def test_child_that_leaves_the_task_code_exits(
+    function: Callable[[], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    process = ForkGuard()
+    guard = ForkGuard()
     child = fork()
     if not child:
         try:
-            with process:
-                called()
+            with guard:
+                function()
         finally:
-            go_on()
+            fail_in_child()
     assert status_of(child) == ENDED
-    said = capfd.readouterr().err
-    assert f"process {child}" in said and f"training process {os.getpid()}" in said
+    error_text = capfd.readouterr().err
+    assert f"process {child}" in error_text and f"training process {os.getpid()}" in error_text
 
 
-def test_the_process_itself_is_left_alone() -> None:
+def test_parent_continues() -> None:
     with ForkGuard():
         pass
     with pytest.raises(ValueError, match="in the child"), ForkGuard():
@@ -83,39 +83,39 @@ class Line(Task):
         return self.train_data()
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        self.called(torch.is_grad_enabled())
+        self.on_loss(torch.is_grad_enabled())
         return nn.functional.mse_loss(outputs, targets)
 
-    def called(self, training: bool) -> None:
-        """Overridden by those that fork."""
+    def on_loss(self, training: bool) -> None:
+        """Overridden by tasks that fork."""
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("strategy", ["ring", "ps-async"])
-def test_a_fork_that_a_loss_returns_in_ends(
+def test_child_forked_in_loss_exits(
     strategy: str, training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     children: list[int] = []
 
     class Forking(Line):
-        def called(self, training_now: bool) -> None:
+        def on_loss(self, training_now: bool) -> None:
             if training_now is training and not children:
                 child = fork()
-                if not child:  # in the parent both stay what they are
-                    monkeypatch.setattr(Gradients, "before_backward", go_on)
-                    monkeypatch.setattr(ModelState, "discard", go_on)
+                if not child:  # patched in the child only
+                    monkeypatch.setattr(Gradients, "before_backward", fail_in_child)
+                    monkeypatch.setattr(ModelState, "discard", fail_in_child)
                 children.append(child)
 
     job = job_of(strategy, 1, optimizer={"name": "SGD", "lr": 0.1}, steps=4)
     run = train(job, Forking)
     assert status_of(children[0]) == ENDED
     expected = train(job, Line)
-    for one, other in zip(run.ranks, expected.ranks, strict=True):
-        assert torch.equal(one.prepared.flat.params, other.prepared.flat.params)
+    for rank, reference in zip(run.ranks, expected.ranks, strict=True):
+        assert torch.equal(rank.prepared.flat.params, reference.prepared.flat.params)
 
 
-class Counted:
-    """A metric with state that counts its updates."""
+class UpdateCount:
+    """A stateful metric that counts its updates."""
 
     def __init__(self) -> None:
         self.total = torch.zeros(1)
@@ -126,28 +126,28 @@ class Counted:
     def update(self) -> None:
         self.total = self.total + 1
 
-    def merge(self, other: "Counted") -> None:
+    def merge(self, other: "UpdateCount") -> None:
         self.total = self.total + other.total
 
     def compute(self) -> Tensor:
         return self.total.sum()
 
 
-def test_a_fork_that_a_metric_returns_in_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_forked_in_a_metric_exits(monkeypatch: pytest.MonkeyPatch) -> None:
     children: list[int] = []
 
-    class Forking(Counted):
+    class ForkingMetric(UpdateCount):
         def compute(self) -> Tensor:
             if not children:
                 child = fork()
                 if not child:
-                    monkeypatch.setattr(WorkerStrategy, "synchronize", go_on)
+                    monkeypatch.setattr(WorkerStrategy, "synchronize", fail_in_child)
                 children.append(child)
             return super().compute()
 
     class Measured(Line):
         def __init__(self) -> None:
-            self.counted = Forking()
+            self.counted = ForkingMetric()
 
         def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
             self.counted.update()

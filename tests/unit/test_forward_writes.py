@@ -1,4 +1,4 @@
-"""Weights that a forward writes, in a pipeline whose micro-batches wait for their backward."""
+"""In-place writes to parameters in forward, in a pipeline with several micro-batches."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from distplat.platform.progress import StepReport
 
 
 class Clamped(nn.Linear):
-    """Clips its weight in place before each use."""
+    """Clamps its weight in place in each forward."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -23,7 +23,7 @@ class Clamped(nn.Linear):
 
 
 class ClampedData(nn.Linear):
-    """Clips it so that no counter tells."""
+    """Clamps through `data`, which does not increment the version counter."""
 
     def forward(self, x: Tensor) -> Tensor:
         self.weight.data.clamp_(-0.2, 0.2)
@@ -31,7 +31,7 @@ class ClampedData(nn.Linear):
 
 
 class Shrinking(nn.Linear):
-    """Has another weight in each micro-batch."""
+    """Changes its weight in each micro-batch."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -40,7 +40,7 @@ class Shrinking(nn.Linear):
 
 
 class Counting(nn.Linear):
-    """Computes with a buffer that it counts in."""
+    """Increments a buffer that the output depends on."""
 
     calls: Tensor
 
@@ -51,12 +51,12 @@ class Counting(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.calls += 1
-        made: Tensor = super().forward(x) * self.calls
-        return made
+        outputs: Tensor = super().forward(x) * self.calls
+        return outputs
 
 
 class Writing(Classify):
-    """Has such a layer in the first stage; evaluations write, too."""
+    """A model with a writing layer in the first stage; evaluations write, too."""
 
     shape = (6,)
 
@@ -64,11 +64,11 @@ class Writing(Classify):
         self.layer = layer
 
     def model(self) -> nn.Module:
-        first, own = nn.Linear(6, 12), self.layer(12, 12)
-        return nn.Sequential(first, own, nn.Tanh(), nn.Linear(12, 12), nn.Linear(12, 4))
+        first, writing = nn.Linear(6, 12), self.layer(12, 12)
+        return nn.Sequential(first, writing, nn.Tanh(), nn.Linear(12, 12), nn.Linear(12, 4))
 
 
-def of(layer: type[nn.Linear]) -> type[Writing]:
+def task_of(layer: type[nn.Linear]) -> type[Writing]:
     return type("Own", (Writing,), {"__init__": lambda self: Writing.__init__(self, layer)})
 
 
@@ -80,18 +80,18 @@ def options(micro_batches: int, schedule: str = "1f1b") -> dict[str, Any]:
     ("layer", "name"), [(Clamped, "1.weight"), (Shrinking, "1.weight"), (Counting, "1.calls")]
 )
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
-def test_a_write_before_an_earlier_backward_is_told_by_name(
+def test_error_names_a_tensor_written_before_an_earlier_backward(
     layer: type[nn.Linear], name: str, schedule: str
 ) -> None:
     with pytest.raises(SpecError) as caught:
-        train(hybrid_job(options(2, schedule), 2, steps=2), of(layer))
+        train(hybrid_job(options(2, schedule), 2, steps=2), task_of(layer))
     [problem] = caught.value.problems
     assert f"a forward writes {name} in place while" in problem.message
     assert "micro_batches: 1" in str(problem.hint)
 
 
 class ShrinkingLate(nn.Linear):
-    """Begins with it after two steps of two micro-batches."""
+    """Shrinks its weight from the third step on (two micro-batches per step)."""
 
     calls = 0
 
@@ -102,30 +102,28 @@ class ShrinkingLate(nn.Linear):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("more", [{"steps": 5}, {"steps": 9, "checkpoint": {"every_steps": 4}}])
-def test_a_write_that_begins_later_ends_the_run_before_it_is_kept(more: dict[str, Any]) -> None:
-    run = LocalRun(hybrid_job(options(2), 2, **more), of(ShrinkingLate))
+@pytest.mark.parametrize("fields", [{"steps": 5}, {"steps": 9, "checkpoint": {"every_steps": 4}}])
+def test_later_write_fails_before_the_next_checkpoint(fields: dict[str, Any]) -> None:
+    run = LocalRun(hybrid_job(options(2), 2, **fields), task_of(ShrinkingLate))
     with pytest.raises(SpecError, match=r"a forward writes 1\.weight in place while"):
         Attempt(run).make()
     assert not run.checkpoints
-    steps = [one.step for one in run.reports[0] if isinstance(one, StepReport)]
-    assert len(steps) in (3, 4), "not in each step, which would cost"
+    steps = [r.step for r in run.reports[0] if isinstance(r, StepReport)]
+    assert len(steps) in (3, 4), "not checked in every step"
 
 
 @pytest.mark.parametrize(("layer", "micro_batches"), [(Clamped, 1), (ClampedData, 2)])
-def test_what_no_backward_misses_is_trained_as_by_one_process(
-    layer: type[nn.Linear], micro_batches: int
-) -> None:
-    run = train(hybrid_job(options(micro_batches), 2), of(layer))
-    assert distance(whole(run), plain(of(layer))[0]) < 1e-5
+def test_harmless_writes_match_plain_loop(layer: type[nn.Linear], micro_batches: int) -> None:
+    run = train(hybrid_job(options(micro_batches), 2), task_of(layer))
+    assert distance(whole(run), plain(task_of(layer))[0]) < 1e-5
 
 
-def test_an_error_of_backward_with_another_reason_is_left_as_it_is() -> None:
-    class Spoiling(nn.Linear):
+def test_other_errors_of_backward_are_unchanged() -> None:
+    class InvalidWrite(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            made = super().forward(x).exp()
-            made.sigmoid().add_(1.0)
-            return made.add_(1.0)
+            outputs = super().forward(x).exp()
+            outputs.sigmoid().add_(1.0)
+            return outputs.add_(1.0)
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        train(hybrid_job(options(2), 2, steps=1), of(Spoiling))
+        train(hybrid_job(options(2), 2, steps=1), task_of(InvalidWrite))

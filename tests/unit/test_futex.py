@@ -1,4 +1,4 @@
-"""Words in shared memory: counted up, waited for, between threads and between processes."""
+"""Futex words in shared memory, between threads and between processes."""
 
 import mmap
 import os
@@ -17,13 +17,13 @@ ECHO = """
 import mmap, sys
 from distplat.actors.memory.futex import Word
 memory = memoryview(mmap.mmap(int(sys.argv[1]), 4096))
-there, back = Word(memory, 0), Word(memory, 128)
+request, reply = Word(memory, 0), Word(memory, 128)
 for turn in range(1, 101):
     for _ in range(100):
-        if there.wait(turn, 0.1):
+        if request.wait(turn, 0.1):
             break
     memory[256] = memory[512]
-    back.post()
+    reply.post()
 """
 
 
@@ -48,11 +48,11 @@ def set_value(memory: memoryview, value: int) -> None:
         (3, 2**32 - 5, True),
     ],
 )
-def test_numbers_are_compared_across_the_wrap(value: int, target: int, expected: bool) -> None:
+def test_reached_with_wraparound(value: int, target: int, expected: bool) -> None:
     assert reached(value, target) is expected
 
 
-def test_a_post_adds_one_and_wraps(memory: memoryview) -> None:
+def test_post_increments_and_wraps(memory: memoryview) -> None:
     word = Word(memory, 0)
     word.post()
     word.post()
@@ -60,24 +60,24 @@ def test_a_post_adds_one_and_wraps(memory: memoryview) -> None:
     set_value(memory, 2**32 - 1)
     word.post()
     assert word.value == 0
-    assert bytes(memory[4:]) == bytes(4092)  # its neighbours are left alone
+    assert bytes(memory[4:]) == bytes(4092)  # the other words are unchanged
 
 
-def test_what_is_there_is_not_waited_for(memory: memoryview) -> None:
+def test_wait_returns_at_once_if_reached(memory: memoryview) -> None:
     word = Word(memory, 0)
     word.post()
-    began = time.monotonic()
+    start = time.monotonic()
     assert word.wait(1, 60.0)
-    assert time.monotonic() - began < 30.0
+    assert time.monotonic() - start < 30.0
 
 
-def test_a_wait_ends_after_its_slice(memory: memoryview) -> None:
-    began = time.monotonic()
+def test_wait_times_out(memory: memoryview) -> None:
+    start = time.monotonic()
     assert not Word(memory, 0).wait(1, 0.2)
-    assert time.monotonic() - began > 0.15
+    assert time.monotonic() - start > 0.15
 
 
-def test_a_post_wakes_all_who_sleep(memory: memoryview) -> None:
+def test_post_wakes_all_waiters(memory: memoryview) -> None:
     word = Word(memory, 4)
     woken: list[bool] = []
     threads = [
@@ -94,43 +94,43 @@ def test_a_post_wakes_all_who_sleep(memory: memoryview) -> None:
     assert woken == [True] * 3
 
 
-def test_a_wake_without_a_post_ends_the_slice_early(memory: memoryview) -> None:
+def test_wake_without_a_post_ends_the_wait(memory: memoryview) -> None:
     word = Word(memory, 0)
     woken: list[bool] = []
     thread = threading.Thread(target=lambda: woken.append(word.wait(1, 60.0)), daemon=True)
     thread.start()
-    until = time.monotonic() + 30.0
-    while not woken and time.monotonic() < until:  # one that comes before the wait is not felt
+    deadline = time.monotonic() + 30.0
+    while not woken and time.monotonic() < deadline:  # a wake before the wait has no effect
         time.sleep(0.01)
         word.wake()
     assert woken == [False]
     thread.join(60)
 
 
-def test_other_threads_run_while_one_sleeps(memory: memoryview) -> None:
+def test_other_threads_run_during_a_wait(memory: memoryview) -> None:
     word = Word(memory, 0)
     thread = threading.Thread(target=word.wait, args=(1, 60.0), daemon=True)
     thread.start()
-    began = time.monotonic()
+    start = time.monotonic()
     for _ in range(10):
         time.sleep(0.01)
-    assert time.monotonic() - began < 30.0
+    assert time.monotonic() - start < 30.0
     word.post()
     thread.join(60)
 
 
-def test_two_processes_answer_each_other() -> None:
+def test_two_processes() -> None:
     descriptor = os.memfd_create("test")
     os.ftruncate(descriptor, 4096)
     memory = memoryview(mmap.mmap(descriptor, 4096))
-    there, back = Word(memory, 0), Word(memory, 128)
+    request, reply = Word(memory, 0), Word(memory, 128)
     command = [sys.executable, "-c", ECHO, str(descriptor)]
     with subprocess.Popen(command, pass_fds=[descriptor]) as process:
         try:
             for turn in range(1, 101):
                 memory[512] = turn
-                there.post()
-                assert any(back.wait(turn, 0.1) for _ in range(200))
+                request.post()
+                assert any(reply.wait(turn, 0.1) for _ in range(200))
                 assert memory[256] == turn
         finally:
             process.kill()

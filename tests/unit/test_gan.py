@@ -1,4 +1,4 @@
-"""The example of two models: what it counts, and a small run in memory."""
+"""The GAN example: its metric, and a small run in memory."""
 
 import importlib
 from pathlib import Path
@@ -19,7 +19,7 @@ def gan(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("gan")
 
 
-def test_places_are_counted_that_enough_points_come_to(gan: Any) -> None:
+def test_covered_counts_places_with_enough_points(gan: Any) -> None:
     (data,) = gan.points(2000).tensors
     assert gan.covered(data) == 8
     half = data[data[:, 1] > 0.1]
@@ -29,13 +29,15 @@ def test_places_are_counted_that_enough_points_come_to(gan: Any) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
-def test_both_models_are_trained_alike_on_all_ranks(strategy: str, gan: Any) -> None:
+def test_both_models_are_equal_on_all_ranks(strategy: str, gan: Any) -> None:
     small = {"epochs": 2, "lr": 0.01, "width": 8, "samples": 64, "batch_size": 8}
     run = call_on_ranks(lambda config: gan.train(small), job=function_job(2, strategy=strategy))
     first, second = run.trained
     assert first.keys() == second.keys()
     assert {name.split(".")[0] for name in first} == {"0", "1"}
     assert all(torch.equal(first[name], second[name]) for name in first)
-    figures = [one.figures.keys() for one in run.reports if isinstance(one, StepReport)]
-    of_servers = {"staleness", "staleness_mean", "waiting_s"} if strategy == "ps-async" else set()
-    assert figures == [{"critic_loss", "covered"} | of_servers] * 2
+    figures = [r.figures.keys() for r in run.reports if isinstance(r, StepReport)]
+    server_figures = (
+        {"staleness", "staleness_mean", "waiting_s"} if strategy == "ps-async" else set()
+    )
+    assert figures == [{"critic_loss", "covered"} | server_figures] * 2

@@ -1,4 +1,4 @@
-"""A loss that looks at all samples of a batch is that of one process, however the batch was cut."""
+"""`all_gather` in a task: a loss over all samples of a batch matches one process."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from distplat.strategies.verification.switched import switched
 
 WIDE = torch.float64
 SAMPLES, BATCH, EPOCHS, STEPS = 13, 6, 2, 6
-"""Two batches of 6 and one of 1, where all ranks but one have nothing; twice."""
+"""Two epochs with two batches of 6 and one of 1, in which all ranks but one have no samples."""
 DATA = TensorDataset(
     torch.randn(SAMPLES, 4, dtype=WIDE, generator=torch.Generator().manual_seed(1)),
     torch.randn(SAMPLES, 4, dtype=WIDE, generator=torch.Generator().manual_seed(2)),
@@ -29,7 +29,7 @@ DATA = TensorDataset(
 
 
 class Pairs(Task):
-    """Each sample against all of the batch, in one direction: two towers of one shape."""
+    """A contrastive loss of each sample against the batch, in one direction."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(WIDE)
@@ -38,14 +38,14 @@ class Pairs(Task):
         return DATA
 
     def step(self, model: nn.Module, batch: Any) -> Tensor:
-        mine, theirs = model(batch[0]), model(batch[1])
-        scores = torch.logsumexp(mine @ distplat.all_gather(theirs).T, 1)
-        loss: Tensor = (scores - (mine * theirs).sum(1)).mean()
+        queries, keys = model(batch[0]), model(batch[1])
+        scores = torch.logsumexp(queries @ distplat.all_gather(keys).T, 1)
+        loss: Tensor = (scores - (queries * keys).sum(1)).mean()
         return loss
 
 
-class Both(Pairs):
-    """The loss of the whole batch, computed by every worker; and a spread."""
+class BothDirections(Pairs):
+    """The loss of the whole batch in both directions, on every worker."""
 
     def step(self, model: nn.Module, batch: Any) -> Tensor:
         first = distplat.all_gather(model(batch[0]))
@@ -53,27 +53,27 @@ class Both(Pairs):
         keep = distplat.all_gather(batch[0][:, 0] > -9)
         scores = first[keep] @ second.T
         labels = torch.arange(len(scores))
-        both = nn.functional.cross_entropy(scores, labels)
-        return both + nn.functional.cross_entropy(scores.T, labels) + first.square().mean()
+        loss = nn.functional.cross_entropy(scores, labels)
+        return loss + nn.functional.cross_entropy(scores.T, labels) + first.square().mean()
 
 
-class Plain(Pairs):
-    """Gathers nothing."""
+class WithoutGather(Pairs):
+    """A loss without `all_gather`."""
 
     def step(self, model: nn.Module, batch: Any) -> Tensor:
         return nn.functional.mse_loss(model(batch[0]), batch[1][:, :3])
 
 
 def job(strategy: Any, workers: int, **fields: Any) -> Job:
-    given = {"epochs": EPOCHS, "seed": 4, **fields}
+    options = {"epochs": EPOCHS, "seed": 4, **fields}
     optimizer = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
-    return job_of(strategy, workers, optimizer=optimizer, global_batch_size=BATCH, **given)
+    return job_of(strategy, workers, optimizer=optimizer, global_batch_size=BATCH, **options)
 
 
-def plain(kind: type[Task]) -> dict[str, Tensor]:
-    """Train in one process; there `all_gather` gives the tensor itself."""
+def plain(task_cls: type[Task]) -> dict[str, Tensor]:
+    """Train in one process, where `all_gather` returns the tensor."""
     torch.manual_seed(4)
-    task = kind()
+    task = task_cls()
     model = task.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     sampler = Sampler(SAMPLES, BATCH, world=1, seed=4)
@@ -85,23 +85,23 @@ def plain(kind: type[Task]) -> dict[str, Tensor]:
 
 
 RING = {"name": "ring", "bucket_mb": 1e-4}
-"""With a bucket for each parameter, or nearly."""
+"""With a bucket for about each parameter."""
 SHARDED = {"name": "ring", "shard_optimizer": True}
-TWO = {"name": "ps-sync", "num_servers": 2}
+TWO_SERVERS = {"name": "ps-sync", "num_servers": 2}
 WORLDS: list[tuple[Any, int]] = [(s, n) for s in (RING, "ps-sync") for n in (1, 2, 3)]
-WORLDS += [(SHARDED, 2), (TWO, 2)]
+WORLDS += [(SHARDED, 2), (TWO_SERVERS, 2)]
 REPLICAS = {"name": "hybrid", "pipeline": 1}
 WORLDS += [({**REPLICAS, "bucket_mb": 1e-4}, 3), ({**REPLICAS, "data_strategy": "ps-sync"}, 2)]
 WORLDS += [({**REPLICAS, "recompute": True}, 2), ({**RING, "overlap": False}, 3)]
 
 
 @pytest.mark.sweep(2)
-@pytest.mark.parametrize("kind", [Pairs, Both, Plain])
+@pytest.mark.parametrize("task_cls", [Pairs, BothDirections, WithoutGather])
 @pytest.mark.parametrize(("strategy", "workers"), WORLDS)
-def test_the_batch_is_one(strategy: Any, workers: int, kind: type[Task]) -> None:
-    run = train(job(strategy, workers), kind)
+def test_matches_plain_loop(strategy: Any, workers: int, task_cls: type[Task]) -> None:
+    run = train(job(strategy, workers), task_cls)
     for rank in range(workers):
-        for name, value in plain(kind).items():
+        for name, value in plain(task_cls).items():
             assert torch.allclose(run.parameters(rank)[name], value, rtol=0, atol=1e-10), name
 
 
@@ -109,22 +109,22 @@ def test_the_batch_is_one(strategy: Any, workers: int, kind: type[Task]) -> None
     "strategy", [RING, {**REPLICAS, "bucket_mb": 1e-4}], ids=["ring", "hybrid"]
 )
 @pytest.mark.parametrize("said", [False, True])
-def test_gradients_wait_where_a_rank_has_no_samples(
+def test_hooks_do_not_block_if_a_rank_has_no_samples(
     strategy: Any, said: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     block_starts(monkeypatch, said=said)
-    found, wanted = train(job(strategy, 3), Pairs).parameters(), plain(Pairs)
-    for name, value in wanted.items():
-        assert torch.allclose(found[name], value, rtol=0, atol=1e-10), name
+    trained, expected = train(job(strategy, 3), Pairs).parameters(), plain(Pairs)
+    for name, value in expected.items():
+        assert torch.allclose(trained[name], value, rtol=0, atol=1e-10), name
 
 
-def test_without_it_the_result_would_be_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_differs_without_all_gather(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distplat, "all_gather", lambda tensor: tensor, raising=False)
-    found, expected = train(job(RING, 2), Pairs).parameters(), plain(Pairs)
-    assert not torch.allclose(found["0.weight"], expected["0.weight"], rtol=0, atol=1e-4)
+    trained, expected = train(job(RING, 2), Pairs).parameters(), plain(Pairs)
+    assert not torch.allclose(trained["0.weight"], expected["0.weight"], rtol=0, atol=1e-4)
 
 
-REFUSED: list[tuple[Any, dict[str, Any], str]] = [
+UNSUPPORTED: list[tuple[Any, dict[str, Any], str]] = [
     ("ring", {"gradient_accumulation": 2}, "gradient_accumulation: all_gather.*hint: set it to 1"),
     ("ps-async", {}, "with the strategy 'ps-async'.*hint: use `strategy: ring` or `ps-sync`"),
     ({"name": "ps-sync", "backup_workers": 1}, {}, "with `backup_workers`: workers are not in"),
@@ -133,18 +133,18 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize(("strategy", "more", "text"), REFUSED)
-def test_where_the_batch_is_not_at_hand_it_is_refused(
-    strategy: Any, more: dict[str, Any], text: str, workers: int
+@pytest.mark.parametrize(("strategy", "fields", "message"), UNSUPPORTED)
+def test_rejects_strategies_without_the_whole_batch(
+    strategy: Any, fields: dict[str, Any], message: str, workers: int
 ) -> None:
     if "backup_workers" in strategy:
         workers = 2
-    with pytest.raises(SpecError, match=f"(?s){text}"):
-        train(job(strategy, workers, **more), Pairs)
+    with pytest.raises(SpecError, match=f"(?s){message}"):
+        train(job(strategy, workers, **fields), Pairs)
 
 
-class ByLoss(Task):
-    """As `Pairs`, by a loss of outputs."""
+class PairsAsLoss(Task):
+    """`Pairs` with `forward` and `loss` instead of `step`."""
 
     def model(self) -> nn.Module:
         return Pairs().model()
@@ -156,25 +156,25 @@ class ByLoss(Task):
         return model(batch[0]), model(batch[1])
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        mine, theirs = outputs
-        scores = torch.logsumexp(mine @ distplat.all_gather(theirs).T, 1)
-        loss: Tensor = (scores - (mine * theirs).sum(1)).mean()
+        queries, keys = outputs
+        scores = torch.logsumexp(queries @ distplat.all_gather(keys).T, 1)
+        loss: Tensor = (scores - (queries * keys).sum(1)).mean()
         return loss
 
 
 @pytest.mark.parametrize("strategy", [RING, REPLICAS], ids=str)
-def test_whether_it_is_a_mean_over_samples_is_not_looked_at(
+def test_no_warning_about_a_loss_that_is_not_a_mean(
     strategy: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It is none, and need not be; and the other workers would have to take part."""
-    found = train(job(strategy, 2), ByLoss).parameters()
-    assert not any("mean" in one for one in caplog.messages)
+    """The check would call `all_gather` on one worker only."""
+    trained = train(job(strategy, 2), PairsAsLoss).parameters()
+    assert not any("mean" in message for message in caplog.messages)
     for name, value in plain(Pairs).items():
-        assert torch.allclose(found[name], value, rtol=0, atol=1e-10), name
+        assert torch.allclose(trained[name], value, rtol=0, atol=1e-10), name
 
 
-class Gathered(nn.Module):
-    """Gathers in a forward, and not in the loss."""
+class Centering(nn.Module):
+    """A layer that gathers in forward."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs - distplat.all_gather(inputs).mean(0)
@@ -182,7 +182,7 @@ class Gathered(nn.Module):
 
 class InStages(Task):
     def model(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(4, 4), Gathered(), nn.Linear(4, 4)).to(WIDE)
+        return nn.Sequential(nn.Linear(4, 4), Centering(), nn.Linear(4, 4)).to(WIDE)
 
     def train_data(self) -> TensorDataset:
         return DATA
@@ -191,10 +191,10 @@ class InStages(Task):
         return nn.functional.mse_loss(outputs, targets)
 
 
-def test_workers_that_have_parts_of_the_model_do_not_gather() -> None:
-    of = job({"name": "hybrid", "pipeline": 2, "cut": "even", "micro_batches": 1}, 2)
+def test_pipeline_stages_cannot_gather() -> None:
+    spec = job({"name": "hybrid", "pipeline": 2, "cut": "even", "micro_batches": 1}, 2)
     with pytest.raises(SpecError, match=r"workers have parts of the model\n.*use `strategy: ring`"):
-        train(of, InStages)
+        train(spec, InStages)
 
 
 class Single(Pairs):
@@ -203,20 +203,20 @@ class Single(Pairs):
 
 
 @pytest.fixture
-def unexpected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the code named it in some way that is not found."""
+def undetected_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulates a call of `all_gather` that the code analysis does not find."""
     monkeypatch.setattr(session, "uses_all_gather", lambda task, model: False)
 
 
-@pytest.mark.usefixtures("unexpected")
-def test_one_that_nobody_expects_is_learnt_of_in_a_full_step() -> None:
-    found = train(job(RING, 2), Pairs).parameters()
+@pytest.mark.usefixtures("undetected_gather")
+def test_undetected_gather_is_found_in_a_full_step() -> None:
+    trained = train(job(RING, 2), Pairs).parameters()
     for name, value in plain(Pairs).items():
-        assert torch.allclose(found[name], value, rtol=0, atol=1e-10), name
+        assert torch.allclose(trained[name], value, rtol=0, atol=1e-10), name
 
 
-@pytest.mark.usefixtures("unexpected")
-def test_one_that_nobody_expects_is_told_where_a_worker_has_nothing() -> None:
+@pytest.mark.usefixtures("undetected_gather")
+def test_undetected_gather_fails_if_a_worker_has_no_samples() -> None:
     with pytest.raises(SpecError, match=r"(?s)worker has no samples.*data\.drop_last: true"):
         train(job(RING, 2), Single)
 
@@ -227,14 +227,14 @@ class Uneven(Pairs):
         return distplat.all_gather(model(batch[0])[:, :width]).sum()
 
 
-def test_workers_that_do_not_call_it_alike_are_told() -> None:
+def test_error_names_different_shapes() -> None:
     with pytest.raises(RuntimeError, match=r"make different calls of all_gather\(\)") as caught:
         train(job("ring", 2, data={"shuffle": False}), Uneven)
     assert "rank 0 makes call 1 with rows of float64 [2], rank 1 makes call 1" in str(caught.value)
 
 
-class OneAlone(Pairs):
-    """Calls it on the rank that has the first sample."""
+class OnOneRank(Pairs):
+    """Calls `all_gather` only on the rank with the first sample."""
 
     def step(self, model: nn.Module, batch: Any) -> Tensor:
         outputs = model(batch[0])
@@ -244,27 +244,27 @@ class OneAlone(Pairs):
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_a_call_that_one_worker_makes_alone_is_told_and_waited_for_by_nobody(strategy: str) -> None:
+def test_call_on_one_rank_fails_without_a_timeout(strategy: str) -> None:
     with pytest.raises(RuntimeError, match=r"make different calls of all_gather\(\)") as caught:
-        train(job(strategy, 2, data={"shuffle": False}), OneAlone)
+        train(job(strategy, 2, data={"shuffle": False}), OnOneRank)
     assert "rank 1 makes no more calls" in str(caught.value)
 
 
-def test_a_number_has_no_rows() -> None:
-    class Number(Pairs):
+def test_rejects_scalars() -> None:
+    class Scalar(Pairs):
         def step(self, model: nn.Module, batch: Any) -> Tensor:
             return distplat.all_gather(model(batch[0]).mean())
 
     with pytest.raises(
         ValueError, match="requires 1 to 8 dimensions, rows first; got a tensor with 0"
     ):
-        train(job("ring", 1), Number)
+        train(job("ring", 1), Scalar)
 
 
-def test_verify_computes_the_batch_as_one() -> None:
-    found = references(
+def test_verify_computes_the_whole_batch() -> None:
+    result = references(
         job_of("ring", 2, steps=STEPS, seed=4, global_batch_size=BATCH),
         lambda switches: switched(Pairs, switches)(),
     )
-    assert found.whole is not None
-    assert not found.whole.differs
+    assert result.whole is not None
+    assert not result.whole.differs

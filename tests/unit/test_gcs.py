@@ -1,4 +1,4 @@
-"""A run whose copy is at `gs://`, by a server that speaks Google Cloud Storage: there and back."""
+"""Upload to and resume from `gs://`, with an emulator of Google Cloud Storage."""
 
 import logging
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ from distplat.platform.remote_storage import PART_BYTES, ObjectNotFound, RemoteS
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A server with an empty bucket `runs`."""
-    made = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket="runs")
-    made.start()
-    port = made._api._httpd.server_port
+    """An emulator with an empty bucket `runs`."""
+    emulator = server.create_server("127.0.0.1", 0, in_memory=True, default_bucket="runs")
+    emulator.start()
+    port = emulator._api._httpd.server_port
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
     yield
-    made.stop()
+    emulator.stop()
 
 
 def fields(steps: int) -> dict[str, object]:
@@ -39,33 +39,35 @@ def fields(steps: int) -> dict[str, object]:
     )
 
 
-def test_a_run_goes_on_from_its_copy(
+def test_run_resumes_from_its_upload(
     bucket: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         first = Trainer(fields(4), Lin, working_dir=tmp_path).fit()
         assert first.url is not None
-        there = RemoteStorage(first.url, 60.0)
-        assert "model.safetensors" in there.names("")
-        assert there.names("checkpoints") == ["step-000004"], "older ones are deleted there, too"
+        storage = RemoteStorage(first.url, 60.0)
+        assert "model.safetensors" in storage.names("")
+        assert storage.names("checkpoints") == ["step-000004"], (
+            "older checkpoints are deleted in the bucket, too"
+        )
         second = Trainer(fields(6), Lin, working_dir=tmp_path, resume=first.url).fit()
     assert [step.step for step in second.history] == [5, 6]
     assert caplog.text.count("Could not determine bucket type") <= 1
 
 
-def test_large_empty_and_missing_files(bucket: None, tmp_path: Path) -> None:
+def test_large_empty_and_missing_objects(bucket: None, tmp_path: Path) -> None:
     large = bytes(range(251)) * (PART_BYTES // 125)
-    there = RemoteStorage("gs://runs/a", 60.0)
+    storage = RemoteStorage("gs://runs/a", 60.0)
     for name, content in (("large", large), ("empty", b"")):
         (tmp_path / name).write_bytes(content)
         with (tmp_path / name).open("rb") as file:
-            there.put(f"run/{name}", file, len(content))
-        assert there.size(f"run/{name}") == len(content)
-    assert there.read("run/large", PART_BYTES - 3, PART_BYTES + 3) == large[PART_BYTES - 3 :][:6]
-    there.remove("run")
-    there.remove("run")
-    assert there.names("run") == []
+            storage.put(f"run/{name}", file, len(content))
+        assert storage.size(f"run/{name}") == len(content)
+    assert storage.read("run/large", PART_BYTES - 3, PART_BYTES + 3) == large[PART_BYTES - 3 :][:6]
+    storage.remove("run")
+    storage.remove("run")
+    assert storage.names("run") == []
     with pytest.raises(ObjectNotFound):
-        there.size("run/large")
+        storage.size("run/large")
     with (tmp_path / "empty").open("rb") as file, pytest.raises(StorageError, match="gs://nobody"):
         RemoteStorage("gs://nobody/a", 60.0).put("a", file, 0)

@@ -1,8 +1,8 @@
 """
-What gloo puts on the wire in an all-reduce, by the kernel's own counters of its connections.
+Traffic of gloo's all-reduce, measured by the kernel's counters of its connections.
 
-Patarasu & Yuan's ring sends 2 (N-1)/N of the vector per rank, whatever N is. Ranks are threads here
-and the wire is loopback: what they received is what all ranks sent.
+The ring of Patarasu & Yuan sends 2 (N-1)/N of the vector per rank. Ranks are threads connected by
+loopback: the bytes received by the process are the bytes sent by all ranks.
 """
 
 import os
@@ -19,7 +19,7 @@ from rank_threads import on_ranks
 
 from distplat.strategies.algorithms.reduce import traffic_elements
 
-dist: Any = torch.distributed  # torch's stubs leave out most of ProcessGroupGloo
+dist: Any = torch.distributed  # torch's stubs lack most of ProcessGroupGloo
 
 ELEMENTS = 2 * 2**20  # 8 MiB of float32
 DEADLINE_S = 30.0
@@ -27,16 +27,16 @@ RECEIVED = struct.Struct("128xQ")  # `tcpi_bytes_received` of the kernel's `stru
 
 
 def opened_socket(descriptor: str) -> socket.socket | None:
-    """Return the socket behind a descriptor; None: it is no socket, or was closed meanwhile."""
+    """Return the socket of a descriptor, or None if it is no socket or was closed meanwhile."""
     try:
         is_socket = stat.S_ISSOCK(os.fstat(int(descriptor)).st_mode)
         return socket.socket(fileno=int(descriptor)) if is_socket else None
-    except OSError:  # that of the listing, or of a thread of an earlier test
+    except OSError:  # the directory's descriptor, or one of an earlier test's thread
         return None
 
 
-def received() -> int:
-    """Count the bytes that have come in over the TCP connections of this process."""
+def received_bytes() -> int:
+    """Return the bytes received over the TCP connections of this process."""
     total = 0
     for descriptor in os.listdir("/proc/self/fd"):
         connection = opened_socket(descriptor)
@@ -45,14 +45,14 @@ def received() -> int:
         if connection.type == socket.SOCK_STREAM and connection.family != socket.AF_UNIX:
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
             total += RECEIVED.unpack_from(info)[0]
-        connection.detach()  # it is gloo's
+        connection.detach()  # gloo owns it
     return total
 
 
 pytestmark = pytest.mark.skipif(not hasattr(socket, "TCP_INFO"), reason="counters of Linux")
 
 
-def connected(world: int) -> dict[int, Any]:
+def connect_groups(world: int) -> dict[int, Any]:
     store, groups = dist.HashStore(), {}
 
     def connect(rank: int) -> None:
@@ -65,17 +65,17 @@ def connected(world: int) -> dict[int, Any]:
     return groups
 
 
-def received_in_all_reduces(groups: dict[int, Any], times: int) -> int:
+def received_bytes_of_all_reduces(groups: dict[int, Any], times: int) -> int:
     tensors = {rank: torch.full((ELEMENTS,), rank + 1.0) for rank in groups}
-    before = received()
+    before = received_bytes()
     for _ in range(times):
         on_ranks(len(groups), lambda rank: groups[rank].allreduce([tensors[rank]]).wait())
-    return received() - before
+    return received_bytes() - before
 
 
 @pytest.mark.parametrize("world", range(2, 9))
-def test_an_all_reduce_is_a_ring_on_the_wire(world: int) -> None:
-    groups = connected(world)
+def test_all_reduce_has_the_traffic_of_a_ring(world: int) -> None:
+    groups = connect_groups(world)
     expected = sum(4 * traffic_elements(ELEMENTS, rank, world)[0] for rank in range(world))
     assert expected == 4 * 2 * (world - 1) * ELEMENTS
-    assert received_in_all_reduces(groups, 2) == pytest.approx(2 * expected, rel=0.01)
+    assert received_bytes_of_all_reduces(groups, 2) == pytest.approx(2 * expected, rel=0.01)

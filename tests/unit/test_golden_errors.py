@@ -1,9 +1,9 @@
 """
-What bad input is answered by, to the letter: `golden_errors.txt` has all errors and exit codes.
+Exact errors and exit codes for invalid input, in `golden_errors.txt`.
 
     PYTHONPATH=tests/support python tests/unit/test_golden_errors.py
 
-writes it anew, to be read in the diff.
+rewrites the file; review the diff.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ global_batch_size: 16
 
 
 def job(old: str = "", new: str = "", *, more: str = "") -> dict[str, str]:
-    """Give a job file with something else in it."""
+    """Return a job file with a replaced and an appended text."""
     assert old in JOB
     return {"job.yaml": JOB.replace(old, new) + more}
 
@@ -80,26 +80,26 @@ CASES: Mapping[str, tuple[str, Mapping[str, str]]] = {
 }
 
 
-def answer_of(name: str) -> str:
-    """Give what a command answers, in a folder of its own, as the golden file has it."""
+def output_of(name: str) -> str:
+    """Run a command in the current folder; return its output in the format of the golden file."""
     command, files = CASES[name]
     for path, text in {"lin.py": TASK, **files}.items():
         Path(path).write_text(text)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = run(command.split())
-    shown = (out.getvalue() + err.getvalue()).replace(str(Path.cwd()), "HERE")
-    return f"$ distplat {command}    # {name}\n{shown.rstrip()}\nexit code {code}\n"
+    output = (out.getvalue() + err.getvalue()).replace(str(Path.cwd()), "HERE")
+    return f"$ distplat {command}    # {name}\n{output.rstrip()}\nexit code {code}\n"
 
 
 def golden() -> dict[str, str]:
-    """Give what the file has, by case."""
+    """Return the blocks of the golden file by case."""
     blocks = re.split(r"\n\n(?=\$ distplat )", GOLDEN.read_text().rstrip())
     return {block.splitlines()[0].split("    # ")[1]: block + "\n" for block in blocks}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_answered_to_the_letter(
+def test_output_matches_the_golden_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -107,10 +107,10 @@ def test_bad_input_is_answered_to_the_letter(
         if variable.startswith(("DISTPLAT_", "RAY_")):
             monkeypatch.delenv(variable)
     monkeypatch.setenv("NO_COLOR", "1")
-    assert answer_of(name) == golden()[name]
+    assert output_of(name) == golden()[name]
 
 
-def test_the_file_has_no_other_cases() -> None:
+def test_golden_file_has_all_cases() -> None:
     assert [*golden()] == [*CASES]
 
 
@@ -120,7 +120,7 @@ def write() -> None:
     os.environ["NO_COLOR"] = "1"
     for name in CASES:
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-            blocks.append(answer_of(name))
+            blocks.append(output_of(name))
     GOLDEN.write_text("\n".join(blocks))
 
 

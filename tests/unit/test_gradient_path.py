@@ -1,8 +1,8 @@
 """
-Which files a gradient passes from the end of backward to the update, in order.
+The files on the path of a gradient from the end of backward to the update, in order.
 
-All product files count in which a function is called meanwhile, so the lists are an upper bound;
-`docs/architecture.md` draws the way through them. A change of the way changes a list.
+The lists contain all product files in which a function is called during the path, so they are an
+upper bound. `docs/architecture.md` shows the path. A change of the path changes a list.
 """
 
 import threading
@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 FOLDERS = {"platform", "strategies", "actors"}
 HEALTH_CHECKS = {"watch", "poll"}
-"""Threads: of the server manager, and of what it asks servers at any time."""
-STEP = 1  # buckets have been agreed on, and what is made once has been made
+"""Names of threads of the server manager, which may run at any time."""
+STEP = 1  # after the first step, which sets up buckets and caches
 
 
 class Trace:
@@ -34,17 +34,17 @@ class Trace:
     def __init__(self, update: CodeType) -> None:
         self._exchange, self._update = StepExchange.exchange.__code__, update
         self._rank: int | None = None
-        self.worker: list[str] = []  #: in the thread of that rank
-        self.servers: list[str] = []  #: in all others
+        self.worker: list[str] = []  #: files in the thread of that rank
+        self.servers: list[str] = []  #: files in all other threads
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> None:
         code, thread = frame.f_code, threading.get_ident()
         if event == "call" and code is self._exchange and self._is_step(frame):
             self._rank = thread
-        beside = threading.current_thread().name in HEALTH_CHECKS
-        if self._rank is not None and event == "call" and not beside:
+        is_health_check = threading.current_thread().name in HEALTH_CHECKS
+        if self._rank is not None and event == "call" and not is_health_check:
             files = self.worker if thread == self._rank else self.servers
-            name = named(code.co_filename)
+            name = relative_name(code.co_filename)
             if name not in files and name.split("/")[0] in FOLDERS:
                 files.append(name)
         if event == "return" and code is self._update and thread == self._rank:
@@ -55,12 +55,12 @@ class Trace:
 
 
 @cache
-def named(file: str) -> str:
+def relative_name(file: str) -> str:
     path = Path(file).resolve()
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else file
 
 
-def traced(job: Job) -> Trace:
+def trace_run(job: Job) -> Trace:
     trace = Trace(type(make_worker_strategy(job)).update.__code__)
     threading.setprofile(trace)
     try:
@@ -70,9 +70,9 @@ def traced(job: Job) -> Trace:
     return trace
 
 
-def test_a_gradient_under_ring() -> None:
-    """Where the group's files are, a run on Ray has those of `actors/collectives`."""
-    assert traced(job_of("ring", 2, steps=STEP + 1)).worker == [
+def test_path_under_ring() -> None:
+    """On Ray, files of `actors/collectives` replace `strategies/fakes.py`."""
+    assert trace_run(job_of("ring", 2, steps=STEP + 1)).worker == [
         "strategies/loop/loop.py",
         "strategies/loop/compute.py",
         "strategies/model/flat.py",
@@ -96,8 +96,8 @@ def test_a_gradient_under_ring() -> None:
     ]
 
 
-def test_a_gradient_under_ps_sync() -> None:
-    trace = traced(job_of({"name": "ps-sync", "num_servers": 1}, 1, steps=STEP + 1))
+def test_path_under_ps_sync() -> None:
+    trace = trace_run(job_of({"name": "ps-sync", "num_servers": 1}, 1, steps=STEP + 1))
     assert trace.worker == [
         "strategies/loop/loop.py",
         "strategies/loop/compute.py",
@@ -120,7 +120,7 @@ def test_a_gradient_under_ps_sync() -> None:
         "platform/shard_map.py",
         "strategies/server/answers.py",
     ]
-    # The mailbox's thread may be awake already, and then it does not come from the futex.
+    # If the mailbox's thread is awake already, it does not call the futex.
     served = [name for name in trace.servers if name != "actors/memory/futex.py"]
     assert served[: served.index("platform/lr_schedules.py") + 1] == [
         "actors/servers/shard_serving.py",

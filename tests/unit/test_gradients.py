@@ -1,4 +1,4 @@
-"""Gradients and data that leave the vectors are taken in, or refused by name."""
+"""Gradients and data outside of the flat vectors are copied into them, or rejected by name."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ COPIED_BYTES = "distplat.strategies.model.flat._COPIED_BYTES"
 
 
 class Net(nn.Module):
-    """Two layers, the second of which is used on request."""
+    """Two layers; the second is optional in forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,27 +28,27 @@ class Net(nn.Module):
 
 
 class Rig:
-    """A flat model beside a plain one, behind a step that left gradients."""
+    """A flat model and a plain one, after a step that left stale gradients."""
 
     copies = False  #: whether gradients are copied in hooks instead of added to zeros
 
-    def __init__(self, kind: Callable[[], nn.Module] = Net) -> None:
+    def __init__(self, make: Callable[[], nn.Module] = Net) -> None:
         torch.manual_seed(2)
-        self.flat = FlatModel(kind())
+        self.flat = FlatModel(make())
         if self.copies:
             register_gradient_hooks(self.flat, lambda index, _: self.flat.gradients.ready(index))
             self.flat.copy_when_ready(True)
         self.flat.grads.fill_(9.0)
         torch.manual_seed(2)
-        self.plain = kind()
+        self.plain = make()
         self.flat.begin_step()
 
-    def backward(self, made: Callable[[nn.Module], Tensor]) -> None:
-        loss = made(self.flat.model)
+    def backward(self, loss_fn: Callable[[nn.Module], Tensor]) -> None:
+        loss = loss_fn(self.flat.model)
         self.flat.before_backward()
         torch.autograd.backward(loss)
         self.flat.collect()
-        torch.autograd.backward(made(self.plain))
+        torch.autograd.backward(loss_fn(self.plain))
 
     def check(self) -> None:
         plain = dict(self.plain.named_parameters())
@@ -58,12 +58,12 @@ class Rig:
             expected = torch.zeros(slot.shape) if grad is None else grad
             dense = expected.to_dense() if expected.is_sparse else expected
             torch.testing.assert_close(slot.view(self.flat.grads), dense, msg=slot.name)
-            held = self.flat.parameters[index].grad
-            assert held is not None and held.data_ptr() == slot.view(self.flat.grads).data_ptr()
+            view = self.flat.parameters[index].grad
+            assert view is not None and view.data_ptr() == slot.view(self.flat.grads).data_ptr()
 
 
 @pytest.fixture(params=["added", "copied"], autouse=True)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def gradient_mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rig, "copies", request.param == "copied")
     monkeypatch.setattr(COPIED_BYTES, 0)
 
@@ -71,7 +71,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 X = torch.ones(4, 3)
 
 
-def test_without_is_not_zero() -> None:
+def test_missing_gradient_differs_from_zero() -> None:
     rig = Rig()
     rig.backward(lambda net: net(X, both=False).sum())
     rig.check()
@@ -83,27 +83,27 @@ def test_without_is_not_zero() -> None:
     assert rig.flat.grads.eq(0).all()
 
 
-def test_a_step_without_a_backward_has_gradients_of_zero() -> None:
+def test_step_without_backward_has_zero_gradients() -> None:
     rig = Rig()
     rig.flat.zero_missing()
     assert rig.flat.grads.eq(0).all()
     assert not rig.flat.present.any()
 
 
-def test_large_gradients_are_not_set_to_zero_where_they_are_copied(
+def test_copied_gradients_are_not_zeroed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(COPIED_BYTES, 6 * 4)  # a weight, and no bias
+    monkeypatch.setattr(COPIED_BYTES, 6 * 4)  # weights reach this limit, biases do not
     rig = Rig()
     for slot, parameter in zip(rig.flat.slots, rig.flat.parameters, strict=True):
-        left = 9.0 if rig.copies and slot.size == 6 else 0.0
-        assert slot.view(rig.flat.grads).eq(left).all()
-        assert (parameter.grad is None) == (left == 9.0)
+        expected = 9.0 if rig.copies and slot.size == 6 else 0.0
+        assert slot.view(rig.flat.grads).eq(expected).all()
+        assert (parameter.grad is None) == (expected == 9.0)
     rig.backward(lambda net: net(X).sum())
     rig.check()
 
 
-def test_copied_gradients_are_looked_at_as_long_as_nothing_changes_them(
+def test_finite_flag_is_reset_by_a_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(COPIED_BYTES, 6 * 4)
@@ -122,14 +122,14 @@ def test_copied_gradients_are_looked_at_as_long_as_nothing_changes_them(
     assert not rig.flat.gradients.finite(b)
 
 
-def test_micro_batches_add_up() -> None:
+def test_micro_batches_accumulate() -> None:
     rig = Rig()
     rig.backward(lambda net: net(X, both=False).sum())
     rig.backward(lambda net: net(2 * X).square().sum())
     rig.check()
 
 
-def test_create_graph_within_loss_is_no_backward_of_its_own() -> None:
+def test_autograd_grad_within_the_loss() -> None:
     def penalty(net: nn.Module) -> Tensor:
         x = X.clone().requires_grad_(True)
         [slope] = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
@@ -141,7 +141,7 @@ def test_create_graph_within_loss_is_no_backward_of_its_own() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Using backward")
-def test_a_graph_of_gradients_is_taken_in() -> None:
+def test_backward_with_create_graph() -> None:
     rig = Rig()
     for times in (1, 2):
         loss = rig.flat.model(times * X).square().sum()
@@ -152,13 +152,13 @@ def test_a_graph_of_gradients_is_taken_in() -> None:
     rig.check()
 
 
-def test_sparse_gradients_are_added_densely() -> None:
+def test_sparse_gradients_are_added() -> None:
     rig = Rig(lambda: nn.Embedding(5, 2, sparse=True))
     rig.backward(lambda net: net(torch.tensor([1, 3, 3])).square().sum())
     rig.check()
 
 
-def test_a_hook_may_replace_the_gradient_or_drop_it() -> None:
+def test_hook_may_replace_or_drop_the_gradient() -> None:
     rig = Rig()
     for net in (rig.flat.model, rig.plain):
         assert isinstance(net, Net)
@@ -176,7 +176,7 @@ def test_a_hook_may_replace_the_gradient_or_drop_it() -> None:
     rig.check()
 
 
-def test_a_hook_of_the_models_own_may_drop_the_gradient() -> None:
+def test_hook_registered_by_the_model_may_drop_the_gradient() -> None:
     class Dropping(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -188,46 +188,48 @@ def test_a_hook_of_the_models_own_may_drop_the_gradient() -> None:
     rig.check()
 
 
-def own_backward(net: nn.Module) -> Tensor:
+def backward_in_loss(net: nn.Module) -> Tensor:
     torch.autograd.backward(net(X).sum())
     loss: Tensor = net(X).sum()
     return loss
 
 
-def assigned(net: nn.Module) -> Tensor:
+def grad_assigned(net: nn.Module) -> Tensor:
     net.get_parameter("b.bias").grad = torch.ones(2)
     loss: Tensor = net(X).sum()
     return loss
 
 
-@pytest.mark.parametrize(("made", "name"), [(own_backward, "a.weight"), (assigned, "b.bias")])
-def test_a_backward_within_the_loss_is_refused(
-    made: Callable[[nn.Module], Tensor], name: str
+@pytest.mark.parametrize(
+    ("loss_fn", "name"), [(backward_in_loss, "a.weight"), (grad_assigned, "b.bias")]
+)
+def test_rejects_a_backward_within_the_loss(
+    loss_fn: Callable[[nn.Module], Tensor], name: str
 ) -> None:
     with pytest.raises(SpecError, match=rf"'{name}' had a gradient before backward"):
-        Rig().backward(made)
+        Rig().backward(loss_fn)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad_in_forward(set_to_none: bool) -> None:
-    def made(net: nn.Module) -> Tensor:
+    def loss_fn(net: nn.Module) -> Tensor:
         if net is rig.flat.model:
             net.zero_grad(set_to_none=set_to_none)
         loss: Tensor = net(X).square().sum()
         return loss
 
     rig = Rig()
-    rig.backward(made)
+    rig.backward(loss_fn)
     rig.check()
     if set_to_none:
-        rig.backward(made)
+        rig.backward(loss_fn)
         rig.check()
     else:
         with pytest.raises(SpecError, match=r"'a\.weight' away between micro-batches"):
-            rig.backward(made)
+            rig.backward(loss_fn)
 
 
-def test_data_that_leave_the_vector_are_taken_in() -> None:
+def test_replaced_data_is_copied_into_the_vector() -> None:
     flat = FlatModel(Net())
     weight = flat.model.get_parameter("a.weight")
     weight.data = torch.full((2, 3), 5.0)
@@ -259,7 +261,7 @@ def reshape(net: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("change", "message"),
     [
         (replace, r"step 3: the parameter 'a\.weight' was replaced or removed"),
         (remove, r"step 3: the parameter 'a\.weight' was replaced or removed"),
@@ -269,15 +271,15 @@ def reshape(net: nn.Module) -> None:
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_a_model_that_changed_is_refused(spoil: Callable[[nn.Module], None], message: str) -> None:
+def test_rejects_changes_of_the_model(change: Callable[[nn.Module], None], message: str) -> None:
     flat = FlatModel(Net())
     flat.check_layout(1)
-    spoil(flat.model)
+    change(flat.model)
     with pytest.raises(SpecError, match=message):
         flat.check_layout(2)
 
 
-def test_what_is_cheap_to_see_is_seen_in_every_step() -> None:
+def test_replaced_parameter_is_detected_in_every_step() -> None:
     flat = FlatModel(Net())
     for step in range(5):
         flat.check_layout(step)
@@ -310,13 +312,13 @@ def every_second_row() -> nn.Module:
     return net
 
 
-def held_in_an_attribute() -> nn.Module:
+def kept_in_an_attribute() -> nn.Module:
     net = Net()
     net.a.anchor = net.a.weight.detach()
     return net
 
 
-def held_in_a_list() -> nn.Module:
+def kept_in_a_list() -> nn.Module:
     net = Net()
     vars(net)["parts"] = [torch.ones(2), net.a.weight[:1]]
     return net
@@ -329,11 +331,11 @@ def held_in_a_list() -> nn.Module:
         (aliased_by_a_buffer, ("a.weight", "copy"), "same nn.Parameter"),
         (transposed, ("a.weight", "other"), "same nn.Parameter"),
         (every_second_row, ("a.weight", "rows"), "same nn.Parameter"),
-        (held_in_an_attribute, ("a.weight", "a.anchor"), "read it where it is used"),
-        (held_in_a_list, ("a.weight", "parts.1"), "read it where it is used"),
+        (kept_in_an_attribute, ("a.weight", "a.anchor"), "read it where it is used"),
+        (kept_in_a_list, ("a.weight", "parts.1"), "read it where it is used"),
     ],
 )
-def test_tensors_in_the_same_memory_are_refused(
+def test_rejects_tensors_that_share_memory(
     make: Callable[[], nn.Module], names: tuple[str, str], hint: str
 ) -> None:
     with pytest.raises(SpecError) as caught:
@@ -344,7 +346,7 @@ def test_tensors_in_the_same_memory_are_refused(
     assert hint in problem.hint
 
 
-def test_what_a_hook_makes_anew_and_what_is_the_parameter_itself_may_be_held() -> None:
+def test_accepts_recomputed_tensors_and_parameters_in_attributes() -> None:
     net: Any = Net()
     nn.utils.spectral_norm(net.a)
     prune.RandomUnstructured.apply(net.b, "weight", amount=0.5)  # type: ignore[no-untyped-call]
@@ -358,19 +360,19 @@ def test_slices_of_one_tensor_may_be_parameters() -> None:
     columns = nn.ParameterList([whole[:, :3], whole[:, 3:]])
     rows = nn.ParameterList([whole.clone()[:2], whole.clone()[2:]])
     other = torch.zeros(4, 6)
-    turns = nn.ParameterList([other[::2], other[1::2]])
-    found = FlatModel(nn.ModuleList([columns, rows, turns])).slots
-    assert [slot.size for slot in found] == [12] * 6
+    alternating = nn.ParameterList([other[::2], other[1::2]])
+    slots = FlatModel(nn.ModuleList([columns, rows, alternating])).slots
+    assert [slot.size for slot in slots] == [12] * 6
 
 
-def test_a_complex_parameter_is_refused_by_name() -> None:
+def test_rejects_a_complex_parameter() -> None:
     net = Net()
     net.w = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(SpecError, match=r"'w' is torch\.complex64"):
         FlatModel(net)
 
 
-def test_an_empty_parameter_is_left_alone() -> None:
+def test_empty_parameter_has_no_slot() -> None:
     net = Net()
     net.none = nn.Parameter(torch.zeros(0, 3))
     flat = FlatModel(net)
@@ -379,7 +381,7 @@ def test_an_empty_parameter_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_the_first_gradient_that_is_not_finite_is_named(value: float) -> None:
+def test_first_non_finite_gradient(value: float) -> None:
     net = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).bfloat16(), nn.Linear(2, 2).half())
     flat = FlatModel(net)
     assert flat.first_non_finite() is None
@@ -397,18 +399,18 @@ def test_gradients_whose_sum_overflows_are_finite(dtype: torch.dtype) -> None:
     assert flat.first_non_finite() is None
 
 
-def test_what_hooks_have_seen_to_be_finite_is_left_out_until_it_changes(
+def test_first_non_finite_skips_gradients_checked_by_hooks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(COPIED_BYTES, 6 * 4)
     flat = FlatModel(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 3)), owned=True)
     flat.copy_when_ready(True, check_finite=True)
-    for index, one in enumerate(flat.parameters):
-        one.grad = torch.ones_like(one)
+    for index, parameter in enumerate(flat.parameters):
+        parameter.grad = torch.ones_like(parameter)
         flat.gradients.ready(index)
     assert [flat.gradients.finite(index) for index in range(4)] == [True, False, True, False]
     views = [slot.view(flat.grads) for slot in flat.slots]
-    views[0].data.fill_(torch.inf)  # no version counts it: the look that was is believed
+    views[0].data.fill_(torch.inf)  # no version increment: the previous check stays valid
     assert flat.first_non_finite(unseen=True) is None and flat.first_non_finite() == 0
     for index in (3, 1):
         views[index][0] = torch.nan
@@ -429,7 +431,7 @@ def test_infinities_of_both_signs_do_not_cancel() -> None:
     assert flat.first_non_finite() == 0
 
 
-def test_several_types_lie_in_segments() -> None:
+def test_dtypes_are_stored_in_segments() -> None:
     net = nn.ModuleDict(
         {
             name: nn.Linear(3, 2).to(dtype)
@@ -444,42 +446,42 @@ def test_several_types_lie_in_segments() -> None:
     before = {name: value.clone() for name, value in net.state_dict().items()}
     flat = FlatModel(net)
     assert flat.params.dtype is torch.uint8
-    types = [segment.dtype for segment in flat.layout.segments]
-    assert types == ["float32", "float64", "bfloat16"]
+    dtypes = [segment.dtype for segment in flat.layout.segments]
+    assert dtypes == ["float32", "float64", "bfloat16"]
     assert [slot.name[0] for slot in flat.slots] == list("aaccbbdd")
     for slot in flat.slots:
         assert slot.offset % 64 == 0
-        [home] = flat.layout.runs(slot.offset, slot.stop)
-        assert getattr(torch, home.dtype) == slot.dtype
+        [segment] = flat.layout.runs(slot.offset, slot.stop)
+        assert getattr(torch, segment.dtype) == slot.dtype
         assert torch.equal(slot.view(flat.params), before[slot.name])
     for vector in flat.typed(flat.params):
         vector.fill_(3.0)
     assert all(p.eq(3.0).all() for p in net.parameters())
 
 
-def test_parameters_of_the_task_are_trained_beside_the_models() -> None:
-    own = nn.Parameter(torch.zeros(2))
-    flat = FlatModel(Net(), {"task.log_var": own})
+def test_task_parameters_are_trained() -> None:
+    log_var = nn.Parameter(torch.zeros(2))
+    flat = FlatModel(Net(), {"task.log_var": log_var})
     assert [slot.name for slot in flat.slots][-1] == "task.log_var"
     assert "task.log_var" not in flat.model.state_dict()
-    assert torch.equal(flat.state_dict()["task.log_var"], own)
+    assert torch.equal(flat.state_dict()["task.log_var"], log_var)
     flat.begin_step()
-    loss = (flat.model(X) * torch.exp(own)).sum()
+    loss = (flat.model(X) * torch.exp(log_var)).sum()
     flat.before_backward()
     torch.autograd.backward(loss)
     flat.collect()
     assert flat.present.all()
     flat.params.add_(flat.grads)
-    assert own.ne(0).all()
+    assert log_var.ne(0).all()
 
 
-def test_a_parameter_of_the_task_that_is_the_models_counts_once() -> None:
+def test_task_parameter_of_the_model_has_one_slot() -> None:
     net = Net()
     flat = FlatModel(net, {"task.head": net.get_parameter("a.weight")})
     assert "task.head" not in [slot.name for slot in flat.slots]
 
 
-def test_a_name_that_the_model_has_is_refused() -> None:
+def test_rejects_a_task_parameter_with_a_name_of_the_model() -> None:
     net = Net()
     net.task = nn.Linear(2, 2)
     with pytest.raises(SpecError, match=r"a tensor of the name 'task\.bias'"):

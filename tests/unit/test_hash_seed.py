@@ -1,4 +1,4 @@
-"""All workers hash strings alike."""
+"""PYTHONHASHSEED is equal on all workers."""
 
 import os
 
@@ -8,33 +8,31 @@ import ray
 from distplat.actors import hash_seed
 
 
-def asked_for() -> str | None:
+def requested_seed() -> str | None:
     options = hash_seed.options()
     seed: str | None = options["runtime_env"]["env_vars"]["PYTHONHASHSEED"] if options else None
     return seed
 
 
-def test_a_worker_has_the_seed_of_its_ray_or_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seed_is_inherited_or_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTHONHASHSEED", raising=False)
-    assert asked_for() == "0", "on a Ray of others"
+    assert requested_seed() == "0", "a foreign cluster"
     node = type("Node", (), {"head": True})()
     monkeypatch.setattr(ray._private.worker, "_global_node", node)
     monkeypatch.setattr(ray, "nodes", lambda: [node])
-    assert asked_for() == "0", "on one that was started before"
+    assert requested_seed() == "0", "a Ray started before"
     with hash_seed.inherited():
         assert os.environ["PYTHONHASHSEED"] == "0"
-        assert asked_for() is None, "on one of its own"
+        assert requested_seed() is None, "a Ray started by this process"
         monkeypatch.setattr(ray, "nodes", lambda: [node, node])
-        assert asked_for() == "0", "another node has joined"
+        assert requested_seed() == "0", "another node has joined"
     assert "PYTHONHASHSEED" not in os.environ
 
 
-@pytest.mark.parametrize(("given", "seed"), [("5", "5"), ("random", "0"), ("", "0")])
-def test_a_seed_of_the_users_is_kept(
-    monkeypatch: pytest.MonkeyPatch, given: str, seed: str
-) -> None:
-    monkeypatch.setenv("PYTHONHASHSEED", given)
-    assert asked_for() == seed
+@pytest.mark.parametrize(("user_seed", "seed"), [("5", "5"), ("random", "0"), ("", "0")])
+def test_user_seed_is_kept(monkeypatch: pytest.MonkeyPatch, user_seed: str, seed: str) -> None:
+    monkeypatch.setenv("PYTHONHASHSEED", user_seed)
+    assert requested_seed() == seed
     with hash_seed.inherited():
         assert os.environ["PYTHONHASHSEED"] == seed
-    assert os.environ["PYTHONHASHSEED"] == given
+    assert os.environ["PYTHONHASHSEED"] == user_seed

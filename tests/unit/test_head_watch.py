@@ -1,4 +1,4 @@
-"""A head that is gone is noticed before Ray ends the process for it, one that comes back is not."""
+"""Loss of the head node is detected before Ray terminates the process; a short outage is not."""
 
 import socket
 
@@ -9,51 +9,51 @@ from distplat.platform.errors import ActorLost
 
 
 class Head:
-    """A head and a clock, both set by hand."""
+    """A fake head node and clock."""
 
     def __init__(self) -> None:
-        self.there, self.now = True, 0.0
+        self.is_up, self.now = True, 0.0
 
     def watch(self) -> HeadWatch:
-        return HeadWatch("h:6379", lambda address: self.there, lambda: self.now)
+        return HeadWatch("h:6379", lambda address: self.is_up, lambda: self.now)
 
 
-def test_a_head_that_is_silent_for_too_long_ends_the_run() -> None:
+def test_lost_head_ends_the_run() -> None:
     head = Head()
     watch = head.watch()
-    head.there = False
+    head.is_up = False
     for head.now in (10, 20, 39):
         watch.probe()
         watch.check()
     head.now = 41
     watch.probe()
     assert watch.lost
-    told = r"head .* at h:6379 for 40 s.*RAY_gcs_rpc_server_reconnect_timeout_s.*last checkpoint"
-    with pytest.raises(ActorLost, match=told) as caught:
+    message = r"head .* at h:6379 for 40 s.*RAY_gcs_rpc_server_reconnect_timeout_s.*last checkpoint"
+    with pytest.raises(ActorLost, match=message) as caught:
         watch.check()
     assert caught.value.exit_code == 4
 
 
-def test_a_head_that_comes_back_is_welcome() -> None:
+def test_head_may_come_back() -> None:
     head = Head()
     watch = head.watch()
-    for head.now, head.there in ((30, False), (35, True), (70, False)):
+    for head.now, head.is_up in ((30, False), (35, True), (70, False)):
         watch.probe()
     watch.check()
 
 
-def test_nothing_is_ended_through_a_head_that_has_just_gone() -> None:
+def test_require_fails_at_once_without_the_head() -> None:
     head = Head()
     watch = head.watch()
     assert watch.answers()
-    head.there = False
+    head.is_up = False
     assert not watch.answers() and not watch.lost
     watch.check()
     with pytest.raises(ActorLost, match="nothing listens at h:6379"):
         watch.require()
 
 
-def test_it_is_sooner_than_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timeout_is_shorter_than_that_of_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_gcs_rpc_server_reconnect_timeout_s", "30")
     head = Head()
     watch = head.watch()
@@ -63,7 +63,7 @@ def test_it_is_sooner_than_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[127.0.0.1]"])
-def test_a_connection_shows_who_is_there(host: str) -> None:
+def test_listens(host: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"{host}:{server.getsockname()[1]}"
         assert listens(address)

@@ -1,4 +1,4 @@
-"""Servers that die, are silent while they start, or freeze later."""
+"""Health checks of servers that die, freeze, or start slowly."""
 
 import threading
 import time
@@ -13,67 +13,70 @@ from distplat.platform.errors import ActorLost
 from distplat.platform.server_group import Order, ServerGroup
 from distplat.platform.spec import Failure
 
-SOON_S = 60.0
+LIMIT_S = 60.0
 FROZEN = Fault(delay_s=1e6)
 
 
-def test_a_dead_server_is_noted_at_once() -> None:
+def test_dead_server_is_detected_at_once() -> None:
     cluster, actors = servers(2)
     losing = threading.Event()
     watch = HealthCheck(cluster.transport(), actors, 60.0, losing)
     actors[1].die("for a test")
-    assert losing.wait(SOON_S)
+    assert losing.wait(LIMIT_S)
     assert isinstance(watch.lost, ActorLost)
     assert "server-1 was lost" in str(watch.lost)
 
 
-def test_a_question_is_open_when_a_server_dies() -> None:
-    """Else its death would be noted half a second later, when it is asked again."""
+def test_poll_is_pending_when_a_server_dies() -> None:
+    """Otherwise the death would be detected half a second later, by the next poll."""
     cluster, actors = servers(1)
-    beats, named = Heartbeats(cluster.transport(), 60.0), {"server-0": actors[0]}
-    until = time.monotonic() + SOON_S
-    while not beats.has_answered("server-0"):
-        assert beats.find_lost(named, ()) == {}
-        assert time.monotonic() < until
-    assert beats.find_lost(named, ()) == {}
-    time.sleep(0.1)  # it would have been answered, if the server did not keep its answer back
+    heartbeats, handles = Heartbeats(cluster.transport(), 60.0), {"server-0": actors[0]}
+    deadline = time.monotonic() + LIMIT_S
+    while not heartbeats.has_answered("server-0"):
+        assert heartbeats.find_lost(handles, ()) == {}
+        assert time.monotonic() < deadline
+    assert heartbeats.find_lost(handles, ()) == {}
+    time.sleep(0.1)  # enough time for a response, if the server did not delay it
     assert len(cluster.open_calls()) == 1
     actors[0].die("for a test")
-    assert list(beats.find_lost(named, ())) == ["server-0"]
+    assert list(heartbeats.find_lost(handles, ())) == ["server-0"]
 
 
 @pytest.mark.parametrize(
-    ("fault", "why"), [(FROZEN, "frozen or cut off"), (Fault(lose="reply"), "its answer got lost")]
+    ("fault", "reason"),
+    [(FROZEN, "frozen or cut off"), (Fault(lose="reply"), "its answer got lost")],
 )
-def test_silence_counts_when_servers_have_their_shards(fault: Fault, why: str) -> None:
+def test_timeout_applies_after_the_start(fault: Fault, reason: str) -> None:
     cluster, actors = servers(1)
     inject(cluster, "poll", fault, times=1000)
     losing = threading.Event()
     watch = HealthCheck(cluster.transport(), actors, 0.1, losing)
-    assert not losing.wait(0.5), "it is starting"
+    assert not losing.wait(0.5), "the server is starting"
     watch.begin()
-    assert losing.wait(SOON_S)
-    told = f"not answered for 0.1 s ({why}); `failure.heartbeat_timeout_s` changes this deadline"
-    assert told in str(watch.lost)
+    assert losing.wait(LIMIT_S)
+    message = (
+        f"not answered for 0.1 s ({reason}); `failure.heartbeat_timeout_s` changes this deadline"
+    )
+    assert message in str(watch.lost)
 
 
-def test_a_lost_answer_is_no_lost_server() -> None:
+def test_lost_reply_is_retried() -> None:
     cluster, actors = servers(1)
     inject(cluster, "poll", Fault(lose="reply"))
     losing = threading.Event()
     watch = HealthCheck(cluster.transport(), actors, 60.0, losing)
     watch.begin()
-    until = time.monotonic() + SOON_S
-    while not watch._heartbeats.has_answered("server-0"):  # it was asked again
-        assert time.monotonic() < until
+    deadline = time.monotonic() + LIMIT_S
+    while not watch._heartbeats.has_answered("server-0"):  # until the second poll
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     assert not losing.is_set()
-    actors[0].die("for a test")  # lets the thread end
-    assert losing.wait(SOON_S)
+    actors[0].die("for a test")  # ends the thread
+    assert losing.wait(LIMIT_S)
 
 
-def test_a_watch_that_ends_by_a_fault_of_its_own_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else nobody would hear of a server that dies afterwards."""
+def test_error_in_the_health_check_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise later deaths of servers would not be detected."""
 
     def fail(*args: object) -> dict[str, str]:
         raise KeyError(0)
@@ -82,11 +85,11 @@ def test_a_watch_that_ends_by_a_fault_of_its_own_says_so(monkeypatch: pytest.Mon
     cluster, actors = servers(1)
     losing = threading.Event()
     watch = HealthCheck(cluster.transport(), actors, 60.0, losing)
-    assert losing.wait(SOON_S)
+    assert losing.wait(LIMIT_S)
     assert str(watch.lost) == "server-manager was lost: its health checks ended: KeyError(0)"
 
 
-def test_a_replication_that_ends_by_a_fault_of_its_own_says_so() -> None:
+def test_error_in_the_replication_thread_is_reported() -> None:
     class Broken(ServerGroup):
         def start_backups(self) -> list[Order]:
             raise KeyError("server-7")
@@ -94,11 +97,9 @@ def test_a_replication_that_ends_by_a_fault_of_its_own_says_so() -> None:
     cluster, actors = servers(1)
     group = Broken(1)
     handles = {"server-0": actors[0]}
-    nothing = lambda *args: None  # noqa: E731
+    noop = lambda *args: None  # noqa: E731
     losing = threading.Event()
-    looked_after = ReplicationManager(
-        cluster.transport(), group, handles, Failure(), nothing, nothing, losing
-    )
-    assert losing.wait(SOON_S)
-    assert looked_after.wait_past(group.version, SOON_S)
-    assert "server-manager was lost: its replication thread ended" in str(looked_after.lost)
+    manager = ReplicationManager(cluster.transport(), group, handles, Failure(), noop, noop, losing)
+    assert losing.wait(LIMIT_S)
+    assert manager.wait_past(group.version, LIMIT_S)
+    assert "server-manager was lost: its replication thread ended" in str(manager.lost)
