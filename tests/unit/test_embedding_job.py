@@ -1,4 +1,4 @@
-"""The job's field `embeddings`: what is refused, and in which words."""
+"""The job's field `embeddings`, and the arguments of the embedding modules: error messages."""
 
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,18 @@ from distplat.platform.job_file import render_job
 SGD = {"name": "SGD", "lr": 0.1}
 
 
-def problems(**more: Any) -> str:
+def problems(**fields: Any) -> str:
     tables = {"optimizer": SGD}
-    fields = {"workers": 2, "optimizer": SGD, "embeddings": tables, "steps": 1, **more}
+    defaults = {"workers": 2, "optimizer": SGD, "embeddings": tables, "steps": 1}
     try:
-        job_of(**fields)
+        job_of(**{**defaults, **fields})
     except SpecError as error:
         return str(error)
     return ""
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("fields", "message"),
     [
         ({}, ""),
         ({"strategy": "ps-sync"}, ""),
@@ -47,14 +47,14 @@ def problems(**more: Any) -> str:
     ],
     ids=str,
 )
-def test_what_a_job_may_ask_for(more: dict[str, Any], said: str) -> None:
-    found = problems(**more)
-    assert said in found
-    assert bool(said) == bool(found)
+def test_job_problems(fields: dict[str, Any], message: str) -> None:
+    text = problems(**fields)
+    assert message in text
+    assert bool(message) == bool(text)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ((0, 4), "num_embeddings must be at least 1, or None, got 0"),
         ((10, 0), "embedding_dim must be at least 1"),
@@ -62,23 +62,23 @@ def test_what_a_job_may_ask_for(more: dict[str, Any], said: str) -> None:
         ((None, 4, -1), "padding_idx must be from 0"),
     ],
 )
-def test_arguments_that_make_no_sense(arguments: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_invalid_arguments(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         ShardedEmbedding(*arguments)
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("kwargs", "message"),
     [({"init_std": -1.0}, "init_std"), ({"whole": True}, "whole=True needs num_embeddings")],
 )
-def test_named_arguments_that_make_no_sense(more: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        ShardedEmbedding(None, 4, **more)
+def test_invalid_keyword_arguments(kwargs: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ShardedEmbedding(None, 4, **kwargs)
     with pytest.raises(ValueError, match="mode must be 'sum', 'mean' or 'max', got 'avg'"):
         ShardedEmbeddingBag(10, 4, "avg")
 
 
-def test_ids_that_are_none() -> None:
+def test_invalid_ids() -> None:
     model = nn.ModuleDict({"a": ShardedEmbedding(10, 4, -1), "b": ShardedEmbedding(None, 4)})
     with pytest.raises(RuntimeError, match=r"add|call distplat.nn.connect"):
         model["a"](torch.tensor([1]))
@@ -90,37 +90,37 @@ def test_ids_that_are_none() -> None:
     with pytest.raises(TypeError, match=r"ids must be int64 or int32, got torch\.float32"):
         model["a"](torch.tensor([1.0]))
     assert model["a"](torch.tensor([[9, 8]])).shape == (1, 2, 4)
-    assert (model["a"](torch.tensor([9])) == 0).all()  # padding_idx -1 is the last
+    assert (model["a"](torch.tensor([9])) == 0).all()  # padding_idx -1: the last row
     assert model["a"](torch.empty(0, 3, dtype=torch.int64)).shape == (0, 3, 4)
 
 
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 @pytest.mark.parametrize("padding", [None, 3])
-def test_bags_are_those_of_torch(mode: str, padding: int | None) -> None:
-    mine = nn.ModuleDict({"t": ShardedEmbeddingBag(20, 4, mode, padding_idx=padding)})
+def test_bag_matches_torch(mode: str, padding: int | None) -> None:
+    bags = nn.ModuleDict({"t": ShardedEmbeddingBag(20, 4, mode, padding_idx=padding)})
     rows = nn.ModuleDict({"t": ShardedEmbedding(20, 4, padding)})
-    connect(mine, seed=3)
+    connect(bags, seed=3)
     connect(rows, seed=3)
     weight = rows["t"](torch.arange(20))
-    theirs = nn.EmbeddingBag(20, 4, mode=mode, padding_idx=padding, _weight=weight)
+    reference = nn.EmbeddingBag(20, 4, mode=mode, padding_idx=padding, _weight=weight)
     ids = torch.randint(0, 20, (5, 6), generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(mine["t"](ids), theirs(ids))
+    torch.testing.assert_close(bags["t"](ids), reference(ids))
     offsets = torch.tensor([0, 4, 4, 9])
-    torch.testing.assert_close(mine["t"](ids.view(-1), offsets), theirs(ids.view(-1), offsets))
+    torch.testing.assert_close(bags["t"](ids.view(-1), offsets), reference(ids.view(-1), offsets))
     if mode == "sum":
         weights = torch.rand(5, 6)
         torch.testing.assert_close(
-            mine["t"](ids, per_sample_weights=weights), theirs(ids, per_sample_weights=weights)
+            bags["t"](ids, per_sample_weights=weights), reference(ids, per_sample_weights=weights)
         )
 
 
-def test_a_run_that_is_none(tmp_path: Path) -> None:
+def test_connect_to_a_directory_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no embedding tables in"):
         connect(nn.ModuleDict({"a": ShardedEmbedding(10, 4)}), tmp_path)
 
 
-class Bare(Task):
-    """Rows on servers, in a job that has none."""
+class SmallTask(Task):
+    """A model with a sharded embedding."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(ShardedEmbedding(10, 4), nn.Linear(4, 2))
@@ -132,17 +132,17 @@ class Bare(Task):
         return nn.functional.cross_entropy(outputs, targets)
 
 
-def test_a_job_without_the_field(tmp_path: Path) -> None:
+def test_model_with_tables_needs_the_field_embeddings(tmp_path: Path) -> None:
     job = fields_of("ring", 0, optimizer=SGD, steps=1, storage_path=str(tmp_path))
     with pytest.raises(UserCodeError, match=r"rows on servers \(0\).*add the field `embeddings`"):
-        Trainer(job, Bare).fit()
+        Trainer(job, SmallTask).fit()
 
 
-def test_the_modules_are_there_as_those_of_torch_are() -> None:
+def test_modules_are_exported_in_distplat_nn() -> None:
     assert distplat.nn.ShardedEmbedding is ShardedEmbedding
 
 
-def test_a_run_with_tables_is_not_replayed(tmp_path: Path) -> None:
+def test_run_with_tables_cannot_be_replayed(tmp_path: Path) -> None:
     embeddings = {"optimizer": SGD, "asynchronous": True}
     job = job_of("ps-async", task="words:Words", optimizer=SGD, embeddings=embeddings, steps=1)
     (tmp_path / "job.yaml").write_text(render_job(job))

@@ -1,9 +1,9 @@
 """
-The promise: any synchronous strategy, any number of workers, gives what one process gives.
+Synchronous strategies with any number of workers match training in one process.
 
-The reference is written here the plain way, with nothing of ours but the order of the samples and
-the schedule: one model, torch's optimizer over its tensors, torch's clipping, whole batches. The
-data ends in a batch of one sample, so that in a larger world some ranks have nothing to do there.
+The reference is plain torch: one model, torch's optimizer and clipping, whole batches. It shares
+only the order of samples and the schedule with distplat. The last batch has one sample, so that
+some ranks of larger worlds have no samples.
 """
 
 import pytest
@@ -31,7 +31,7 @@ WORLDS = [
 
 
 def losses_of(run: LocalRun) -> list[float]:
-    """The global batch's mean loss of each step, from all ranks' reports."""
+    """Return the mean loss over the global batch of each step, from the reports of all ranks."""
     sums = [0.0] * STEPS
     counts = [0] * STEPS
     for report in (report for reports in run.reports for report in reports):
@@ -45,9 +45,7 @@ def losses_of(run: LocalRun) -> list[float]:
 @pytest.mark.sweep(4)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(("strategy", "workers", "servers"), WORLDS)
-def test_every_world_gives_what_one_process_gives(
-    recipe: str, strategy: str, workers: int, servers: int
-) -> None:
+def test_matches_one_process(recipe: str, strategy: str, workers: int, servers: int) -> None:
     run = train(recipe_job(recipe, strategy, workers, servers), RECIPES[recipe][0])
     expected, losses = plain(recipe)
     for rank in range(workers):
@@ -56,8 +54,8 @@ def test_every_world_gives_what_one_process_gives(
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_the_reference_learns_and_its_options_matter(recipe: str) -> None:
-    """Or the test above would compare models that never moved."""
+def test_reference_learns_and_depends_on_its_options(recipe: str) -> None:
+    """Otherwise the test above would compare untrained models."""
     task_type, _, _, clip_norm = RECIPES[recipe]
     expected, losses = plain(recipe)
     assert losses[-2] < losses[3]
@@ -70,7 +68,7 @@ def test_the_reference_learns_and_its_options_matter(recipe: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["mlp-sgd", "mlp-adam-accumulated", "conv-adam"])
-def test_where_shards_are_cut_changes_no_bit(recipe: str) -> None:
+def test_shard_boundaries_do_not_change_the_bits(recipe: str) -> None:
     job, task_type = recipe_job(recipe, "ps-sync", 2, 3), RECIPES[recipe][0]
     even, uneven = (train(job, task_type, speeds=speeds) for speeds in ((), (1.0, 7.0, 2.0)))
     cuts = [run.servers.cuts() for run in (even, uneven)]
@@ -78,7 +76,7 @@ def test_where_shards_are_cut_changes_no_bit(recipe: str) -> None:
     assert same_bits(even, uneven)
 
 
-def test_where_shards_are_cut_changes_a_norm_by_rounding_only() -> None:
+def test_shard_boundaries_change_a_norm_by_rounding_only() -> None:
     recipe = "conv-adamw-accumulated-clipped"
     job = recipe_job(recipe, "ps-sync", 2, 3)
     uneven = train(job, Conv, speeds=(1.0, 7.0, 2.0)).parameters()
@@ -87,7 +85,7 @@ def test_where_shards_are_cut_changes_a_norm_by_rounding_only() -> None:
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize(("strategy", "workers", "servers"), WORLDS)
-def test_a_repeated_run_gives_the_same_bits(strategy: str, workers: int, servers: int) -> None:
+def test_repeated_run_is_bit_identical(strategy: str, workers: int, servers: int) -> None:
     recipe = "conv-adamw-accumulated-clipped"
     job = recipe_job(recipe, strategy, workers, servers)
     runs = [train(job, Conv) for _ in range(2)]
@@ -97,19 +95,19 @@ def test_a_repeated_run_gives_the_same_bits(strategy: str, workers: int, servers
 
 
 @pytest.mark.parametrize(("strategy", "servers"), [("ring", 0), ("ps-sync", 1)])
-def test_a_repeated_run_with_dropout_gives_the_same_bits(strategy: str, servers: int) -> None:
-    """One rank only: here ranks are threads, and threads share torch's generator."""
+def test_repeated_run_with_dropout_is_bit_identical(strategy: str, servers: int) -> None:
+    """One rank only, because ranks are threads here and would share torch's generator."""
     job = recipe_job("mlp-sgd", strategy, 1, servers)
 
     def draw(rank: int, prepared: Prepared) -> None:
         torch.rand(17)
 
     first = train(job, Dropout)
-    assert same_bits(first, train(job, Dropout, before=draw))  # each step is seeded by itself
+    assert same_bits(first, train(job, Dropout, before=draw))  # each step sets the seed
     assert not same_bits(first, train(job.model_copy(update={"seed": 6}), Dropout))
 
 
-def test_each_step_drops_out_anew() -> None:
+def test_dropout_differs_between_steps() -> None:
     job = recipe_job("mlp-sgd", "ring", 1, 0)
     frozen = job.model_copy(update={"optimizer": job.optimizer.model_copy(update={"lr": 1e-30})})
     in_order = frozen.data.model_copy(update={"shuffle": False})
@@ -119,25 +117,25 @@ def test_each_step_drops_out_anew() -> None:
     assert len(losses) == 3
 
 
-def test_each_rank_drops_out_anew() -> None:
-    """Asked of the seed itself: threads share a generator, so masks cannot be told apart here."""
+def test_dropout_differs_between_ranks() -> None:
+    """Compares seeds instead of masks, because threads share a generator here."""
     assert len({step_seed(5, step, rank) for step in range(20) for rank in range(8)}) == 160
 
 
-def test_ring_starts_all_ranks_from_rank_0s_parameters() -> None:
-    """A model that does not draw from torch's generator would differ by rank."""
+def test_ring_broadcasts_the_parameters_of_rank_0() -> None:
+    """Initial parameters may differ by rank if the model does not use torch's generator."""
 
-    def spoil(rank: int, prepared: Prepared) -> None:
+    def shift(rank: int, prepared: Prepared) -> None:
         prepared.flat.params.add_(float(rank))
 
-    run = train(recipe_job("mlp-sgd", "ring", 3, 0), Mlp, before=spoil)
+    run = train(recipe_job("mlp-sgd", "ring", 3, 0), Mlp, before=shift)
     for rank in range(3):
         assert distance(run.parameters(rank), plain("mlp-sgd")[0]) < 1e-5
 
 
 @pytest.mark.parametrize(("strategy", "servers"), [("ring", 0), ("ps-sync", 1)])
-def test_a_rank_without_samples_is_seen_to_move(strategy: str, servers: int) -> None:
-    """The controller takes a rank whose beats stand still for a stalled one."""
+def test_rank_without_samples_reports_progress(strategy: str, servers: int) -> None:
+    """The controller treats a rank without new heartbeats as stalled."""
     job = recipe_job("mlp-sgd", strategy, 3, servers)
 
     class Tiny(Mlp):

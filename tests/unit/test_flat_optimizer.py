@@ -1,4 +1,4 @@
-"""Every optimizer a job may name, over a flat vector, moves as torch's own over the parameters."""
+"""Optimizers on a flat vector match torch's optimizers on the parameters."""
 
 import itertools
 from random import Random
@@ -18,7 +18,7 @@ from distplat.strategies.model.optim import FlatOptimizer
 from distplat.strategies.model.optimizer_state import NUMBERS, PER_PARAMETER, USED
 
 STEPS = 6
-KINDS: TypeAdapter[Any] = TypeAdapter(AnyOptimizer)
+ADAPTER: TypeAdapter[Any] = TypeAdapter(AnyOptimizer)
 
 OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "SGD", "lr": 0.1},
@@ -50,9 +50,9 @@ GROUPED: dict[str, list[dict[str, Any]]] = {
     "NAdam": [{"momentum_decay": 0.1}, {"decoupled_weight_decay": False, "weight_decay": 0.3}],
     "RAdam": [{"decoupled_weight_decay": True}, {"betas": [0.5, 0.9], "lr": 0.1}],
 }
-"""Arguments of two groups; `momentum`, `amsgrad` and `centered` stay on or off."""
+"""Arguments of two groups, without changes of `momentum`, `amsgrad` and `centered`."""
 
-TYPES: dict[str, list[torch.dtype]] = {
+DTYPES: dict[str, list[torch.dtype]] = {
     "float64": [torch.float64] * 5,
     "float32": [torch.float32] * 5,
     "bfloat16": [torch.bfloat16] * 5,
@@ -71,18 +71,17 @@ PATTERNS = {
 }
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-"""Relative and absolute. Fused kernels round once where torch's own loop rounds after each
-operation: a few units in the last place a step in float32, and as Adam divides by roots of small
-numbers, of the step. In halves torch's loop is what runs: the arithmetic is the same."""
+"""Relative and absolute. Fused kernels round once, torch's loop after each operation: a difference
+of a few units in the last place per step in float32. Half-precision types use torch's loop."""
 
 
 class Five(nn.Module):
-    """Parameters of several shapes."""
+    """Five parameters of different shapes."""
 
-    def __init__(self, types: list[torch.dtype]) -> None:
+    def __init__(self, dtypes: list[torch.dtype]) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
-        for place, (shape, dtype) in enumerate(zip(SHAPES, types, strict=True)):
+        for place, (shape, dtype) in enumerate(zip(SHAPES, dtypes, strict=True)):
             values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
             self.register_parameter(f"p{place}", nn.Parameter(values))
 
@@ -93,18 +92,18 @@ def gradient(place: int, step: int, like: Tensor) -> Tensor:
 
 
 def with_groups(spec: dict[str, Any], *matches: str) -> dict[str, Any]:
-    """Give an optimizer with a group for each of up to two matches."""
-    own = [dict(one) for one in GROUPED[spec["name"]]]
+    """Return an optimizer with a group for each of up to two matches."""
+    arguments = [dict(group) for group in GROUPED[spec["name"]]]
     if spec["name"] == "SGD" and ("momentum" not in spec or "dampening" in spec):
-        own = [{"lr": 0.3, "maximize": True}, {"weight_decay": 0.2}]
-    groups = [{"match": match, **one} for match, one in zip(matches, own, strict=False)]
+        arguments = [{"lr": 0.3, "maximize": True}, {"weight_decay": 0.2}]
+    groups = [{"match": match, **group} for match, group in zip(matches, arguments, strict=False)]
     return {**spec, "groups": groups}
 
 
 def param_groups(spec: dict[str, Any], model: nn.Module) -> list[dict[str, Any]]:
-    """Deal a model's parameters out by the names that matches list."""
-    groups = [dict(one) for one in spec.get("groups", [])]
-    matches = [one.pop("match").split(",") for one in groups] + [["p0", "p1", "p2", "p3", "p4"]]
+    """Assign a model's parameters to torch's groups by name."""
+    groups = [dict(group) for group in spec.get("groups", [])]
+    matches = [group.pop("match").split(",") for group in groups] + [["p0", "p1", "p2", "p3", "p4"]]
     groups.append({})
     for group in groups:
         group["params"] = []
@@ -114,8 +113,8 @@ def param_groups(spec: dict[str, Any], model: nn.Module) -> list[dict[str, Any]]
     return groups
 
 
-def plain(spec: dict[str, Any], types: list[torch.dtype], pattern: Any) -> list[Tensor]:
-    model = Five(types)
+def plain(spec: dict[str, Any], dtypes: list[torch.dtype], pattern: Any) -> list[Tensor]:
+    model = Five(dtypes)
     parameters = [*model.parameters()]
     arguments = {key: value for key, value in spec.items() if key not in ("name", "groups")}
     groups = param_groups(spec, model)
@@ -129,11 +128,11 @@ def plain(spec: dict[str, Any], types: list[torch.dtype], pattern: Any) -> list[
 
 
 class Flat:
-    """The same on the flat vector, whole or in runs."""
+    """An optimizer on a flat vector, whole or in shards."""
 
-    def __init__(self, spec: dict[str, Any], types: list[torch.dtype], cuts: int = 1) -> None:
-        self.kind = KINDS.validate_python(spec)
-        self.flat = FlatModel(Five(types), group_of=self.kind.group_of)
+    def __init__(self, spec: dict[str, Any], dtypes: list[torch.dtype], cuts: int = 1) -> None:
+        self.optimizer = ADAPTER.validate_python(spec)
+        self.flat = FlatModel(Five(dtypes), group_of=self.optimizer.group_of)
         self.places = [int(slot.name[1:]) for slot in self.flat.slots]
         size = -(-self.flat.size // cuts // 16) * 16
         bounds = [min(size * number, self.flat.size) for number in range(cuts)] + [self.flat.size]
@@ -144,7 +143,7 @@ class Flat:
     def make(self, start: int, stop: int) -> FlatOptimizer:
         flat = self.flat
         vectors = flat.params[start:stop], flat.grads[start:stop]
-        return FlatOptimizer(self.kind, *vectors, flat.layout.cut(start, stop))
+        return FlatOptimizer(self.optimizer, *vectors, flat.layout.cut(start, stop))
 
     def step(self, step: int, pattern: Any) -> None:
         present = np.array([pattern(place, step) for place in self.places])
@@ -154,7 +153,7 @@ class Flat:
                 view = slot.view(self.flat.grads)
                 view.copy_(gradient(place, step, view))
         for optimizer in self.optimizers:
-            optimizer.step(self.kind.rates(), present)
+            optimizer.step(self.optimizer.rates(), present)
 
     def parameters(self) -> list[Tensor]:
         return [p.detach() for p in self.flat.model.parameters()]
@@ -164,20 +163,20 @@ def name_of(spec: dict[str, Any]) -> str:
     return "-".join(str(value) for key, value in spec.items() if key != "groups")
 
 
-def check(ours: list[Tensor], theirs: list[Tensor]) -> None:
-    for mine, other in zip(ours, theirs, strict=True):
-        limit = TOLERANCE[mine.dtype]
-        torch.testing.assert_close(mine, other, rtol=limit, atol=limit, equal_nan=True)
+def check(ours: list[Tensor], expected: list[Tensor]) -> None:
+    for actual, reference in zip(ours, expected, strict=True):
+        limit = TOLERANCE[actual.dtype]
+        torch.testing.assert_close(actual, reference, rtol=limit, atol=limit, equal_nan=True)
 
 
 @pytest.mark.sweep(8)
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-@pytest.mark.parametrize("types", TYPES.values(), ids=TYPES)
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("spec", OPTIMIZERS, ids=name_of)
-def test_moves_as_torch_does(spec: dict[str, Any], types: list[torch.dtype], pattern: Any) -> None:
-    expected = plain(spec, types, pattern)
+def test_matches_torch(spec: dict[str, Any], dtypes: list[torch.dtype], pattern: Any) -> None:
+    expected = plain(spec, dtypes, pattern)
     for cuts in (1, 3):
-        ours = Flat(spec, types, cuts)
+        ours = Flat(spec, dtypes, cuts)
         for step in range(STEPS):
             ours.step(step, pattern)
         check(ours.parameters(), expected)
@@ -185,44 +184,44 @@ def test_moves_as_torch_does(spec: dict[str, Any], types: list[torch.dtype], pat
 
 @pytest.mark.sweep(6)
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-@pytest.mark.parametrize("types", [TYPES["float64"], TYPES["mixed"]], ids=["float64", "mixed"])
+@pytest.mark.parametrize("dtypes", [DTYPES["float64"], DTYPES["mixed"]], ids=["float64", "mixed"])
 @pytest.mark.parametrize("spec", OPTIMIZERS, ids=name_of)
-def test_groups_are_torchs(spec: dict[str, Any], types: list[torch.dtype], pattern: Any) -> None:
-    test_moves_as_torch_does(with_groups(spec, "p1,p4", "p1,p3"), types, pattern)
+def test_groups_match_torch(spec: dict[str, Any], dtypes: list[torch.dtype], pattern: Any) -> None:
+    test_matches_torch(with_groups(spec, "p1,p4", "p1,p3"), dtypes, pattern)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.randoms(use_true_random=True))
-def test_any_deal_of_parameters_is_torchs(random: Random) -> None:
+def test_any_groups_match_torch(random: Random) -> None:
     names = [f"p{number}" for number in range(5)]
     matches = [",".join(random.sample(names, random.randint(1, 4))) for _ in range(2)]
     spec = with_groups(random.choice(OPTIMIZERS), *matches[: random.randint(1, 2)])
-    types, pattern = random.choice([*TYPES.values()]), random.choice([*PATTERNS.values()])
-    if spec.get("centered"):  # subtracts two averages that halves cannot tell apart
-        types = TYPES["float64"]
-    test_moves_as_torch_does(spec, types, pattern)
+    dtypes, pattern = random.choice([*DTYPES.values()]), random.choice([*PATTERNS.values()])
+    if spec.get("centered"):  # the variance cancels in half precision
+        dtypes = DTYPES["float64"]
+    test_matches_torch(spec, dtypes, pattern)
 
 
 @pytest.mark.sweep(6)
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize(
-    "spec", [*OPTIMIZERS, *(with_groups(one, "p2", "p0,p4") for one in OPTIMIZERS)], ids=name_of
+    "spec", [*OPTIMIZERS, *(with_groups(spec, "p2", "p0,p4") for spec in OPTIMIZERS)], ids=name_of
 )
-def test_handed_over_it_goes_on_to_the_same_bits(spec: dict[str, Any], pattern: Any) -> None:
-    whole, broken = Flat(spec, TYPES["mixed"], 2), Flat(spec, TYPES["mixed"], 2)
+def test_state_round_trip_keeps_the_bits(spec: dict[str, Any], pattern: Any) -> None:
+    whole, reloaded = Flat(spec, DTYPES["mixed"], 2), Flat(spec, DTYPES["mixed"], 2)
     for step in range(STEPS):
         whole.step(step, pattern)
-        states = [optimizer.state() for optimizer in broken.optimizers]
-        broken.optimizers = [broken.make(*run) for run in broken.runs]
-        for optimizer, state in zip(broken.optimizers, states, strict=True):
+        states = [optimizer.state() for optimizer in reloaded.optimizers]
+        reloaded.optimizers = [reloaded.make(*run) for run in reloaded.runs]
+        for optimizer, state in zip(reloaded.optimizers, states, strict=True):
             optimizer.load({name: value.clone() for name, value in state.items()})
-        broken.step(step, pattern)
-    assert torch.equal(whole.flat.params, broken.flat.params)
+        reloaded.step(step, pattern)
+    assert torch.equal(whole.flat.params, reloaded.flat.params)
 
 
 @pytest.mark.parametrize("spec", OPTIMIZERS, ids=name_of)
-def test_what_it_remembers_is_vectors_and_numbers(spec: dict[str, Any]) -> None:
-    ours = Flat(spec, TYPES["mixed"])
+def test_state_has_vectors_and_per_parameter_numbers(spec: dict[str, Any]) -> None:
+    ours = Flat(spec, DTYPES["mixed"])
     assert ours.optimizers[0].state() == {}
     ours.step(0, PATTERNS["later"])
     state = ours.optimizers[0].state()
@@ -238,19 +237,19 @@ def test_what_it_remembers_is_vectors_and_numbers(spec: dict[str, Any]) -> None:
             assert value.shape == ours.flat.params.shape and name not in NUMBERS
 
 
-def test_all_alike_is_one_operation_for_each_segment() -> None:
-    ours = Flat({"name": "AdamW", "lr": 0.1}, TYPES["mixed"])
+def test_equal_parameters_are_one_operation_per_segment() -> None:
+    ours = Flat({"name": "AdamW", "lr": 0.1}, DTYPES["mixed"])
     optimizer = ours.optimizers[0]
     for step in range(3):
         ours.step(step, PATTERNS["always"])
         assert optimizer._ranges is None or len(optimizer._ranges) == 4
     before = optimizer._ranges
     ours.step(3, PATTERNS["always"])
-    assert optimizer._ranges is before  # nothing is looked for again
+    assert optimizer._ranges is before  # not computed again
 
 
-def test_neighbours_of_one_group_are_one_operation() -> None:
-    ours = Flat(with_groups({"name": "AdamW", "lr": 0.1}, "p0,p1", "p4"), TYPES["float32"])
+def test_neighbours_of_a_group_are_one_operation() -> None:
+    ours = Flat(with_groups({"name": "AdamW", "lr": 0.1}, "p0,p1", "p4"), DTYPES["float32"])
     for step in range(2):
         ours.step(step, PATTERNS["always"])
     runs = ours.optimizers[0]._update_ranges(None)
@@ -261,9 +260,9 @@ def test_neighbours_of_one_group_are_one_operation() -> None:
     ]
 
 
-def test_a_gradient_of_zero_is_not_the_same_as_none() -> None:
+def test_zero_gradient_differs_from_none() -> None:
     spec = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
-    zero, none = Flat(spec, TYPES["float64"]), Flat(spec, TYPES["float64"])
+    zero, none = Flat(spec, DTYPES["float64"]), Flat(spec, DTYPES["float64"])
     for ours in (zero, none):
         ours.step(0, PATTERNS["always"])
     before = zero.parameters()[0].clone()

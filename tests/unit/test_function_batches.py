@@ -1,4 +1,4 @@
-"""Loaders with a `batch_sampler`, or another sampler of batches, in a train function."""
+"""Loaders with a `batch_sampler`, or with a sampler of batches, in a train function."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("loader_server")
 
 
 class Buckets(Sampler[list[int]]):
-    """Batches of several sizes, in an order and a number that depend on the epoch."""
+    """Batches of several sizes, whose order and number depend on the epoch."""
 
     def __init__(self, count: int = 23, *, drop_last: bool = False) -> None:
         self.count, self.drop_last, self.epoch = count, drop_last, 0
@@ -31,13 +31,13 @@ class Buckets(Sampler[list[int]]):
         self.epoch = epoch
 
     def batches(self) -> list[list[int]]:
-        draw = random.Random(self.epoch)  # ranks share a process here, and its generators
-        order, found = draw.sample(range(self.count), self.count), []
+        rng = random.Random(self.epoch)  # ranks share the global generator here
+        order, batches = rng.sample(range(self.count), self.count), []
         while order:
-            size = draw.randint(1, 4)
-            found.append(order[:size])
+            size = rng.randint(1, 4)
+            batches.append(order[:size])
             order = order[size:]
-        return found
+        return batches
 
     def __len__(self) -> int:
         return len(self.batches())
@@ -53,29 +53,29 @@ def batches_of(epoch: int, drop_last: bool = False) -> list[list[int]]:
 
 
 def steps_of(epoch: int, world: int, drop_last: bool) -> list[list[list[int]]]:
-    """Give each step's batches of all ranks, by the rule: what is left is filled or left out."""
+    """Return the batches of all ranks by step; an incomplete step is dropped or filled."""
     batches = batches_of(epoch)
     steps = [batches[first : first + world] for first in range(0, len(batches), world)]
     if len(steps[-1]) < world:
-        short = steps.pop()
-        steps += [] if drop_last else [[*short, *batches[: world - len(short)]]]
+        incomplete = steps.pop()
+        steps += [] if drop_last else [[*incomplete, *batches[: world - len(incomplete)]]]
     return steps
 
 
-# --- training --------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------
 
 
 def rows_of(numbers: list[int]) -> list[Tensor]:
-    return [one[numbers] for one in data_of().tensors]
+    return [tensor[numbers] for tensor in data_of().tensors]
 
 
-def by_the_rule(world: int, drop_last: bool) -> dict[str, Tensor]:
-    """Train by the mean over ranks of the means of their batches, in one process."""
+def plain_loop(world: int, drop_last: bool) -> dict[str, Tensor]:
+    """Train in one process on the mean over ranks of their mean losses."""
     model = model_of()
     optimizer = momentum(model.parameters())
     for epoch in range(2):
         for step in steps_of(epoch, world, drop_last):
-            backward(sum(loss_of(model, rows_of(one)) for one in step) / world)  # type: ignore[arg-type]
+            backward(sum(loss_of(model, rows_of(batch)) for batch in step) / world)  # type: ignore[arg-type]
             optimizer.step()
             optimizer.zero_grad()
     return model.state_dict()
@@ -83,9 +83,7 @@ def by_the_rule(world: int, drop_last: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize(("strategy", "world"), [("ring", 2), ("ring", 3), ("ps-sync", 3)])
-def test_a_step_has_the_mean_of_the_means_of_the_ranks_batches(
-    strategy: str, world: int, drop_last: bool
-) -> None:
+def test_step_averages_the_mean_losses_of_ranks(strategy: str, world: int, drop_last: bool) -> None:
     def train(config: Mapping[str, Any]) -> None:
         model = model_of()
         optimizer = momentum(model.parameters())
@@ -98,13 +96,13 @@ def test_a_step_has_the_mean_of_the_means_of_the_ranks_batches(
                 optimizer.zero_grad()
 
     run = call_on_ranks(train, job=function_job(world, strategy=strategy))
-    assert_equal(run.trained[1], by_the_rule(world, drop_last))
+    assert_equal(run.trained[1], plain_loop(world, drop_last))
 
 
-# --- each rank's part ------------------------------------------------------------------------
+# --- the batches of a rank --------------------------------------------------------------------
 
 
-class Odd(Dataset[int]):
+class Indices(Dataset[int]):
     def __init__(self, count: int = 23) -> None:
         self.count = count
 
@@ -118,73 +116,73 @@ class Odd(Dataset[int]):
 def prepared(
     rank: int = 0, world: int = 2, sampler: Any = None, **options: Any
 ) -> BatchSamplerLoader:
-    """Prepare a loader as a rank does, without the others."""
+    """Prepare a loader for one rank, without the others."""
 
-    def told(one: object, batch: RankBatch | None, waited_s: float, epoch: int) -> None:
-        del one, batch, waited_s, epoch
+    def on_batch(loader: object, batch: RankBatch | None, waited_s: float, epoch: int) -> None:
+        del loader, batch, waited_s, epoch
 
-    given = DataLoader(Odd(), batch_sampler=sampler or Buckets(), **options)
-    return BatchSamplerLoader(given, DataShard(rank, world, 5), torch.device("cpu"), told)
+    loader = DataLoader(Indices(), batch_sampler=sampler or Buckets(), **options)
+    return BatchSamplerLoader(loader, DataShard(rank, world, 5), torch.device("cpu"), on_batch)
 
 
-def a_pass(loader: BatchSamplerLoader) -> list[list[int]]:
+def read_epoch(loader: BatchSamplerLoader) -> list[list[int]]:
     return [batch.tolist() for batch in loader]
 
 
 @pytest.mark.parametrize(("loaders", "ranks"), [(0, [0, 1, 2]), (1, [1])])
-def test_ranks_take_turns_with_the_batches_of_each_epoch(loaders: int, ranks: list[int]) -> None:
+def test_batches_are_assigned_round_robin(loaders: int, ranks: list[int]) -> None:
     for rank in ranks:
         loader = prepared(rank, 3, num_workers=loaders, persistent_workers=loaders > 0)
         for epoch in range(3):
-            wanted = [step[rank] for step in steps_of(epoch, 3, drop_last=False)]
-            assert a_pass(loader) == wanted
-            assert len(loader) == len(wanted)
-        loader.batch_sampler.set_epoch(1)  # as loops under DDP say it
-        assert a_pass(loader)[0] == batches_of(1)[rank]
-    assert len({len(batches_of(epoch)) for epoch in range(3)}) > 1, "of several lengths"
+            expected = [step[rank] for step in steps_of(epoch, 3, drop_last=False)]
+            assert read_epoch(loader) == expected
+            assert len(loader) == len(expected)
+        loader.batch_sampler.set_epoch(1)  # as in loops under DDP
+        assert read_epoch(loader)[0] == batches_of(1)[rank]
+    assert len({len(batches_of(epoch)) for epoch in range(3)}) > 1, "epochs have different lengths"
 
 
-def test_a_loop_may_tell_its_own_batch_sampler_the_epoch() -> None:
+def test_set_epoch_of_the_own_batch_sampler() -> None:
     buckets = Buckets()
     loader = prepared(1, 2, buckets)
     for epoch in (4, 2):
         buckets.set_epoch(epoch)
-        assert a_pass(loader)[0] == batches_of(epoch)[1]
+        assert read_epoch(loader)[0] == batches_of(epoch)[1]
 
 
-def test_the_same_epoch_may_be_told_again() -> None:
+def test_set_epoch_may_repeat_an_epoch() -> None:
     buckets = Buckets()
     loader = prepared(1, 2, buckets)
-    for tell in (buckets.set_epoch, loader.sampler.set_epoch, loader.set_epoch):
+    for set_epoch in (buckets.set_epoch, loader.sampler.set_epoch, loader.set_epoch):
         for epoch in (0, 0, 0, 2, 2):
-            tell(epoch)
-            assert a_pass(loader)[0] == batches_of(epoch)[1]
-        assert a_pass(loader)[0] == batches_of(3)[1], "the next one follows"
+            set_epoch(epoch)
+            assert read_epoch(loader)[0] == batches_of(epoch)[1]
+        assert read_epoch(loader)[0] == batches_of(3)[1], "the next epoch follows"
 
 
-def test_the_length_is_that_of_the_epoch_that_was_told() -> None:
-    wanted = {epoch: -(-len(batches_of(epoch)) // 2) for epoch in range(9)}
+def test_length_follows_set_epoch() -> None:
+    expected = {epoch: -(-len(batches_of(epoch)) // 2) for epoch in range(9)}
     buckets = Buckets()
     loader = prepared(1, 2, buckets)
     for epoch in range(9):
         loader.set_epoch(epoch)
-        assert len(loader) == wanted[epoch]
+        assert len(loader) == expected[epoch]
         loader.load_state_dict({"epoch": (epoch + 4) % 9, "batches": 2})
-        assert len(loader) == wanted[(epoch + 4) % 9]
+        assert len(loader) == expected[(epoch + 4) % 9]
         buckets.set_epoch(epoch)
-        assert len(loader) == wanted[epoch]
-        assert len(a_pass(loader)) == wanted[epoch] == len(loader)
-    assert len({*wanted.values()}) > 2
+        assert len(loader) == expected[epoch]
+        assert len(read_epoch(loader)) == expected[epoch] == len(loader)
+    assert len({*expected.values()}) > 2
 
 
-def test_the_end_of_a_pass_is_a_position_too() -> None:
+def test_position_at_the_end_of_an_epoch() -> None:
     loader = prepared(1, 2)
     loader.load_state_dict({"epoch": 2, "batches": 2 * -(-len(batches_of(2)) // 2)})
-    assert a_pass(loader) == []
-    assert a_pass(loader)[0] == batches_of(3)[1]
+    assert read_epoch(loader) == []
+    assert read_epoch(loader)[0] == batches_of(3)[1]
 
 
-def test_one_that_counts_its_passes_itself_goes_on_where_it_was() -> None:
+def test_batch_sampler_that_counts_epochs_resumes() -> None:
     class Counting(Buckets):
         def __iter__(self) -> Iterator[list[int]]:
             batches = self.batches()
@@ -193,40 +191,40 @@ def test_one_that_counts_its_passes_itself_goes_on_where_it_was() -> None:
 
     loader = prepared(1, 2, Counting())
     for epoch in range(2):
-        assert a_pass(loader)[0] == batches_of(epoch)[1]
+        assert read_epoch(loader)[0] == batches_of(epoch)[1]
     resumed = prepared(1, 2, Counting())
     resumed.load_state_dict({"epoch": 5, "batches": 2})
-    assert a_pass(resumed)[0] == batches_of(5)[3]
+    assert read_epoch(resumed)[0] == batches_of(5)[3]
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-async"])
-def test_gathered_metrics_are_of_every_sample_once(strategy: str) -> None:
+def test_gather_for_metrics_has_every_sample_once(strategy: str) -> None:
     def train(config: Mapping[str, Any]) -> None:
-        loader = distplat.prepare(DataLoader(Odd(), batch_sampler=Buckets()))
+        loader = distplat.prepare(DataLoader(Indices(), batch_sampler=Buckets()))
         for _ in range(3):
-            found = [distplat.gather_for_metrics(batch) for batch in loader]
-            assert sorted(torch.cat(found).tolist()) == [*range(23)]
+            gathered = [distplat.gather_for_metrics(batch) for batch in loader]
+            assert sorted(torch.cat(gathered).tolist()) == [*range(23)]
 
     call_on_ranks(train, job=function_job(3, strategy=strategy))
 
 
-@pytest.mark.parametrize("made", range(11))
-def test_a_loop_goes_on_where_its_checkpoint_was_taken(made: int) -> None:
+@pytest.mark.parametrize("steps", range(11))
+def test_resumes_at_the_position_of_a_checkpoint(steps: int) -> None:
     leader = prepared()
-    given = (batch for _ in range(3) for batch in leader)
-    for _ in range(made):
-        next(given)
+    batches = (batch for _ in range(3) for batch in leader)
+    for _ in range(steps):
+        next(batches)
     state = leader.state_dict()
     for rank in range(2):
         whole = prepared(rank)
-        wanted = [batch for _ in range(3) for batch in a_pass(whole)]
+        expected = [batch for _ in range(3) for batch in read_epoch(whole)]
         resumed = prepared(rank)
         resumed.load_state_dict(state)
-        rest = [batch for _ in range(state["epoch"], 3) for batch in a_pass(resumed)]
-        assert rest == wanted[made:]
+        rest = [batch for _ in range(state["epoch"], 3) for batch in read_epoch(resumed)]
+        assert rest == expected[steps:]
 
 
-def test_a_place_between_the_steps_is_told() -> None:
+def test_rejects_a_position_inside_of_a_step() -> None:
     loader = prepared(0, 2)
     with pytest.raises(
         ValueError, match=r"3 batches into epoch 1 is not the start of a step of 2 workers"
@@ -236,7 +234,7 @@ def test_a_place_between_the_steps_is_told() -> None:
         loader.load_state_dict({"epoch": 1, "samples": 4})
 
 
-def list_used_again() -> Iterator[Any]:
+def reused_list() -> Iterator[Any]:
     batch: list[int] = []
     for number in range(23):
         batch.append(number)
@@ -246,15 +244,15 @@ def list_used_again() -> Iterator[Any]:
     yield batch
 
 
-def array_used_again(buffer: Any) -> Iterator[Any]:
+def reused_array(buffer: Any) -> Iterator[Any]:
     for first in range(0, 20, 2):
         for place in range(2):
             buffer[place] = first + place
         yield buffer
 
 
-class Given(Sampler[Any]):
-    """Batches as a function gives them, with or without a length."""
+class CustomSampler(Sampler[Any]):
+    """A sampler of batches from a function, with or without a length."""
 
     def __init__(self, batches: Callable[[], Iterator[Any]], length: Any = None) -> None:
         self.batches, self.length = batches, length
@@ -265,40 +263,43 @@ class Given(Sampler[Any]):
     def __len__(self) -> int:
         if isinstance(self.length, Exception):
             raise self.length
-        return int(self.length)  # TypeError: it is None
+        return int(self.length)  # TypeError if None
 
 
 @pytest.mark.parametrize(
     "batches",
     [
-        list_used_again,
-        lambda: array_used_again(np.empty(2, np.int64)),
-        lambda: array_used_again(torch.empty(2, dtype=torch.int64)),
+        reused_list,
+        lambda: reused_array(np.empty(2, np.int64)),
+        lambda: reused_array(torch.empty(2, dtype=torch.int64)),
         lambda: map(iter, [[1, 2], [3], [4, 5], [6]]),
     ],
 )
-def test_a_batch_is_what_it_was_when_it_was_given(batches: Callable[[], Iterator[Any]]) -> None:
-    wanted = [[int(number) for number in batch] for batch in batches()]
+def test_batches_are_copied(batches: Callable[[], Iterator[Any]]) -> None:
+    expected = [[int(number) for number in batch] for batch in batches()]
     for rank in range(2):
-        assert a_pass(prepared(rank, 2, Given(batches, len(wanted))))[:2] == wanted[rank::2][:2]
+        assert (
+            read_epoch(prepared(rank, 2, CustomSampler(batches, len(expected))))[:2]
+            == expected[rank::2][:2]
+        )
 
 
 @pytest.mark.parametrize("error", [None, ValueError("num_steps"), NotImplementedError()])
-def test_batches_need_no_length(error: Exception | None) -> None:
+def test_batch_sampler_without_length(error: Exception | None) -> None:
     def train(config: Mapping[str, Any]) -> None:
-        given = Given(lambda: iter(batches_of(0)), error)
-        loader = distplat.prepare(DataLoader(Odd(), batch_sampler=given))
-        wanted = [step[distplat.get_context().rank] for step in steps_of(0, 2, drop_last=False)]
-        assert a_pass(loader) == wanted and len(loader) == len(wanted)
+        sampler = CustomSampler(lambda: iter(batches_of(0)), error)
+        loader = distplat.prepare(DataLoader(Indices(), batch_sampler=sampler))
+        expected = [step[distplat.get_context().rank] for step in steps_of(0, 2, drop_last=False)]
+        assert read_epoch(loader) == expected and len(loader) == len(expected)
 
     call_on_ranks(train, 2)
 
 
-# --- a data set that is asked for whole batches ----------------------------------------------
+# --- data sets that are indexed with whole batches --------------------------------------------
 
 
-class Whole(Odd):
-    """As a data set of Hugging Face's, which reads many rows at once."""
+class BatchIndices(Indices):
+    """A data set that reads many rows at once, like those of Hugging Face."""
 
     def __getitem__(self, index: Any) -> Any:
         assert isinstance(index, list)
@@ -307,20 +308,20 @@ class Whole(Odd):
 
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_a_sampler_of_batches_is_one_of_their_samples(world: int, drop_last: bool) -> None:
+def test_sampler_of_batches_matches_batch_size(world: int, drop_last: bool) -> None:
     def train(config: Mapping[str, Any]) -> None:
         order = BatchSampler(range(23), 4, drop_last)
-        whole = DataLoader(Whole(), batch_size=None, sampler=order)
-        single = DataLoader(Odd(), batch_size=4, drop_last=drop_last)
+        whole = DataLoader(BatchIndices(), batch_size=None, sampler=order)
+        single = DataLoader(Indices(), batch_size=4, drop_last=drop_last)
         whole, single = distplat.prepare(whole, single)
         assert (len(whole), whole.batch_size) == (len(single), 4)
         for _ in range(2):
-            assert [one.tolist() for one in whole] == [one.tolist() for one in single]
+            assert [b.tolist() for b in whole] == [b.tolist() for b in single]
 
     call_on_ranks(train, world)
 
 
-def test_a_sampler_of_batches_of_several_sizes_is_dealt_out_too() -> None:
+def test_sampler_of_batches_of_several_sizes() -> None:
     class Uneven(BatchSampler):
         def __iter__(self) -> Iterator[list[int]]:
             return iter([[0, 1], [2], [3, 4, 5]])
@@ -329,19 +330,19 @@ def test_a_sampler_of_batches_of_several_sizes_is_dealt_out_too() -> None:
             return 3
 
     def train(config: Mapping[str, Any]) -> None:
-        given = DataLoader(Whole(), batch_size=None, sampler=Uneven(range(6), 2, False))
-        loader, rank = distplat.prepare(given), distplat.get_context().rank
-        wanted = [[0, 1], [3, 4, 5]] if rank == 0 else [[2], [0, 1]]
-        assert [one.tolist() for one in loader] == wanted
+        unprepared = DataLoader(BatchIndices(), batch_size=None, sampler=Uneven(range(6), 2, False))
+        loader, rank = distplat.prepare(unprepared), distplat.get_context().rank
+        expected = [[0, 1], [3, 4, 5]] if rank == 0 else [[2], [0, 1]]
+        assert [batch.tolist() for batch in loader] == expected
 
     call_on_ranks(train, 2)
 
 
-# --- refused ---------------------------------------------------------------------------------
+# --- unsupported ------------------------------------------------------------------------------
 
 
-class Drawing(Buckets):
-    """Keeps a generator, so another pass has other batches."""
+class Reshuffling(Buckets):
+    """Keeps a generator, so that each pass has other batches."""
 
     generator = random.Random(1)
 
@@ -349,8 +350,8 @@ class Drawing(Buckets):
         return [[number] for number in self.generator.sample(range(9), 9)]
 
 
-class Threes(BatchSampler):
-    """Has a batch size, and batches of other sizes."""
+class MixedSizes(BatchSampler):
+    """A `BatchSampler` whose batches do not have its batch size."""
 
     def __iter__(self) -> Iterator[list[int]]:
         return iter([[0], [1, 2], [3, 4]])
@@ -359,29 +360,35 @@ class Threes(BatchSampler):
         return 3
 
 
-def unending(most: int) -> Iterator[list[int]]:
-    for _ in range(most + 1):
+def endless(limit: int) -> Iterator[list[int]]:
+    for _ in range(limit + 1):
         yield [0]
-    raise AssertionError("it is asked for more than shows that it does not end")
+    raise AssertionError("read more batches than the limit")
 
 
-class Own(Buckets):
-    """Gives the batches of one rank, and does not say so."""
+class RankBatches(Buckets):
+    """Yields the batches of one rank, without `rank` and `num_replicas`."""
 
     def batches(self) -> list[list[int]]:
         return super().batches()[distplat.get_context().rank :: 2]
 
 
-REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
     "no end": (
-        lambda: Given(lambda: unending(500), 5),
-        "a Given, which yields more than 500 batches in a pass.*end its __iter__",
+        lambda: CustomSampler(lambda: endless(500), 5),
+        "a CustomSampler, which yields more than 500 batches in a pass.*end its __iter__",
     ),
-    "no end, no length": (lambda: Given(lambda: unending(2300)), "yields more than 2300 batches"),
-    "draws": (Drawing, "a Drawing, which yields another order in each"),
-    "by rank": (Own, "another order on rank 1 than on rank 0.*attributes rank and num_replicas"),
+    "no end, no length": (
+        lambda: CustomSampler(lambda: endless(2300)),
+        "yields more than 2300 batches",
+    ),
+    "draws": (Reshuffling, "a Reshuffling, which yields another order in each"),
+    "by rank": (
+        RankBatches,
+        "another order on rank 1 than on rank 0.*attributes rank and num_replicas",
+    ),
     "too few, of a size": (
-        lambda: Threes(range(5), 4, drop_last=True),
+        lambda: MixedSizes(range(5), 4, drop_last=True),
         "gives no batch: of 3 batches each of 4 workers has less than one, and drop_last",
     ),
     "too few": (
@@ -391,26 +398,26 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_dealt_out_is_told(name: str) -> None:
-    make, text = REFUSED[name]
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_rejects_unsupported_batch_samplers(name: str) -> None:
+    make, message = UNSUPPORTED[name]
 
     def train(config: Mapping[str, Any]) -> None:
-        distplat.prepare(DataLoader(Odd(), batch_sampler=make()))
+        distplat.prepare(DataLoader(Indices(), batch_sampler=make()))
 
-    with pytest.raises(SpecError, match=f"(?s){text}"):
+    with pytest.raises(SpecError, match=f"(?s){message}"):
         call_on_ranks(train, 4 if name == "too few, of a size" else 2)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_batches_that_part_in_a_later_epoch_are_told(strategy: str) -> None:
-    class Later(Buckets):
+def test_rejects_batches_that_differ_in_a_later_epoch(strategy: str) -> None:
+    class DifferentLater(Buckets):
         def batches(self) -> list[list[int]]:
             batches = super().batches()
             return batches[::-1] if self.epoch and distplat.get_context().rank else batches
 
     def train(config: Mapping[str, Any]) -> None:
-        loader = DataLoader(data_of(), batch_sampler=Later())
+        loader = DataLoader(data_of(), batch_sampler=DifferentLater())
         model, loader = distplat.prepare(model_of(), loader)
         for _ in range(2):
             for batch in loader:

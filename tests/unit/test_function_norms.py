@@ -1,4 +1,4 @@
-"""Synchronized batch norm in a train function."""
+"""`nn.SyncBatchNorm` in a train function."""
 
 import copy
 from typing import Any
@@ -17,8 +17,8 @@ from distplat.platform.errors import SpecError
 
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_synchronized_batch_norm_is_over_all_ranks(world: int, momentum: float | None) -> None:
-    """Two models have it, one behind the other: each its own statistics."""
+def test_sync_batch_norm_matches_one_process(world: int, momentum: float | None) -> None:
+    """Two models in sequence, each with its own statistics."""
 
     def models() -> tuple[nn.Module, nn.Module]:
         wide, narrow = (nn.BatchNorm1d(n, momentum=momentum).double() for n in (6, 1))
@@ -28,28 +28,28 @@ def test_synchronized_batch_norm_is_over_all_ranks(world: int, momentum: float |
     def steps(first: nn.Module, second: nn.Module, rank: int = 0, world: int = 1) -> None:
         optimizer = torch.optim.SGD([*first.parameters(), *second.parameters()], lr=0.1)
         for _ in range(4):
-            inputs, targets = (one[rank::world] for one in data_of().tensors)
+            inputs, targets = (tensor[rank::world] for tensor in data_of().tensors)
             backward((second(first(inputs)) - targets).square().mean())
             optimizer.step()
             optimizer.zero_grad()
 
     def train(config: Any) -> None:
-        made = map(nn.SyncBatchNorm.convert_sync_batchnorm, models())
+        models_with_sync = map(nn.SyncBatchNorm.convert_sync_batchnorm, models())
         context = distplat.get_context()
-        first, second = distplat.prepare(*made)
+        first, second = distplat.prepare(*models_with_sync)
         steps(first, second, context.rank, context.world)
 
     whole = models()
     steps(*whole)
-    expected = {f"{n}.{k}": v for n, one in enumerate(whole) for k, v in one.state_dict().items()}
-    for found in call_on_ranks(train, world).trained:
-        assert found.keys() == expected.keys()
+    expected = {f"{n}.{k}": v for n, m in enumerate(whole) for k, v in m.state_dict().items()}
+    for trained in call_on_ranks(train, world).trained:
+        assert trained.keys() == expected.keys()
         for name, value in expected.items():
-            assert torch.allclose(found[name], value, rtol=1e-10, atol=1e-12), name
+            assert torch.allclose(trained[name], value, rtol=1e-10, atol=1e-12), name
 
 
 class Branching(nn.Module):
-    """On rank 1 it does not reach `extra` in the second step."""
+    """A model with an optional layer, which rank 1 does not use in the second step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,8 +61,8 @@ class Branching(nn.Module):
         return y + self.extra(y) if extra else y
 
 
-def test_a_parameter_that_one_rank_does_not_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its bucket is complete on the other rank, whose hook may not wait: the layer needs both."""
+def test_overlap_with_a_parameter_unused_on_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rank's hook must not block on the bucket: `SyncBatchNorm` needs both ranks."""
     initial = Branching()
 
     def train(config: Any) -> None:
@@ -75,15 +75,15 @@ def test_a_parameter_that_one_rank_does_not_reach(monkeypatch: pytest.MonkeyPatc
             backward(model(inputs, extra=(step, rank) != (1, 1)).square().mean())
             optimizer.step()
 
-    def trained(overlap: bool) -> list[dict[str, Tensor]]:
+    def train_with(overlap: bool) -> list[dict[str, Tensor]]:
         strategy = {"name": "ring", "bucket_mb": 1e-4, "overlap": overlap}
         return call_on_ranks(train, job=function_job(2, strategy=strategy)).trained
 
-    wanted = trained(overlap=False)
+    references = train_with(overlap=False)
     block_starts(monkeypatch, said=True)
-    for found, expected in zip(trained(overlap=True), wanted, strict=True):
+    for trained, expected in zip(train_with(overlap=True), references, strict=True):
         for name, value in expected.items():
-            assert torch.equal(found[name], value), name
+            assert torch.equal(trained[name], value), name
 
 
 def with_norm(*, synced: bool = False) -> nn.Module:
@@ -93,35 +93,35 @@ def with_norm(*, synced: bool = False) -> nn.Module:
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_a_copy_of_a_model_with_sync_batch_norm_is_computed_like_it(strategy: str) -> None:
-    """A teacher that is in training mode, and follows its student."""
+def test_copy_of_a_model_synchronizes_its_batch_norm(strategy: str) -> None:
+    """A teacher in training mode whose weights follow the student's."""
 
     def steps(student: nn.Module, rank: int = 0, world: int = 1) -> None:
         teacher = copy.deepcopy(student).requires_grad_(False)
         optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
         for _ in range(4):
-            inputs, targets = (one[rank::world] for one in data_of().tensors)
+            inputs, targets = (tensor[rank::world] for tensor in data_of().tensors)
             backward((student(inputs) - 0.1 * teacher(inputs) - targets).square().mean())
             optimizer.step()
             optimizer.zero_grad()
             with torch.no_grad():
-                for mine, other in zip(teacher.parameters(), student.parameters(), strict=True):
-                    mine.lerp_(other, 0.1)
+                for mean, parameter in zip(teacher.parameters(), student.parameters(), strict=True):
+                    mean.lerp_(parameter, 0.1)
 
     def train(config: Any) -> None:
-        place = distplat.get_context()
+        context = distplat.get_context()
         model = distplat.prepare(with_norm(synced=True))
-        steps(model, place.rank, place.world)
+        steps(model, context.rank, context.world)
 
     whole = with_norm()
     steps(whole)
-    for found in call_on_ranks(train, job=function_job(2, strategy=strategy)).trained:
+    for trained in call_on_ranks(train, job=function_job(2, strategy=strategy)).trained:
         for name, value in whole.state_dict().items():
-            assert torch.allclose(found[name], value, rtol=1e-10, atol=1e-12), name
+            assert torch.allclose(trained[name], value, rtol=1e-10, atol=1e-12), name
 
 
-def test_a_model_may_keep_a_copy_of_its_sync_batch_norm() -> None:
-    """Such as the teacher of BYOL, in a module of the student's."""
+def test_model_may_contain_a_copy_of_itself() -> None:
+    """As the teacher of BYOL, which is a submodule of the student."""
 
     def train(config: Any) -> None:
         model = distplat.prepare(with_norm(synced=True))
@@ -132,7 +132,7 @@ def test_a_model_may_keep_a_copy_of_its_sync_batch_norm() -> None:
     call_on_ranks(train, 2)
 
 
-def test_sync_batch_norm_that_comes_behind_prepare_is_refused() -> None:
+def test_rejects_sync_batch_norm_after_prepare() -> None:
     def train(config: Any) -> None:
         convert: Any = nn.SyncBatchNorm.convert_sync_batchnorm
         model = convert(distplat.prepare(with_norm()))

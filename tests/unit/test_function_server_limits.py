@@ -1,4 +1,4 @@
-"""What servers cannot follow in a train function is refused."""
+"""Changes in a train function that servers do not support are rejected."""
 
 import copy
 import re
@@ -27,7 +27,7 @@ import distplat
 from distplat.platform.errors import MismatchError, NonFiniteError, SpecError
 
 
-def test_a_rank_with_fewer_backwards_is_named() -> None:
+def test_error_names_a_rank_with_fewer_backwards() -> None:
     def train(config: Any) -> None:
         rank = distplat.get_context().rank
         model = distplat.prepare(model_of())
@@ -37,7 +37,7 @@ def test_a_rank_with_fewer_backwards_is_named() -> None:
         under(SYNC, train, 2)
 
 
-def test_a_gradient_that_is_not_finite_is_named() -> None:
+def test_error_names_a_non_finite_gradient() -> None:
     def train(config: Any) -> None:
         first, second = distplat.prepare(nn.Linear(4, 4).double(), model_of())
         infinite = float("inf") if distplat.get_context().rank else 1.0
@@ -62,7 +62,7 @@ def set_flag(model: nn.Module, optimizer: Any) -> None:
     optimizer.param_groups[0]["nesterov"] = True
 
 
-LATE: dict[str, Callable[[nn.Module, Any], object]] = {
+LATE_CHANGES: dict[str, Callable[[nn.Module, Any], object]] = {
     "a model": lambda model, optimizer: distplat.prepare(nn.Linear(1, 1)),
     "an optimizer": lambda model, optimizer: distplat.prepare(adam(model.parameters())),
     "unprepared": lambda model, optimizer: adam(model.parameters()).step(),
@@ -74,8 +74,8 @@ LATE: dict[str, Callable[[nn.Module, Any], object]] = {
     "reset": lambda model, optimizer: optimizer.state.clear(),
     "another state": lambda model, optimizer: setattr(optimizer, "state", defaultdict(dict)),
     "read": lambda model, optimizer: optimizer.state[model.get_parameter("0.weight")],
-    "gone through": lambda model, optimizer: [*optimizer.state.items()],
-    "asked": lambda model, optimizer: model.get_parameter("0.weight") in optimizer.state,
+    "iterated": lambda model, optimizer: [*optimizer.state.items()],
+    "tested": lambda model, optimizer: model.get_parameter("0.weight") in optimizer.state,
     "counted": lambda model, optimizer: len(optimizer.state),
     "copied": lambda model, optimizer: copy.deepcopy(optimizer),
     "a group": lambda model, optimizer: optimizer.add_param_group(
@@ -85,7 +85,7 @@ LATE: dict[str, Callable[[nn.Module, Any], object]] = {
 
 
 @pytest.mark.parametrize(
-    ("strategy", "kind", "text"),
+    ("strategy", "change", "text"),
     [
         (SYNC, "a model", "prepare all models before the first backward"),
         (ASYNC, "a model", "prepare all models and optimizers before the first step"),
@@ -97,8 +97,8 @@ LATE: dict[str, Callable[[nn.Module, Any], object]] = {
         (ASYNC, "loaded", "got a state_dict after the first step"),
         (ASYNC, "reset", "optimizer.state was used after the first step"),
         (ASYNC, "another state", "optimizer.state was used after the first step"),
-        (ASYNC, "gone through", "optimizer.state was used after the first step"),
-        (ASYNC, "asked", "optimizer.state was used after the first step"),
+        (ASYNC, "iterated", "optimizer.state was used after the first step"),
+        (ASYNC, "tested", "optimizer.state was used after the first step"),
         (ASYNC, "counted", "optimizer.state was used after the first step"),
         (ASYNC, "copied", "optimizer.state was used after the first step"),
         (ASYNC, "read", r"read it with optimizer.state_dict\(\)"),
@@ -106,25 +106,25 @@ LATE: dict[str, Callable[[nn.Module, Any], object]] = {
         (ASYNC, "a group", "got parameters after the first step"),
     ],
 )
-def test_what_servers_cannot_follow_is_refused(
-    strategy: Mapping[str, Any], kind: str, text: str
+def test_rejects_changes_after_the_first_step(
+    strategy: Mapping[str, Any], change: str, text: str
 ) -> None:
     def train(config: Any) -> None:
         model = model_of()
         optimizer = momentum(model.parameters())
         model, optimizer = distplat.prepare(model, optimizer)
         steps_of(model, optimizer, 1)
-        LATE[kind](model, optimizer)
+        LATE_CHANGES[change](model, optimizer)
         steps_of(model, optimizer, 1)
 
     with pytest.raises(SpecError) as caught:
         under(strategy, train, 1)
-    said = " ".join([str(caught.value), *(one.hint for one in caught.value.problems)])
-    assert re.search(text, said), said
+    message = " ".join([str(caught.value), *(p.hint for p in caught.value.problems)])
+    assert re.search(text, message), message
 
 
-class Mine(torch.optim.SGD):
-    """A class of the user's."""
+class CustomSGD(torch.optim.SGD):
+    """A user-defined optimizer."""
 
 
 def decoupled(parameters: Any) -> torch.optim.Optimizer:
@@ -134,24 +134,24 @@ def decoupled(parameters: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize(
     ("makes", "text"),
     [
-        ([lambda p: Mine(p, lr=0.1)], "not support Mine"),
+        ([lambda p: CustomSGD(p, lr=0.1)], "not support CustomSGD"),
         ([lambda p: torch.optim.LBFGS(p)], "not support LBFGS"),
         ([decoupled], "decoupled_weight_decay=True"),
         ([adam, momentum], "one class of optimizer, and got AdamW, SGD"),
     ],
 )
-def test_optimizers_that_servers_have_not_are_refused(makes: list[Make], text: str) -> None:
+def test_rejects_unsupported_optimizers(makes: list[Make], text: str) -> None:
     def train(config: Any) -> None:
         model = model_of()
-        layers = [one for one in model.children() if isinstance(one, nn.Linear)]
-        optimizers = [make(one.parameters()) for make, one in zip(makes, layers, strict=False)]
+        layers = [layer for layer in model.children() if isinstance(layer, nn.Linear)]
+        optimizers = [make(layer.parameters()) for make, layer in zip(makes, layers, strict=False)]
         distplat.prepare(model, *optimizers)
 
     with pytest.raises(SpecError, match=text):
         under(ASYNC, train, 1)
 
 
-def test_a_parameter_of_two_optimizers_is_refused() -> None:
+def test_rejects_a_parameter_of_two_optimizers() -> None:
     def train(config: Any) -> None:
         model = model_of()
         distplat.prepare(model, adam(model.parameters()), adam([*model.parameters()][:1]))
@@ -160,7 +160,7 @@ def test_a_parameter_of_two_optimizers_is_refused() -> None:
         under(ASYNC, train, 1)
 
 
-def test_a_parameter_of_no_prepared_model_is_refused_on_one_rank_too() -> None:
+def test_rejects_a_parameter_of_no_model_with_one_rank() -> None:
     def train(config: Any) -> None:
         model, loose = model_of(), nn.Parameter(torch.ones(1).double())
         optimizer = momentum([*model.parameters(), loose])

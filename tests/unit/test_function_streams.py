@@ -1,4 +1,4 @@
-"""Streams in a train function: each rank's part, the end of a pass, the place after a restart."""
+"""Streams in a train function: parts of ranks, ends of epochs, positions after a resume."""
 
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -25,29 +25,29 @@ COUNT = 23
 
 
 class Numbers(IterableDataset[int]):
-    """Its state is where it is; what it was asked for is counted."""
+    """A stateful data set that counts the samples read."""
 
-    asked = 0
+    samples_read = 0
 
     def __init__(self, count: int = COUNT) -> None:
-        self.count, self.place = count, 0
+        self.count, self.position = count, 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"place": self.place}
+        return {"position": self.position}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.place = state["place"]
+        self.position = state["position"]
 
     def __iter__(self) -> Iterator[int]:
-        while self.place < self.count:
-            self.place += 1
-            Numbers.asked += 1
-            yield self.place - 1
-        self.place = 0
+        while self.position < self.count:
+            self.position += 1
+            Numbers.samples_read += 1
+            yield self.position - 1
+        self.position = 0
 
 
-class Plain(IterableDataset[int]):
-    """It has no state, and shuffles itself anew in each pass, differently by its epoch, too."""
+class StatelessNumbers(IterableDataset[int]):
+    """A data set without state, which may shuffle in each pass."""
 
     def __init__(self, count: int = COUNT, *, shuffles: bool = False) -> None:
         self.count, self.shuffles, self.epoch = count, shuffles, -1
@@ -62,37 +62,37 @@ class Plain(IterableDataset[int]):
         yield from order
 
 
-class Sharing(Plain):
-    """Cuts itself by loader, as torch's documentation shows."""
+class SplitByLoader(StatelessNumbers):
+    """A data set split by loader process, as in torch's documentation."""
 
     def __iter__(self) -> Iterator[int]:
         info = get_worker_info()
-        for place, number in enumerate(super().__iter__()):
-            if info is None or place % info.num_workers == info.id:
+        for index, number in enumerate(super().__iter__()):
+            if info is None or index % info.num_workers == info.id:
                 yield number
 
 
-def a_pass(loader: ShardedLoader) -> list[list[int]]:
+def read_epoch(loader: ShardedLoader) -> list[list[int]]:
     return [batch.tolist() for batch in loader]
 
 
 def read_twice(data: Any, rank: int, world: int, *, drop_last: bool) -> tuple[Any, Any]:
-    """Give the batches of two passes, and what the session is told of each."""
-    heard: list[tuple[int, int, int]] = []
+    """Return the batches of two epochs, and the counts that the session receives per batch."""
+    batch_infos: list[tuple[int, int, int]] = []
 
-    def read(one: object, batch: RankBatch | None, waited_s: float, epoch: int) -> None:
+    def on_batch(loader: object, batch: RankBatch | None, waited_s: float, epoch: int) -> None:
         if batch is not None:
-            heard.append((epoch, batch.samples, batch.unique))
+            batch_infos.append((epoch, batch.samples, batch.unique))
 
-    loader = loader_of(data, rank, world, read=read, drop_last=drop_last)
-    return [a_pass(loader) for _ in range(2)], heard
+    loader = loader_of(data, rank, world, read=on_batch, drop_last=drop_last)
+    return [read_epoch(loader) for _ in range(2)], batch_infos
 
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 5, 12, COUNT])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_batches_are_those_of_the_same_samples_by_number(
+def test_batches_match_those_of_a_map_style_data_set(
     world: int, count: int, drop_last: bool
 ) -> None:
     lengths = set()
@@ -103,125 +103,124 @@ def test_batches_are_those_of_the_same_samples_by_number(
         )
         assert streamed == numbered
         lengths.add(len(streamed[0][0]))
-    assert len(lengths) == 1, "all ranks have as many batches"
+    assert len(lengths) == 1, "ranks have different numbers of batches"
 
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize("kind", [Plain, Sharing])
-def test_loader_processes_lose_no_sample_and_shuffle_anew(
-    kind: type[Plain], persistent: bool
+@pytest.mark.parametrize("cls", [StatelessNumbers, SplitByLoader])
+def test_loader_processes_keep_all_samples_and_reshuffle(
+    cls: type[StatelessNumbers], persistent: bool
 ) -> None:
     options = {"num_workers": 2, "persistent_workers": persistent}
-    alone = [loader_of(kind(shuffles=True), rank, 2) for rank in range(2)]
-    shared = [loader_of(kind(shuffles=True), rank, 2, **options) for rank in range(2)]
-    passes = [[a_pass(one) for _ in range(2)] for one in alone]
-    assert [[a_pass(one) for _ in range(2)] for one in shared] == passes
+    alone = [loader_of(cls(shuffles=True), rank, 2) for rank in range(2)]
+    shared = [loader_of(cls(shuffles=True), rank, 2, **options) for rank in range(2)]
+    epochs = [[read_epoch(loader) for _ in range(2)] for loader in alone]
+    assert [[read_epoch(loader) for _ in range(2)] for loader in shared] == epochs
     for number in range(2):
-        union = [n for rank in passes for batch in rank[number] for n in batch]
+        union = [n for rank in epochs for batch in rank[number] for n in batch]
         assert {*union} == {*range(COUNT)}
-        assert len(union) == COUNT + 1, "one is repeated, so that both ranks have as many"
-    assert passes[0][0] != passes[0][1]
+        assert len(union) == COUNT + 1, "one sample is repeated for equal lengths"
+    assert epochs[0][0] != epochs[0][1]
     shared[0].set_epoch(0)
-    assert a_pass(shared[0]) == passes[0][0]
+    assert read_epoch(shared[0]) == epochs[0][0]
 
 
-def test_it_is_told_its_epoch_and_has_a_length_if_the_stream_has() -> None:
-    class Long(Plain):
+def test_stream_with_set_epoch_and_length() -> None:
+    class SizedStream(StatelessNumbers):
         def __len__(self) -> int:
             return self.count
 
         def __iter__(self) -> Iterator[int]:
             return iter([self.epoch])
 
-    loader = loader_of(Long(), world=2)
-    assert [a_pass(loader)[0][0] for _ in range(2)] == [0, 1]
+    loader = loader_of(SizedStream(), world=2)
+    assert [read_epoch(loader)[0][0] for _ in range(2)] == [0, 1]
     loader.set_epoch(7)
-    assert a_pass(loader) == [[7]]
+    assert read_epoch(loader) == [[7]]
     assert len(loader) == 4
-    assert len(loader_of(Long(), world=2, drop_last=True)) == 3
+    assert len(loader_of(SizedStream(), world=2, drop_last=True)) == 3
     with pytest.raises(TypeError, match="if its stream has none"):
-        len(loader_of(Plain()))
+        len(loader_of(StatelessNumbers()))
 
 
-def test_two_passes_at_once_do_not_disturb_each_other() -> None:
+def test_two_concurrent_iterators_are_independent() -> None:
     loader = loader_of(Numbers())
     assert [(a.tolist(), b.tolist()) for a, b in zip(loader, loader, strict=True)] == [
-        (one, one) for one in a_pass(loader_of(Numbers()))
+        (batch, batch) for batch in read_epoch(loader_of(Numbers()))
     ]
 
 
-# --- the place -------------------------------------------------------------------------------
-
+# --- positions -------------------------------------------------------------------------------
 
 SOURCES: dict[str, Callable[[], Any]] = {
     "stateful": Numbers,
-    "shuffled": lambda: Plain(shuffles=True),
+    "shuffled": lambda: StatelessNumbers(shuffles=True),
     "numbered": lambda: [*range(COUNT)],
 }
 
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("made", range(10))
-def test_a_loop_goes_on_where_its_checkpoint_was_taken(source: str, made: int) -> None:
-    """Rank 0's state is good for each rank; six batches are a pass."""
+@pytest.mark.parametrize("steps", range(10))
+def test_resumes_at_the_position_of_a_checkpoint(source: str, steps: int) -> None:
+    """The state of rank 0 is loaded on each rank; an epoch has six batches."""
     options = {"shuffle": True} if source == "numbered" else {}
 
     def new(rank: int) -> ShardedLoader:
         return loader_of(SOURCES[source](), rank, 2, batch=2, **options)
 
     leader = new(0)
-    given = (batch for _ in range(3) for batch in leader)
-    for _ in range(made):
-        next(given)
+    batches = (batch for _ in range(3) for batch in leader)
+    for _ in range(steps):
+        next(batches)
     state = leader.state_dict()
     for rank in range(2):
-        unfailed, resumed = new(rank), new(rank)
-        whole = [batch for _ in range(3) for batch in a_pass(unfailed)]
+        uninterrupted, resumed = new(rank), new(rank)
+        whole = [batch for _ in range(3) for batch in read_epoch(uninterrupted)]
         resumed.load_state_dict(state)
         epoch = state["epoch"]
-        resumed.set_epoch(epoch)  # as a loop over epochs says it
-        rest = [batch for _ in range(epoch, 3) for batch in a_pass(resumed)]
-        assert rest == whole[made:]
+        resumed.set_epoch(epoch)  # as in a loop over epochs
+        rest = [batch for _ in range(epoch, 3) for batch in read_epoch(resumed)]
+        assert rest == whole[steps:]
         resumed.set_epoch(epoch)
-        assert a_pass(resumed) == whole[epoch * 6 :][:6], "anew, from its start"
+        assert read_epoch(resumed) == whole[epoch * 6 :][:6], "starts again"
 
 
-def test_after_a_pass_the_place_is_the_start_of_the_next() -> None:
+def test_position_after_an_epoch_is_the_start_of_the_next() -> None:
     loader = loader_of(Numbers())
-    a_pass(loader)
+    read_epoch(loader)
     assert loader.state_dict() == {"epoch": 1, "samples": 0, "stream": None}
 
 
 @pytest.mark.parametrize("persistent", [False, True])
-def test_with_loader_processes_too(persistent: bool) -> None:
+def test_resumes_with_loader_processes(persistent: bool) -> None:
     options: Any = {"num_workers": 2, "persistent_workers": persistent}
     loader = loader_of(Numbers(), 0, 2, batch=2, **options)
-    whole = a_pass(loader)
-    again = iter(loader)
-    assert [next(again).tolist() for _ in range(3)] == whole[:3]
+    whole = read_epoch(loader)
+    iterator = iter(loader)
+    assert [next(iterator).tolist() for _ in range(3)] == whole[:3]
     state = loader.state_dict()
     assert state["stream"]["place"] == 8
     loader.load_state_dict(state)
-    assert a_pass(loader) == whole[3:]
+    assert read_epoch(loader) == whole[3:]
 
 
-def test_a_stream_with_a_state_is_not_read_from_its_start() -> None:
+def test_stateful_stream_does_not_read_skipped_samples() -> None:
     loader = loader_of(Numbers(1000), batch=10)
     batches = iter(loader)
     for _ in range(50):
         next(batches)
     state = loader.state_dict()
     resumed = loader_of(Numbers(1000), batch=10)
-    Numbers.asked = 0
+    Numbers.samples_read = 0
     resumed.load_state_dict(state)
     assert next(iter(resumed)).tolist() == [*range(500, 510)]
-    assert Numbers.asked <= 40
+    assert Numbers.samples_read <= 40
 
 
 @pytest.mark.parametrize("data", [Numbers(), [*range(COUNT)]])
-def test_places_that_no_batch_begins_at_are_told(data: Any) -> None:
+def test_rejects_a_position_inside_of_a_batch(data: Any) -> None:
     loader = loader_of(data, world=2, batch=4)
     with pytest.raises(
         ValueError, match=r"18 samples into epoch 1 is not the start of a batch of 4 on each"
@@ -230,7 +229,7 @@ def test_places_that_no_batch_begins_at_are_told(data: Any) -> None:
     with pytest.raises(ValueError, match=r"'epoch' and 'samples'; got a mapping of _snapshot"):
         loader.load_state_dict({"_snapshot": 3})
     loader.load_state_dict({"epoch": 1, "samples": 16, "stream": None})
-    assert len(a_pass(loader)) == 1
+    assert len(read_epoch(loader)) == 1
 
 
 # --- training --------------------------------------------------------------------------------
@@ -238,33 +237,33 @@ def test_places_that_no_batch_begins_at_are_told(data: Any) -> None:
 
 def rows(count: int = 22) -> list[tuple[Tensor, Tensor]]:
     inputs = torch.randn(count, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return [(one, one.square().sum(0, keepdim=True)) for one in inputs]
+    return [(row, row.square().sum(0, keepdim=True)) for row in inputs]
 
 
 class Rows(IterableDataset[Any]):
-    def __init__(self, found: list[tuple[Tensor, Tensor]]) -> None:
-        self.found = found
+    def __init__(self, rows: list[tuple[Tensor, Tensor]]) -> None:
+        self.rows = rows
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.found)
+        return iter(self.rows)
 
 
 def model_of() -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
     with torch.no_grad():
-        for one in model.parameters():
-            one.copy_(torch.randn(one.shape, generator=generator, dtype=torch.float64))
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
     return model
 
 
-def trained(data: Callable[[int], Any], strategy: str, world: int) -> dict[str, Tensor]:
-    """Train two epochs; a checkpoint in the middle of each, with the place in the data."""
+def train_two_epochs(data: Callable[[int], Any], strategy: str, world: int) -> dict[str, Tensor]:
+    """Train two epochs; report a checkpoint with the data position in each step."""
 
     def train(config: Mapping[str, Any]) -> None:
-        model, place = model_of(), distplat.get_context()
+        model, context = model_of(), distplat.get_context()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-        loader = DataLoader(data(place.rank), batch_size=4)
+        loader = DataLoader(data(context.rank), batch_size=4)
         model, optimizer, loader = distplat.prepare(model, optimizer, loader)
         for _ in range(2):
             for inputs, targets in loader:
@@ -281,50 +280,50 @@ def trained(data: Callable[[int], Any], strategy: str, world: int) -> dict[str, 
 @pytest.mark.parametrize(
     ("strategy", "world"), [("ring", 2), ("ring", 3), ("ps-sync", 2), ("ps-async", 1)]
 )
-def test_a_loop_trains_to_the_bits_of_the_numbered_samples(strategy: str, world: int) -> None:
-    streamed = trained(lambda rank: Rows(rows()), strategy, world)
-    numbered = trained(lambda rank: rows(), strategy, world)
+def test_stream_has_the_bits_of_a_map_style_data_set(strategy: str, world: int) -> None:
+    streamed = train_two_epochs(lambda rank: Rows(rows()), strategy, world)
+    numbered = train_two_epochs(lambda rank: rows(), strategy, world)
     for name, value in numbered.items():
         assert torch.equal(streamed[name], value), name
 
 
-def test_asynchronous_ranks_go_through_their_parts_at_their_own_pace() -> None:
-    seen: dict[int, list[int]] = {}
+def test_asynchronous_ranks_read_their_parts_independently() -> None:
+    numbers: dict[int, list[int]] = {}
 
     def train(config: Mapping[str, Any]) -> None:
         rank = distplat.get_context().rank
         loader = distplat.prepare(DataLoader(Numbers(), batch_size=4))
-        seen[rank] = [n for _ in range(rank + 1) for batch in loader for n in batch.tolist()]
+        numbers[rank] = [n for _ in range(rank + 1) for batch in loader for n in batch.tolist()]
 
     call_on_ranks(train, job=function_job(2, strategy="ps-async"))
-    assert seen[0] == [*range(0, COUNT, 2)]
-    assert seen[1] == [*range(1, COUNT, 2), 0] * 2
+    assert numbers[0] == [*range(0, COUNT, 2)]
+    assert numbers[1] == [*range(1, COUNT, 2), 0] * 2
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 @pytest.mark.parametrize(
-    "change", [lambda found: found[:18], lambda found: [*found[:16], *found[:1], *found[17:]]]
+    "change", [lambda rows: rows[:18], lambda rows: [*rows[:16], *rows[:1], *rows[17:]]]
 )
-def test_ranks_whose_streams_part_later_are_told_at_once(
+def test_rejects_streams_that_differ_later(
     strategy: str, change: Callable[[list[Any]], list[Any]]
 ) -> None:
-    """The first 16 samples are the same. Of two streams the shorter one ends the pass of a rank."""
+    """The first 16 samples are equal. Then the stream of a rank ends, or has another sample."""
     data = lambda rank: Rows(change(rows(60)) if rank else rows(60))  # noqa: E731
     with pytest.raises(ValueError, match=r"in step 3 worker-. read another batch of a stream"):
-        trained(data, strategy, 2)
+        train_two_epochs(data, strategy, 2)
 
 
-def test_ranks_that_cut_the_stream_themselves_are_told() -> None:
+def test_rejects_streams_split_by_rank() -> None:
     with pytest.raises(SpecError, match="gives worker-1, worker-2 other samples than worker-0"):
-        trained(lambda rank: Rows(rows()[rank:]), "ring", 3)
+        train_two_epochs(lambda rank: Rows(rows()[rank:]), "ring", 3)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_ranks_may_read_streams_of_their_own_and_end_with_the_first_that_is_over(
+def test_unprepared_streams_end_with_the_shortest(
     strategy: str,
 ) -> None:
-    """By a loader that is not prepared, as docs/streams.md shows it."""
-    parts, made = (rows()[:14], rows()[14:]), [0, 0]
+    """Loaders that are not prepared, as in docs/streams.md."""
+    parts, steps_done = (rows()[:14], rows()[14:]), [0, 0]
 
     def train(config: Mapping[str, Any]) -> None:
         rank, model = distplat.get_context().rank, model_of()
@@ -337,53 +336,53 @@ def test_ranks_may_read_streams_of_their_own_and_end_with_the_first_that_is_over
                 backward((model(batch[0]) - batch[1]).square().mean())
                 optimizer.step()
                 optimizer.zero_grad()
-                made[rank] += 1
+                steps_done[rank] += 1
 
-    found = call_on_ranks(train, job=function_job(2, strategy=strategy)).trained[1]
-    assert made == [8, 8], "four batches of the shorter one, twice"
+    trained = call_on_ranks(train, job=function_job(2, strategy=strategy)).trained[1]
+    assert steps_done == [8, 8], "four batches of the shorter stream, twice"
     model = model_of()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     for step in range(8):
         first = step % 4 * 2
         batch = [*parts[0][first : first + 2], *parts[1][first : first + 2]]
-        inputs, targets = (torch.stack(one) for one in zip(*batch, strict=True))
+        inputs, targets = (torch.stack(column) for column in zip(*batch, strict=True))
         backward((model(inputs) - targets).square().mean())
         optimizer.step()
         optimizer.zero_grad()
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(trained[name], value, rtol=1e-10, atol=1e-10)
 
 
-class Once(IterableDataset[int]):
+class ReadOnce(IterableDataset[int]):
     def __init__(self) -> None:
-        self._left = iter(range(COUNT))
+        self._iterator = iter(range(COUNT))
 
     def __iter__(self) -> Iterator[int]:
-        return self._left
+        return self._iterator
 
 
-def shares(loader: int) -> None:
-    """Cut the stream in a `worker_init_fn`, as torch's documentation shows, too."""
+def split_in_init(loader: int) -> None:
+    """Split the stream in a `worker_init_fn`, as in torch's documentation."""
     get_worker_info().dataset.count = loader  # type: ignore[union-attr]
 
 
-REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
     "no batches": (lambda: DataLoader(Numbers(), batch_size=None), "batch_size=None"),
     "empty": (lambda: DataLoader(Numbers(0)), "gave no samples"),
-    "read once": (lambda: DataLoader(Once()), "gave another sample 0"),
+    "read once": (lambda: DataLoader(ReadOnce()), "gave another sample 0"),
     "cut by loader": (
-        lambda: DataLoader(Numbers(), num_workers=1, worker_init_fn=shares),
+        lambda: DataLoader(Numbers(), num_workers=1, worker_init_fn=split_in_init),
         "'NoneType' object has no attribute 'dataset'",
     ),
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_gone_through_is_told(name: str) -> None:
-    make, text = REFUSED[name]
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_rejects_unsupported_streams(name: str) -> None:
+    make, message = UNSUPPORTED[name]
 
     def train(config: Mapping[str, Any]) -> None:
         next(iter(distplat.prepare(make())))
 
-    with pytest.raises((SpecError, ValueError, AttributeError), match=text):
+    with pytest.raises((SpecError, ValueError, AttributeError), match=message):
         call_on_ranks(train)

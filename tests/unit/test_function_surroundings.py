@@ -1,4 +1,4 @@
-"""What ranks of a train function must have alike: data, buffers, and no parameters of their own."""
+"""Data, buffers, parameters and schedules that must agree between the ranks of a train function."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -33,12 +33,12 @@ def rank() -> int:
     return distplat.get_context().get_world_rank()
 
 
-def model_of(*more: nn.Module) -> nn.Sequential:
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1), *more)
+def model_of(*layers: nn.Module) -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1), *layers)
     with torch.no_grad():
-        for number, one in enumerate(model.parameters()):
+        for number, parameter in enumerate(model.parameters()):
             generator = torch.Generator().manual_seed(number)
-            one.copy_(torch.randn(one.shape, generator=generator))
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
     return model
 
 
@@ -52,13 +52,14 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
-def cut_by_rank() -> Dataset[Any]:
+def split_by_rank() -> Dataset[Any]:
     return Subset(data(), range(rank(), SAMPLES, 2))
 
 
-def split_at_random() -> Dataset[Any]:
+def random_split_by_rank() -> Dataset[Any]:
     distplat.prepare(model_of())
-    generator = torch.Generator().manual_seed(rank())  # as prepare(model) seeds in a process
+    # `prepare` seeds each rank like this if it has its own process.
+    generator = torch.Generator().manual_seed(rank())
     return random_split(data(), [12, 12], generator)[0]
 
 
@@ -66,13 +67,13 @@ def longer_on_rank_1() -> Dataset[Any]:
     return data(SAMPLES + rank())
 
 
-def joined_in_another_order() -> Dataset[Any]:
+def concatenated_in_another_order() -> Dataset[Any]:
     parts = [data(), Subset(data(), range(3))]
     return ConcatDataset(parts[:: -1 if rank() else 1])
 
 
 class Files(Dataset[Any]):
-    """Knows a file, and a class, for each sample."""
+    """A data set with a file name and a class for each sample."""
 
     def __init__(
         self, numbers: Sequence[int], folder: str = "/data", *, table: bool = False
@@ -92,14 +93,14 @@ class Files(Dataset[Any]):
         raise AssertionError("no sample is read to compare data sets")
 
 
-class OfOwnModule(Files):
-    """Of a user's own `datasets.py`."""
+class FilesOfUserModule(Files):
+    """A class of a user's module named `datasets`."""
 
     __module__ = "datasets"
 
 
-class Keeps(Dataset[Any]):
-    """Has something by sample."""
+class WithValues(Dataset[Any]):
+    """A data set with an attribute of per-sample values."""
 
     def __init__(self, values: Any, samples: int = SAMPLES) -> None:
         self.values, self.samples = values, samples
@@ -108,8 +109,8 @@ class Keeps(Dataset[Any]):
         return self.samples
 
 
-class Reads(list[int]):
-    """Reads each of its entries from a file."""
+class LazyList(list[int]):
+    """A list that counts reads of its entries."""
 
     reads = 0
 
@@ -119,7 +120,7 @@ class Reads(list[int]):
 
 
 class Named(Dataset[Any]):
-    """Has samples by name."""
+    """A data set indexed by name."""
 
     names: Any = ("one", "two", "three", "four")
 
@@ -127,43 +128,43 @@ class Named(Dataset[Any]):
         return torch.ones(1)
 
 
-def holding_itself() -> list[Any]:
+def recursive_list() -> list[Any]:
     values: list[Any] = [*range(SAMPLES - 1)]
     values.append(values)
     return values
 
 
-def of_hugging_face(numbers: Sequence[int]) -> Any:
+def hugging_face_data(numbers: Sequence[int]) -> Any:
     datasets = pytest.importorskip("datasets")
     return datasets.Dataset.from_dict({"x": [[float(number)] for number in numbers]})
 
 
-def own_numbers() -> range:
+def numbers_of_rank() -> range:
     return range(rank(), SAMPLES, 2)
 
 
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: Files(own_numbers()), "other samples on rank 1 than on rank 0"),
-        (lambda: Files(own_numbers(), table=True), "other samples on rank 1 than on rank 0"),
-        (lambda: [torch.tensor(one) for one in own_numbers()], "other samples on rank 1 than on"),
-        (lambda: of_hugging_face(own_numbers()), "other samples on rank 1 than on rank 0"),
+        (lambda: Files(numbers_of_rank()), "other samples on rank 1 than on rank 0"),
+        (lambda: Files(numbers_of_rank(), table=True), "other samples on rank 1 than on rank 0"),
+        (lambda: [torch.tensor(n) for n in numbers_of_rank()], "other samples on rank 1 than on"),
+        (lambda: hugging_face_data(numbers_of_rank()), "other samples on rank 1 than on rank 0"),
         (
             lambda: Subset(Named(), Named.names[rank() :: 2]),
             "other samples on rank 1 than on rank 0",
         ),
         (
-            lambda: Keeps([[10, n] for n in own_numbers()], 12),
+            lambda: WithValues([[10, n] for n in numbers_of_rank()], 12),
             "other samples on rank 1 than on rank 0",
         ),
-        (cut_by_rank, "other samples on rank 1 than on rank 0"),
-        (split_at_random, "other samples on rank 1 than on rank 0"),
+        (split_by_rank, "other samples on rank 1 than on rank 0"),
+        (random_split_by_rank, "other samples on rank 1 than on rank 0"),
         (longer_on_rank_1, "25 samples on rank 1, 24 on rank 0"),
-        (joined_in_another_order, "other samples on rank 1 than on rank 0"),
+        (concatenated_in_another_order, "other samples on rank 1 than on rank 0"),
     ],
 )
-def test_data_of_one_rank_alone_are_not_dealt_out(
+def test_rejects_data_that_differs_between_ranks(
     make: Callable[[], Dataset[Any]], text: str
 ) -> None:
     def train(config: Mapping[str, Any]) -> None:
@@ -180,23 +181,23 @@ def test_data_of_one_rank_alone_are_not_dealt_out(
         lambda: Files(range(SAMPLES), f"/scratch/node-{rank()}"),
         lambda: Files(range(SAMPLES), table=True),
         lambda: [*range(SAMPLES)],
-        lambda: of_hugging_face(range(SAMPLES)),
+        lambda: hugging_face_data(range(SAMPLES)),
         lambda: Subset(Files(range(SAMPLES)), range(6)),
         lambda: Subset(Named(), Named.names),
-        lambda: OfOwnModule(range(SAMPLES)),
-        lambda: Keeps(np.ma.array(np.zeros(SAMPLES), mask=True)),
-        lambda: Keeps(torch.ones(SAMPLES, dtype=torch.complex64).conj()),
-        lambda: Keeps([[[object()]] * 2] * SAMPLES),
-        lambda: Keeps(np.array([[object()] * 2] * SAMPLES)),
-        lambda: Keeps(holding_itself()),
+        lambda: FilesOfUserModule(range(SAMPLES)),
+        lambda: WithValues(np.ma.array(np.zeros(SAMPLES), mask=True)),
+        lambda: WithValues(torch.ones(SAMPLES, dtype=torch.complex64).conj()),
+        lambda: WithValues([[[object()]] * 2] * SAMPLES),
+        lambda: WithValues(np.array([[object()] * 2] * SAMPLES)),
+        lambda: WithValues(recursive_list()),
     ],
 )
-def test_the_same_data_on_all_ranks_are_dealt_out(make: Callable[[], Any]) -> None:
+def test_accepts_equal_data_on_all_ranks(make: Callable[[], Any]) -> None:
     call_on_ranks(lambda config: distplat.prepare(DataLoader(make(), batch_size=2)), 2)
 
 
-class Remembers(Dataset[Any]):
-    """Keeps samples that it has read, each rank its own."""
+class CachingSamples(Dataset[Any]):
+    """A data set that caches the samples it has read."""
 
     def __init__(self) -> None:
         self.numbers = [*range(SAMPLES)]
@@ -208,29 +209,29 @@ class Remembers(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         self.counts[index] += 1
-        self.read[index] = found = torch.rand(2)
-        return found
+        self.read[index] = sample = torch.rand(2)
+        return sample
 
 
-def test_a_list_that_reads_its_entries_is_left_alone() -> None:
+def test_comparison_does_not_read_lazy_lists() -> None:
     def train(config: Mapping[str, Any]) -> None:
-        values = Reads(range(SAMPLES))
-        distplat.prepare(DataLoader(Keeps(values), batch_size=2))
+        values = LazyList(range(SAMPLES))
+        distplat.prepare(DataLoader(WithValues(values), batch_size=2))
         assert values.reads == 0
 
     call_on_ranks(train, 2)
 
 
-def test_little_is_read_of_large_samples() -> None:
+def test_comparison_reads_a_part_of_large_samples() -> None:
     array = np.broadcast_to(np.ones(1), (1 << 20, 1 << 30))
     tensor = torch.ones(1).expand(1 << 20, 1 << 30)
     samples: Any = [array, tensor, [[*range(1 << 20)]] * 1000]
     call_on_ranks(lambda config: distplat.prepare(DataLoader(samples, batch_size=1)), 2)
 
 
-def test_what_ranks_have_read_meanwhile_is_not_compared() -> None:
+def test_comparison_ignores_cached_samples() -> None:
     def train(config: Mapping[str, Any]) -> None:
-        samples = Remembers()
+        samples = CachingSamples()
         for _ in range(2):
             assert len([*distplat.prepare(DataLoader(samples, batch_size=2))]) == 6
         assert len([*distplat.prepare(DataLoader(Subset(samples, range(8)), batch_size=2))]) == 2
@@ -238,7 +239,7 @@ def test_what_ranks_have_read_meanwhile_is_not_compared() -> None:
     call_on_ranks(train, 2)
 
 
-def test_the_same_part_of_the_data_on_all_ranks_is_dealt_out() -> None:
+def test_accepts_equal_subsets_on_all_ranks() -> None:
     def train(config: Mapping[str, Any]) -> None:
         part = random_split(data(), [12, 12], torch.Generator().manual_seed(5))[0]
         assert len(distplat.prepare(DataLoader(part, batch_size=3))) == 2
@@ -246,7 +247,7 @@ def test_the_same_part_of_the_data_on_all_ranks_is_dealt_out() -> None:
     call_on_ranks(train, 2)
 
 
-def test_a_loader_that_gives_no_batch_is_refused() -> None:
+def test_rejects_a_loader_without_batches() -> None:
     def train(config: Mapping[str, Any]) -> None:
         distplat.prepare(DataLoader(data(5), batch_size=4, drop_last=True))
 
@@ -257,8 +258,8 @@ def test_a_loader_that_gives_no_batch_is_refused() -> None:
         call_on_ranks(train, 2)
 
 
-class Centred(nn.Module):
-    """Puts another tensor in the place of its buffer in each forward, which is None at first."""
+class Centered(nn.Module):
+    """Replaces its buffer in each forward; initially the buffer is None."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,9 +273,9 @@ class Centred(nn.Module):
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_buffers_that_a_forward_replaces_are_rank_0s(strategy: str) -> None:
+def test_replaced_buffers_are_those_of_rank_0(strategy: str) -> None:
     def train(config: Mapping[str, Any]) -> None:
-        model = distplat.prepare(model_of(Centred()))
+        model = distplat.prepare(model_of(Centered()))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         for _, (inputs, targets) in zip(range(3), batches(), strict=False):
             optimizer.zero_grad()
@@ -287,7 +288,7 @@ def test_buffers_that_a_forward_replaces_are_rank_0s(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
-def test_an_expanded_buffer_is_rank_0s(strategy: str) -> None:
+def test_expanded_buffer_is_that_of_rank_0(strategy: str) -> None:
     def train(config: Mapping[str, Any]) -> None:
         model = model_of()
         model.register_buffer("scale", torch.full((2, 1), 1.0 + rank()).expand(2, 3))
@@ -305,7 +306,7 @@ def test_an_expanded_buffer_is_rank_0s(strategy: str) -> None:
         (lambda m: m.append(nn.LazyLinear(2)), "'3.weight', '3.bias' of the model have no shape"),
     ],
 )
-def test_what_ranks_cannot_take_over_is_named(
+def test_rejects_state_that_cannot_be_broadcast(
     add: Callable[[nn.Module], object], text: str, strategy: str
 ) -> None:
     def train(config: Mapping[str, Any]) -> None:
@@ -318,7 +319,7 @@ def test_what_ranks_cannot_take_over_is_named(
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_a_layer_that_came_after_prepare_is_refused_where_it_would_be_trained(
+def test_rejects_a_layer_added_after_prepare(
     strategy: str,
 ) -> None:
     def train(config: Mapping[str, Any]) -> None:
@@ -337,9 +338,10 @@ def test_a_layer_that_came_after_prepare_is_refused_where_it_would_be_trained(
 
 
 def by_autograd_grad(model: nn.Sequential, loss: Tensor) -> None:
-    every = list(model.parameters())
-    for one, grad in zip(every, torch.autograd.grad(loss, every), strict=True):
-        one.grad = grad
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad(loss, parameters)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
 
 
 def by_both(model: nn.Sequential, loss: Tensor) -> None:
@@ -349,35 +351,35 @@ def by_both(model: nn.Sequential, loss: Tensor) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-@pytest.mark.parametrize("way", [by_autograd_grad, by_both])
-def test_gradients_of_one_rank_are_found_however_small_the_steps(
-    way: Callable[[nn.Sequential, Tensor], None], strategy: str
+@pytest.mark.parametrize("set_grads", [by_autograd_grad, by_both])
+def test_rejects_unaveraged_gradients_with_small_steps(
+    set_grads: Callable[[nn.Sequential, Tensor], None], strategy: str
 ) -> None:
     def train(config: Mapping[str, Any]) -> None:
         model = distplat.prepare(model_of())
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
         for _, (inputs, targets) in zip(range(5), batches(), strict=False):
             optimizer.zero_grad()
-            way(model, loss_of(model, inputs, targets))
+            set_grads(model, loss_of(model, inputs, targets))
             optimizer.step()
 
     with pytest.raises(ValueError, match=r"at (step|backward) 3.* each rank trains its own"):
         call_on_ranks(train, job=function_job(2, strategy=strategy))
 
 
-def test_a_loop_may_compile_its_whole_step() -> None:
-    """With backward and the update: what of ours is called there stays out of it."""
+def test_hooks_are_disabled_under_torch_compile() -> None:
+    """A loop may compile its whole step, with backward and update."""
     hooks: list[Any] = [OptimizerWatch._before_step, BucketAverage._average, ServerSum._exchange]
     hooks += [FusedSteps._before_step, FusedSteps._after_step]
     hooks += [ServerUpdates._before_step, ServerUpdates._after_step]
     flat = FlatModel(nn.Linear(1, 1))
     register_gradient_hooks(flat, lambda index, name: None)
     hooks += getattr(flat.parameters[0], "_post_accumulate_grad_hooks").values()  # noqa: B009
-    assert len(hooks) == 8 and all(one._torchdynamo_disable for one in hooks)
+    assert len(hooks) == 8 and all(hook._torchdynamo_disable for hook in hooks)
 
 
-def searched(loader: Any, model: nn.Module, mean: Callable[[Tensor], Tensor]) -> None:
-    """Train by line searches, each of which goes by the losses that a closure gives."""
+def train_with_lbfgs(loader: Any, model: nn.Module, mean: Callable[[Tensor], Tensor]) -> None:
+    """Train with line searches on the losses that a closure returns."""
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=6, line_search_fn="strong_wolfe")
     for _ in range(2):
         for batch in loader:
@@ -392,27 +394,27 @@ def searched(loader: Any, model: nn.Module, mean: Callable[[Tensor], Tensor]) ->
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_a_line_search_goes_by_the_mean_loss_of_all_ranks(strategy: str) -> None:
-    own = function_job(2, strategy=strategy)
-    as_double = TensorDataset(*(one.double() for one in data().tensors))
+def test_line_search_uses_the_mean_loss_of_all_ranks(strategy: str) -> None:
+    job = function_job(2, strategy=strategy)
+    as_double = TensorDataset(*(tensor.double() for tensor in data().tensors))
     plain = model_of().double()
-    searched(DataLoader(as_double, 12), plain, lambda loss: loss)
+    train_with_lbfgs(DataLoader(as_double, 12), plain, lambda loss: loss)
 
     def train(config: Mapping[str, Any], *, gathers: bool = True) -> None:
         loader = DataLoader(as_double, 6)
         model, loader = distplat.prepare(model_of().double(), loader)
         mean = lambda loss: distplat.gather_for_metrics(loss[None]).mean()  # noqa: E731
-        searched(loader, model, mean if gathers else lambda loss: loss)
+        train_with_lbfgs(loader, model, mean if gathers else lambda loss: loss)
 
-    for found in call_on_ranks(train, job=own).trained:
+    for trained in call_on_ranks(train, job=job).trained:
         for name, value in plain.state_dict().items():
-            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(trained[name], value, rtol=1e-4, atol=1e-4)
     with pytest.raises((ValueError, MismatchError)):
-        call_on_ranks(lambda config: train(config, gathers=False), job=own)
+        call_on_ranks(lambda config: train(config, gathers=False), job=job)
 
 
 @pytest.mark.parametrize(
-    ("once", "numbered", "shuffle", "warned"),
+    ("once", "sets_epoch", "shuffle", "warnings"),
     [
         (False, False, True, 1),
         (True, False, True, 0),
@@ -420,75 +422,78 @@ def test_a_line_search_goes_by_the_mean_loss_of_all_ranks(strategy: str) -> None
         (False, False, False, 0),
     ],
 )
-def test_a_loader_that_is_prepared_anew_for_each_epoch_is_told(
-    once: bool, numbered: bool, shuffle: bool, warned: int, caplog: pytest.LogCaptureFixture
+def test_warns_about_prepare_in_each_epoch(
+    once: bool, sets_epoch: bool, shuffle: bool, warnings: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     def train(config: Mapping[str, Any]) -> None:
-        samples, kept = data(), None
+        samples, first_loader = data(), None
         for epoch in range(5):
-            loader = kept or distplat.prepare(DataLoader(samples, 4, shuffle=shuffle))
-            kept = loader if once else None
-            if numbered:
+            loader = first_loader or distplat.prepare(DataLoader(samples, 4, shuffle=shuffle))
+            first_loader = loader if once else None
+            if sets_epoch:
                 loader.set_epoch(epoch)
             assert len([*loader])
 
     call_on_ranks(train, 2)
-    assert caplog.text.count("each starts with the order of epoch 0") == warned
+    assert caplog.text.count("each starts with the order of epoch 0") == warnings
 
 
 SCHEDULES: dict[str, tuple[Callable[[Any, Any], int], int, bool]] = {
-    # Of 24 samples: 12 batches of the loader that the script has made, 6 of each of two workers.
-    "epochs of what was given": (lambda given, loader: 2 * len(given), 1, True),
-    "one more": (lambda given, loader: 2 * len(given) + 1, 1, True),
-    "several batches a step": (lambda given, loader: 2 * (len(given) // 2), 2, True),
-    "epochs of what is prepared": (lambda given, loader: 2 * len(loader), 1, False),
-    "half a wave": (lambda given, loader: 4 * len(loader), 1, False),
-    "a number": (lambda given, loader: 26, 1, False),
-    "by epochs": (lambda given, loader: 4, 6, False),
+    # 24 samples: the loader has 12 batches; the prepared one has 6 on each of two workers.
+    "epochs of the original loader": (lambda original, loader: 2 * len(original), 1, True),
+    "one more": (lambda original, loader: 2 * len(original) + 1, 1, True),
+    "several batches a step": (lambda original, loader: 2 * (len(original) // 2), 2, True),
+    "epochs of the prepared loader": (lambda original, loader: 2 * len(loader), 1, False),
+    "half a wave": (lambda original, loader: 4 * len(loader), 1, False),
+    "a number": (lambda original, loader: 26, 1, False),
+    "by epochs": (lambda original, loader: 4, 6, False),
 }
-"""By name the steps that a loop of two epochs makes a schedule for, the batches of a step, and
-whether it is a mistake."""
+"""By name: the length of the schedule of a loop of two epochs, the batches of a step, and whether
+the length is a mistake."""
 
 
-@pytest.mark.parametrize("kind", ["OneCycleLR", "CosineAnnealingLR"])
+@pytest.mark.parametrize("scheduler_name", ["OneCycleLR", "CosineAnnealingLR"])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_schedule_for_the_batches_of_all_workers_is_told(
-    kind: str, name: str, caplog: pytest.LogCaptureFixture
+def test_warns_about_schedules_for_the_batches_of_all_workers(
+    scheduler_name: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    length, every, told = SCHEDULES[name]
+    length, batches_per_step, is_mistake = SCHEDULES[name]
 
     def train(config: Mapping[str, Any]) -> None:
-        model, given = nn.Linear(4, 1), DataLoader(data(), 2)
+        model, original = nn.Linear(4, 1), DataLoader(data(), 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        loader = distplat.prepare(given)
-        steps = length(given, loader)
-        schedulers = torch.optim.lr_scheduler
-        scheduler: Any = schedulers.CosineAnnealingLR(optimizer, steps)
-        if kind == "OneCycleLR":
-            scheduler = schedulers.OneCycleLR(optimizer, 0.1, total_steps=steps)
+        loader = distplat.prepare(original)
+        steps = length(original, loader)
+        lr_scheduler = torch.optim.lr_scheduler
+        scheduler: Any = lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        if scheduler_name == "OneCycleLR":
+            scheduler = lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps)
         model, optimizer, scheduler = distplat.prepare(model, optimizer, scheduler)
         for _ in range(2):
             for number, (inputs, targets) in enumerate(loader, 1):
                 backward(loss_of(model, inputs, targets))
-                if number % every == 0:
+                if number % batches_per_step == 0:
                     optimizer.step()
                     scheduler.step()
                     optimizer.zero_grad()
-            assert len(loader) == 6  # what is asked now has made no schedule
+            assert len(loader) == 6  # a length read after the schedule does not count
 
     call_on_ranks(train, 2)
-    assert caplog.text.count(f"{kind} was built for") == told
+    assert caplog.text.count(f"{scheduler_name} was built for") == is_mistake
 
 
-def test_schedulers_of_every_kind_are_prepared() -> None:
+def test_prepare_accepts_all_schedulers() -> None:
     def train(config: Mapping[str, Any]) -> None:
         model = nn.Linear(4, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        kinds = torch.optim.lr_scheduler
-        first, second = kinds.LinearLR(optimizer), kinds.ExponentialLR(optimizer, 0.9)
-        both = kinds.ChainedScheduler([first, second])
-        every = [both, kinds.SequentialLR(optimizer, [first, second], [1])]
-        every += [kinds.ReduceLROnPlateau(optimizer), kinds.CyclicLR(optimizer, 0.1, 0.2)]
-        assert distplat.prepare(model, *every)[1:] == (*every,)
+        lr_scheduler = torch.optim.lr_scheduler
+        first, second = lr_scheduler.LinearLR(optimizer), lr_scheduler.ExponentialLR(optimizer, 0.9)
+        both = lr_scheduler.ChainedScheduler([first, second])
+        schedulers = [both, lr_scheduler.SequentialLR(optimizer, [first, second], [1])]
+        schedulers += [
+            lr_scheduler.ReduceLROnPlateau(optimizer),
+            lr_scheduler.CyclicLR(optimizer, 0.1, 0.2),
+        ]
+        assert distplat.prepare(model, *schedulers)[1:] == (*schedulers,)
 
     call_on_ranks(train, 2)
