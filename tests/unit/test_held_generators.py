@@ -1,4 +1,4 @@
-"""Generators that a data set holds itself are found, however deep, and told by name."""
+"""Generators held by a data set are found at any depth and named in a warning."""
 
 import functools
 import logging
@@ -18,12 +18,12 @@ from distplat.strategies.loop.seeding import rng_states
 from distplat.strategies.loop.session import describe, prepare
 from distplat.strategies.loop.task_warnings import reading_warning
 
-MODULES_OWN = np.random.default_rng(3)
+MODULE_RNG = np.random.default_rng(3)
 
 
 class Plain(Dataset[Any]):
-    def __init__(self, **held: Any) -> None:
-        self.__dict__.update(held)
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
 
     def __len__(self) -> int:
         return 4
@@ -32,13 +32,13 @@ class Plain(Dataset[Any]):
         return torch.zeros(4), torch.zeros(1)
 
 
-class OfItsClass(Plain):
+class ClassAttribute(Plain):
     rng = random.Random(1)
 
 
-class OfItsModule(Plain):
+class ModuleGlobal(Plain):
     def __getitem__(self, index: int) -> Any:
-        return MODULES_OWN.random(), torch.zeros(1)
+        return MODULE_RNG.random(), torch.zeros(1)
 
 
 class Slotted:
@@ -48,7 +48,7 @@ class Slotted:
         self.rng = random.Random(1)
 
 
-def closed_over() -> Any:
+def closure_over_rng() -> Any:
     rng = np.random.RandomState(1)
     return lambda value: value + rng.rand()
 
@@ -68,14 +68,14 @@ def jitter(value: Any, rng: Any) -> Any:
             ["self.dataset.transform.transforms[1].rng"],
         ),
         (Plain(options={"rng": random.Random(1)}), ["self.options['rng']"]),
-        (Plain(transform=closed_over()), ["self.transform.<rng>"]),
+        (Plain(transform=closure_over_rng()), ["self.transform.<rng>"]),
         (
             Plain(transform=functools.partial(jitter, rng=random.Random(1))),
             ["self.transform.keywords['rng']"],
         ),
         (Plain(part=Slotted()), ["self.part.rng"]),
-        (OfItsClass(), ["self.rng"]),
-        (OfItsModule(), [f"self.<{__name__}.MODULES_OWN>"]),
+        (ClassAttribute(), ["self.rng"]),
+        (ModuleGlobal(), [f"self.<{__name__}.MODULE_RNG>"]),
         (Plain(), []),
         (Plain(numpy=np.random, python=random, of_numpy=np.random.mtrand._rand), []),
         (TensorDataset(torch.zeros(4, 2)), []),
@@ -86,21 +86,21 @@ def test_held_generators_are_named(data: Any, names: list[str]) -> None:
     assert held_generators(data) == names
 
 
-def test_what_holds_itself_is_gone_through_once() -> None:
+def test_cyclic_and_repeated_objects_are_visited_once() -> None:
     data = Plain()
-    data.__dict__["me"] = data
-    data.__dict__["lots"] = [[[[object() for _ in range(60)] for _ in range(60)]] * 60] * 60
+    data.__dict__["itself"] = data
+    data.__dict__["objects"] = [[[[object() for _ in range(60)] for _ in range(60)]] * 60] * 60
     assert held_generators(data) == []
 
 
-class Holding(Dropping):
+class HoldsGenerator(Dropping):
     def train_data(self) -> Any:
         return Plain(rng=random.Random(1))
 
 
-def test_a_run_warns_and_says_what_to_do(caplog: pytest.LogCaptureFixture) -> None:
+def test_prepare_warns_about_a_held_generator(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        prepare(job(), Holding())
+        prepare(job(), HoldsGenerator())
         (record,) = caplog.records
         assert "train_data(): Plain holds" in record.message
         assert "self.rng" in record.message
@@ -110,8 +110,8 @@ def test_a_run_warns_and_says_what_to_do(caplog: pytest.LogCaptureFixture) -> No
     assert not caplog.records
 
 
-class Stored(Dataset[Any]):
-    """Has its samples in memory, and gives each to a function."""
+class InMemory(Dataset[Any]):
+    """Applies a function to each of its in-memory samples."""
 
     def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self._data, self._change = torch.arange(12.0).view(4, 3), change
@@ -123,16 +123,16 @@ class Stored(Dataset[Any]):
         return self._change(self._data[index]), index
 
 
-def doubled_in_place_and_copied(x: torch.Tensor) -> torch.Tensor:
+def double_in_place_and_clone(x: torch.Tensor) -> torch.Tensor:
     x *= 2
     return x.clone()
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "expected"),
     [
         (lambda x: x.sub_(1), "differs when it is read again"),
-        (doubled_in_place_and_copied, "or draws from a generator without a seed"),
+        (double_in_place_and_clone, "or draws from a generator without a seed"),
         (lambda x: x * secrets.randbits(40), "or draws from a generator without a seed"),
         (lambda x: x - x.mean(), ""),
         (lambda x: x.clamp_(0, 5), ""),
@@ -140,37 +140,37 @@ def doubled_in_place_and_copied(x: torch.Tensor) -> torch.Tensor:
         (lambda x: x[5], ""),
     ],
 )
-def test_a_sample_that_reading_changes_is_told(
-    change: Callable[[torch.Tensor], torch.Tensor], told: str
+def test_warns_if_reading_changes_a_sample(
+    change: Callable[[torch.Tensor], torch.Tensor], expected: str
 ) -> None:
-    data, before = Stored(change), rng_states()
-    found = reading_warning(data, [3, 1])
-    assert told in found and bool(found) == bool(told)
-    assert "sample 3" in found or not told
-    assert rng_states() == before, "training goes on with the same numbers"
+    data, before = InMemory(change), rng_states()
+    warning = reading_warning(data, [3, 1])
+    assert expected in warning and bool(warning) == bool(expected)
+    assert "sample 3" in warning or not expected
+    assert rng_states() == before, "the generators are restored"
 
 
-def test_rank_0_says_so_before_the_first_step() -> None:
-    class Kind(Dropping):
+def test_describe_warns_if_reading_changes_a_sample() -> None:
+    class InPlaceTask(Dropping):
         def train_data(self) -> Dataset[Any]:
-            return Stored(lambda x: x.add_(1))
+            return InMemory(lambda x: x.add_(1))
 
-    prepared = prepare(job(), Kind())
+    prepared = prepare(job(), InPlaceTask())
     assert prepared.warnings == []
     describe(prepared)
     [warning] = prepared.warnings
     assert "differs when it is read again" in warning
 
 
-def test_data_with_a_generator_of_its_own_is_read_no_second_time() -> None:
+def test_data_with_a_held_generator_is_not_read_again() -> None:
     class Counting(Plain):
-        read = 0
+        reads = 0
 
         def __getitem__(self, index: int) -> Any:
-            self.read += 1
+            self.reads += 1
             return torch.zeros(3), index
 
     data = Counting(rng=random.Random(1))
     assert reading_warning(data, [0]) == ""
-    assert data.read == 0
+    assert data.reads == 0
     assert reading_warning(Counting(), []) == ""

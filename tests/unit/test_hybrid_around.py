@@ -1,4 +1,4 @@
-"""What a model does around its layers: kept as plain torch has it, or refused by name."""
+"""Hooks, own forwards and modes around a model's layers: as in plain torch, or refused."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, weight_norm
 from distplat.platform.errors import SpecError
 
 
-def hooked(model: nn.Module) -> nn.Module:
+def add_model_hooks(model: nn.Module) -> nn.Module:
     model.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
     model.register_forward_pre_hook(lambda module, args: args[0] - 1)
     model.register_forward_hook(lambda module, args, out: out * 2 if module.training else out)
@@ -20,7 +20,7 @@ def hooked(model: nn.Module) -> nn.Module:
 
 
 class Doubled(nn.Sequential):
-    """A `Sequential` that is more than its children one after the other."""
+    """A `Sequential` with its own `forward`."""
 
     def forward(self, input: Tensor) -> Tensor:
         for layer in self:
@@ -28,47 +28,47 @@ class Doubled(nn.Sequential):
         return input + 1
 
 
-def nested(model: nn.Sequential) -> nn.Module:
+def nest_container(model: nn.Sequential) -> nn.Module:
     inner = model[1:3]
     inner.register_forward_hook(lambda module, args, out: out + args[0])
     return nn.Sequential(model[0], inner, model[3], model[4])
 
 
-def on_layers(model: nn.Sequential) -> nn.Module:
+def add_layer_hooks(model: nn.Sequential) -> nn.Module:
     model[2].register_forward_hook(lambda module, args, out: out * 3)
 
-    def halved(module: nn.Module, given: Any, got: Any) -> Any:
-        return (given[0] * 0.5,)
+    def halve(module: nn.Module, grad_input: Any, grad_output: Any) -> Any:
+        return (grad_input[0] * 0.5,)
 
-    model[4].register_full_backward_hook(halved)
+    model[4].register_full_backward_hook(halve)
     return model
 
 
-def on_weights(model: nn.Sequential) -> nn.Module:
+def add_weight_hooks(model: nn.Sequential) -> nn.Module:
     for parameter in model[2].parameters():
         parameter.register_hook(lambda gradient: gradient * 0.5)  # type: ignore[no-untyped-call]
     return model
 
 
-def parametrized(model: nn.Sequential) -> nn.Module:
+def add_parametrizations(model: nn.Sequential) -> nn.Module:
     parametrizations.weight_norm(model[2])
     weight_norm(model[4])
     return model
 
 
-def expanded(model: nn.Sequential) -> nn.Module:
+def add_expanded_buffer(model: nn.Sequential) -> nn.Module:
     model[2].register_buffer("scale", torch.ones(1).double().expand(8))  # cannot be written
     return model
 
 
-def in_place(model: nn.Sequential) -> nn.Module:
+def use_in_place_activations(model: nn.Sequential) -> nn.Module:
     return nn.Sequential(
         model[0], nn.ReLU(inplace=True), model[2], nn.Hardtanh(inplace=True), model[4]
     )
 
 
 class Shared(nn.Module):
-    """One module twice; whoever cuts between has it on two stages."""
+    """Calls one module twice: a cut between the calls puts it on two stages."""
 
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
@@ -80,70 +80,72 @@ class Shared(nn.Module):
         return outputs
 
 
-KEPT = {
-    "whole model": hooked,
-    "forward of its own": lambda model: Doubled(*model),
-    "container": nested,
-    "layers": on_layers,
-    "weights": on_weights,
-    "in place": in_place,
-    "an expanded buffer": expanded,
+BUILDERS = {
+    "whole model": add_model_hooks,
+    "own forward": lambda model: Doubled(*model),
+    "container": nest_container,
+    "layers": add_layer_hooks,
+    "weights": add_weight_hooks,
+    "in place": use_in_place_activations,
+    "expanded buffer": add_expanded_buffer,
 }
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
-@pytest.mark.parametrize("made", KEPT.values(), ids=KEPT.keys())
-def test_kept(made: Callable[[Any], Any], schedule: str) -> None:
-    same(task_of(made), schedule=schedule)
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
+def test_matches_plain_torch(build: Callable[[Any], Any], schedule: str) -> None:
+    same(task_of(build), schedule=schedule)
 
 
 @pytest.mark.sweep(2)
-@pytest.mark.parametrize("how", [{"cut": "auto"}, {"recompute": True}], ids=str)
-@pytest.mark.parametrize("made", KEPT.values(), ids=KEPT.keys())
-def test_kept_however_it_is_cut(made: Callable[[Any], Any], how: dict[str, Any]) -> None:
-    same(task_of(made), **how)
+@pytest.mark.parametrize("options", [{"cut": "auto"}, {"recompute": True}], ids=str)
+@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
+def test_matches_plain_torch_with_other_cuts(
+    build: Callable[[Any], Any], options: dict[str, Any]
+) -> None:
+    same(task_of(build), **options)
 
 
 @pytest.mark.sweep(2)
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
 @pytest.mark.parametrize("data_strategy", ["ring", "ps-sync"])
 @pytest.mark.parametrize("grid", [(1, 1, 2), (2, 1, 2)])
-@pytest.mark.parametrize("made", [hooked, parametrized, Shared])
-def test_kept_with_replicas(
-    made: Callable[[Any], Any], grid: tuple[int, int, int], data_strategy: str
+@pytest.mark.parametrize("build", [add_model_hooks, add_parametrizations, Shared])
+def test_matches_plain_torch_with_replicas(
+    build: Callable[[Any], Any], grid: tuple[int, int, int], data_strategy: str
 ) -> None:
-    more: dict[str, Any] = {"cut": ["last"]} if made is Shared and grid[0] > 1 else {}
-    if made is parametrized and grid[0] > 1:
-        more = {"cut": ["4"]}
-    same(task_of(made), grid, data_strategy=data_strategy, **more)
+    extra: dict[str, Any] = {"cut": ["last"]} if build is Shared and grid[0] > 1 else {}
+    if build is add_parametrizations and grid[0] > 1:
+        extra = {"cut": ["4"]}
+    same(task_of(build), grid, data_strategy=data_strategy, **extra)
 
 
-@pytest.mark.parametrize("where", [["1"], ["3"]])
+@pytest.mark.parametrize("cut", [["1"], ["3"]])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_stage_may_begin_in_place(where: list[str], recompute: bool) -> None:
-    same(task_of(in_place), cut=where, recompute=recompute)
+def test_stage_may_begin_with_an_in_place_layer(cut: list[str], recompute: bool) -> None:
+    same(task_of(use_in_place_activations), cut=cut, recompute=recompute)
 
 
-class Logging(nn.Sequential):
-    def train(self, mode: bool = True) -> "Logging":
+class RecordsMode(nn.Sequential):
+    def train(self, mode: bool = True) -> "RecordsMode":
         self.switched = mode
         return super().train(mode)
 
 
-class Alike(nn.Sequential):
-    """As Hugging Face's models."""
+class DelegatesTrain(nn.Sequential):
+    """Overrides `train` without a change, as Hugging Face's models do."""
 
-    def train(self, mode: bool = True) -> "Alike":
+    def train(self, mode: bool = True) -> "DelegatesTrain":
         return super().train(mode)
 
 
-def test_a_train_that_does_as_torchs_is_none_of_its_own() -> None:
-    same(task_of(lambda model: Alike(*model)))
-    refused(task_of(lambda model: Logging(*model)), "a `train` of its own")
+def test_train_override_is_accepted_if_it_only_delegates() -> None:
+    same(task_of(lambda model: DelegatesTrain(*model)))
+    refused(task_of(lambda model: RecordsMode(*model)), "a `train` of its own")
 
 
 class Weighted(Small):
-    """The loss has a parameter of its own."""
+    """Its loss has a parameter outside the model."""
 
     def __init__(self) -> None:
         self.scales = {"all": nn.Parameter(torch.ones(3).double())}
@@ -156,47 +158,49 @@ class Weighted(Small):
 
 
 @pytest.mark.parametrize("grid", [(1, 1, 2), (2, 1, 1)])
-def test_parameters_of_the_task(grid: tuple[int, int, int]) -> None:
+def test_parameters_of_the_task_are_refused(grid: tuple[int, int, int]) -> None:
     refused(Weighted, "scales.all", grid=grid)
 
 
 @pytest.mark.parametrize("grid", [(1, 2, 1), (2, 2, 1)])
-@pytest.mark.parametrize("made", [hooked, lambda model: model])
-def test_hooks_around_slices(made: Callable[[Any], Any], grid: tuple[int, int, int]) -> None:
-    more = {"cut": ["3"]} if grid[0] > 1 else {}
-    same(task_of(made), grid, tensor_plan=PLAN, **more)
+@pytest.mark.parametrize("build", [add_model_hooks, lambda model: model])
+def test_model_hooks_with_tensor_slices(
+    build: Callable[[Any], Any], grid: tuple[int, int, int]
+) -> None:
+    extra = {"cut": ["3"]} if grid[0] > 1 else {}
+    same(task_of(build), grid, tensor_plan=PLAN, **extra)
 
 
 @pytest.mark.parametrize("grid", [(1, 2, 1), (2, 2, 1), (1, 2, 2)])
-def test_a_plan_with_more_than_elements_between(grid: tuple[int, int, int]) -> None:
-    def made(model: nn.Sequential) -> nn.Module:
+def test_plan_with_softmax_between_slices_is_refused(grid: tuple[int, int, int]) -> None:
+    def build(model: nn.Sequential) -> nn.Module:
         return nn.Sequential(model[0], nn.Softmax(dim=1), *model[2:])  # type: ignore[misc]
 
     with pytest.raises(SpecError, match="do not compute what whole ones do"):
-        more = {"cut": ["3"]} if grid[0] > 1 else {}
-        trained(task_of(made), grid, tensor_plan=PLAN, **more)
+        extra = {"cut": ["3"]} if grid[0] > 1 else {}
+        trained(task_of(build), grid, tensor_plan=PLAN, **extra)
 
 
-class Inwards(nn.Module):
-    """Takes a mapping."""
+class MappingInput(nn.Module):
+    """Its input is a mapping."""
 
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
         self.layers = layers
 
-    def forward(self, given: dict[str, Tensor]) -> Any:
-        return self.layers(given["x"])
+    def forward(self, inputs: dict[str, Tensor]) -> Any:
+        return self.layers(inputs["x"])
 
 
-class Outwards(Inwards):
-    """Gives one, too."""
+class MappingInputAndOutput(MappingInput):
+    """Its input and output are mappings."""
 
-    def forward(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"out": super().forward(given)}
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"out": super().forward(inputs)}
 
 
 class Mapped(Small):
-    made = Inwards
+    made = MappingInput
 
     def train_data(self) -> Any:
         pairs = zip(*super().train_data().tensors, strict=True)
@@ -211,12 +215,12 @@ class Mapped(Small):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("data_strategy", ["ring", "ps-sync"])
-@pytest.mark.parametrize("made", [Inwards, Outwards])
-def test_any_inputs_and_outputs_where_nothing_is_cut(
-    made: type[nn.Module], data_strategy: str, recompute: bool
+@pytest.mark.parametrize("wrapper", [MappingInput, MappingInputAndOutput])
+def test_uncut_model_may_have_mapping_inputs_and_outputs(
+    wrapper: type[nn.Module], data_strategy: str, recompute: bool
 ) -> None:
-    kind = type("Made", (Mapped,), {"made": made})
-    found = trained(kind, (1, 1, 2), data_strategy=data_strategy, recompute=recompute)
+    task_type = type("Made", (Mapped,), {"made": wrapper})
+    found = trained(task_type, (1, 1, 2), data_strategy=data_strategy, recompute=recompute)
     expected = plain(Small, around="layers.")
     assert found.keys() == expected.keys()
     for name in expected:
@@ -224,9 +228,9 @@ def test_any_inputs_and_outputs_where_nothing_is_cut(
 
 
 @pytest.mark.parametrize("data_strategy", ["ring", "ps-sync"])
-def test_a_stage_with_nothing_to_train(data_strategy: str) -> None:
-    kind = task_of(lambda model: nn.Sequential(nn.Flatten(), nn.Tanh(), *model))
+def test_stage_without_parameters_is_refused(data_strategy: str) -> None:
+    task_type = task_of(lambda model: nn.Sequential(nn.Flatten(), nn.Tanh(), *model))
     for cut in (["1"], ["2"]):
         with pytest.raises(SpecError, match="nothing to train: 0"):
-            trained(kind, (2, 1, 1), cut=cut, data_strategy=data_strategy)
-    same(kind, cut="auto", data_strategy=data_strategy)
+            trained(task_type, (2, 1, 1), cut=cut, data_strategy=data_strategy)
+    same(task_type, cut="auto", data_strategy=data_strategy)

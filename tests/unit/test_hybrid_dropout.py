@@ -1,4 +1,4 @@
-"""What a model with dropout does in training alone, before it is cut: compared without dropout."""
+"""Checks of a cut model with dropout compare it with the whole model, dropout disabled."""
 
 import pytest
 import torch
@@ -12,62 +12,62 @@ from distplat.strategies.model.trials import WithoutDropout
 from distplat.strategies.task import Task
 
 
-class Attentive(nn.Module):
-    """Drops in every way that torch has, and in training alone does more than its layers."""
+class DropoutModel(nn.Module):
+    """Uses every dropout of torch, and adds `shift` in training mode only."""
 
-    def __init__(self, more: float = 0.0) -> None:
+    def __init__(self, shift: float = 0.0) -> None:
         super().__init__()
         self.first, self.head = nn.Linear(6, 12), nn.Linear(12, CLASSES)
         self.lstm = nn.LSTM(12, 12, 2, batch_first=True, dropout=0.5)
         self.attention = nn.MultiheadAttention(12, 2, dropout=0.5, batch_first=True)
-        self.more = more
+        self.shift = shift
 
     def begin(self, x: Tensor) -> Tensor:
         x = F.dropout(self.first(x), 0.5, self.training)
         x = F.alpha_dropout(x, training=self.training, p=0.3).unsqueeze(1)
         share = 0.5 if self.training else 0.0
-        made: Tensor = F.scaled_dot_product_attention(x, x, x, None, share)
-        return made
+        outputs: Tensor = F.scaled_dot_product_attention(x, x, x, None, share)
+        return outputs
 
-    def go_on(self, x: Tensor) -> Tensor:
+    def finish(self, x: Tensor) -> Tensor:
         x = self.lstm(x)[0]
         mixed = self.attention(x, x, x, need_weights=False)[0]
-        made: Tensor = self.head(torch.dropout(mixed, 0.5, self.training).squeeze(1))
-        return made
+        outputs: Tensor = self.head(torch.dropout(mixed, 0.5, self.training).squeeze(1))
+        return outputs
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.begin(x)
-        return self.go_on(x + self.more if self.training else x)
+        return self.finish(x + self.shift if self.training else x)
 
 
-class Called(nn.Module):
+class MethodStage(nn.Module):
     def __init__(self, model: nn.Module, method: str) -> None:
         super().__init__()
-        own = ("first",) if method == "begin" else ("lstm", "attention", "head")
-        for name in own:
+        children = ("first",) if method == "begin" else ("lstm", "attention", "head")
+        for name in children:
             self.add_module(name, model.get_submodule(name))
         self.method = method
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs: Tensor = getattr(Attentive, self.method)(self, x)
+        outputs: Tensor = getattr(DropoutModel, self.method)(self, x)
         return outputs
 
 
-@pytest.mark.parametrize("more", [0.0, 0.5])
-def test_what_a_model_with_dropout_does_in_training_alone_is_seen(more: float) -> None:
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_train_only_computation_is_detected_despite_dropout(shift: float) -> None:
     def stages(self: Task, model: nn.Module) -> list[nn.Module]:
-        return [Called(model, "begin"), Called(model, "go_on")]
+        return [MethodStage(model, "begin"), MethodStage(model, "finish")]
 
-    kind = type("Own", (Mlp,), {"model": lambda self: Attentive(more), "stages": stages})
+    task_type = type("Own", (Mlp,), {"model": lambda self: DropoutModel(shift), "stages": stages})
     job = hybrid_job({"pipeline": 2, "cut": "even"}, 2, steps=1)
-    if not more:
-        train(job, kind)
+    if not shift:
+        train(job, task_type)
         return
-    with pytest.raises(SpecError, match="do not compute what Attentive does in training"):
-        train(job, kind)
+    with pytest.raises(SpecError, match="do not compute what DropoutModel does in training"):
+        train(job, task_type)
 
 
-def test_what_draws_beside_dropout_draws_on() -> None:
+def test_without_dropout_keeps_other_random_functions() -> None:
     x = torch.ones(50)
     with WithoutDropout():
         assert torch.equal(F.dropout(x, p=0.5), x)
@@ -76,12 +76,12 @@ def test_what_draws_beside_dropout_draws_on() -> None:
     assert not torch.equal(F.dropout(x, 0.5), x)
 
 
-class Observed(nn.Module):
-    """Has a second head that does not train what it looks at."""
+class AuxiliaryHead(nn.Module):
+    """Its auxiliary head reads a detached input."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.head, self.beside = (
+        self.first, self.head, self.auxiliary = (
             nn.Linear(6, 12),
             nn.Linear(12, CLASSES),
             nn.Linear(12, 1),
@@ -89,8 +89,8 @@ class Observed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.first(x))
-        made: Tensor = self.head(x) + self.beside(x.detach())
-        return made
+        outputs: Tensor = self.head(x) + self.auxiliary(x.detach())
+        return outputs
 
 
 class First(nn.Module):
@@ -105,25 +105,25 @@ class First(nn.Module):
 class Second(nn.Module):
     def __init__(self, model: nn.Module, detaches: bool) -> None:
         super().__init__()
-        self.head, self.beside = model.get_submodule("head"), model.get_submodule("beside")
+        self.head, self.auxiliary = model.get_submodule("head"), model.get_submodule("auxiliary")
         self.detaches = detaches
 
     def forward(self, x: Tensor) -> Tensor:
-        made: Tensor = self.head(x) + self.beside(x.detach() if self.detaches else x)
-        return made
+        outputs: Tensor = self.head(x) + self.auxiliary(x.detach() if self.detaches else x)
+        return outputs
 
 
 @pytest.mark.parametrize("detaches", [True, False])
-def test_stages_that_leave_out_a_detach_are_refused(detaches: bool) -> None:
+def test_stages_without_the_models_detach_are_refused(detaches: bool) -> None:
     def stages(self: Task, model: nn.Module) -> list[nn.Module]:
         return [First(model), Second(model, detaches)]
 
-    kind = type("Own", (Mlp,), {"model": lambda self: Observed(), "stages": stages})
+    task_type = type("Own", (Mlp,), {"model": lambda self: AuxiliaryHead(), "stages": stages})
     job = hybrid_job({"pipeline": 2, "cut": "even"}, 2, steps=1)
     if detaches:
-        train(job, kind)
+        train(job, task_type)
         return
     with pytest.raises(
-        SpecError, match=r"give first\.\w+, .* a different gradient than Observed does"
+        SpecError, match=r"give first\.\w+, .* a different gradient than AuxiliaryHead does"
     ):
-        train(job, kind)
+        train(job, task_type)

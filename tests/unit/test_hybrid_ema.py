@@ -1,7 +1,7 @@
-"""The average of the weights of a model that is cut: put together, it is that of one process.
+"""The EMA of a cut model, assembled, matches that of one process.
 
-That a lost worker leaves no trace in it `test_hybrid_faults.py` and `test_hybrid_server_faults.py`
-see, whose jobs have one.
+The jobs of `test_hybrid_faults.py` and `test_hybrid_server_faults.py` cover the EMA after a lost
+worker.
 """
 
 from functools import cache
@@ -33,7 +33,7 @@ class Shifting(nn.Module):
 
 
 class TiedModel(nn.Module):
-    """Blocks between an embedding and a head that is tied to it, on two stages."""
+    """An embedding, blocks, and a tied head: two stages share the weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,21 +55,21 @@ class Tied(Gpt):
         return TiedModel()
 
 
-SERVED = {"data_strategy": "ps-sync", "num_servers": 2}
+PS_SYNC = {"data_strategy": "ps-sync", "num_servers": 2}
 GRIDS: dict[str, tuple[type[Task], dict[str, Any], int]] = {
     "stages and replicas": (Gpt, *grid_of(2, 1, 2)),
     "several chunks": (Gpt, *grid_of(2, 1, 1, schedule="interleaved")),
     "slices": (Gpt, *grid_of(1, 2, 2, tensor_plan=GPT_PLAN)),
     "branches": (NormedInception, *grid_of(2, 2, 1, tensor_plan=INCEPTION_PLAN, micro_batches=1)),
-    "servers": (Gpt, *grid_of(2, 1, 2, **SERVED)),
-    "servers of slices": (Gpt, *grid_of(2, 2, 1, tensor_plan=GPT_PLAN, **SERVED)),
+    "servers": (Gpt, *grid_of(2, 1, 2, **PS_SYNC)),
+    "servers of slices": (Gpt, *grid_of(2, 2, 1, tensor_plan=GPT_PLAN, **PS_SYNC)),
     "copies": (Gpt, *grid_of(1, 1, 2)),
     "tied": (Tied, *grid_of(2, 1, 1)),
     "one process": (Gpt, {"name": "ring"}, 1),
 }
 
 
-def job(grid: str, **more: Any) -> Job:
+def job(grid: str, **overrides: Any) -> Job:
     _, options, workers = GRIDS[grid]
     fields: dict[str, Any] = {
         "steps": STEPS,
@@ -77,36 +77,36 @@ def job(grid: str, **more: Any) -> Job:
         "evaluation": {"every_steps": HALF},
         "checkpoint": {"every_steps": HALF},
         "clip_norm": 0.5,
-        **more,
+        **overrides,
     }
     return hybrid_job(options, workers, **fields)
 
 
 @cache
-def alone(kind: type[Task]) -> LocalRun:
-    """One process, by `ring`, whose average is torch's (`test_ema.py`)."""
-    return train(job("one process"), kind)
+def train_in_one_process(task_type: type[Task]) -> LocalRun:
+    """Train in one process under `ring`: `test_ema.py` compares its EMA with torch's."""
+    return train(job("one process"), task_type)
 
 
 @cache
-def unstopped(grid: str) -> LocalRun:
+def uninterrupted(grid: str) -> LocalRun:
     return train(job(grid), GRIDS[grid][0])
 
 
-def figures(run: LocalRun, name: str) -> list[float]:
-    return [one.metrics[name] for one in evaluations(run)]
+def metric_values(run: LocalRun, name: str) -> list[float]:
+    return [evaluation.metrics[name] for evaluation in evaluations(run)]
 
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("grid", [name for name in GRIDS if name != "one process"])
-def test_it_is_that_of_one_process(grid: str) -> None:
-    run, expected = unstopped(grid), alone(GRIDS[grid][0])
+def test_ema_matches_one_process(grid: str) -> None:
+    run, expected = uninterrupted(grid), train_in_one_process(GRIDS[grid][0])
     found = whole(run)
     assert any(name.startswith(EMA_PREFIX) for name in found)
     assert distance(found, whole(expected)) < 1e-5
     for name in ("loss", "ema_loss", "ema_accuracy"):
-        assert figures(run, name) == pytest.approx(figures(expected, name), rel=1e-4)
-    assert figures(run, "loss") != pytest.approx(figures(run, "ema_loss"), rel=1e-3)
+        assert metric_values(run, name) == pytest.approx(metric_values(expected, name), rel=1e-4)
+    assert metric_values(run, "loss") != pytest.approx(metric_values(run, "ema_loss"), rel=1e-3)
 
 
 @pytest.mark.sweep(2)
@@ -120,16 +120,16 @@ def test_it_is_that_of_one_process(grid: str) -> None:
         ("one process", "slices"),
     ],
 )
-def test_a_checkpoint_has_it_for_any_grid(origin: str, to: str) -> None:
-    expected = whole(unstopped(origin))
-    found = whole(train(job(to), Gpt, saved=unstopped(origin).checkpoints[HALF]))
+def test_any_grid_resumes_the_ema_from_a_checkpoint(origin: str, to: str) -> None:
+    expected = whole(uninterrupted(origin))
+    found = whole(train(job(to), Gpt, saved=uninterrupted(origin).checkpoints[HALF]))
     assert distance(found, expected) < 1e-5
     if to == origin:
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 class First(nn.Module):
-    """Hands on beside its outputs whether the next layer has anything to do."""
+    """Also returns which samples need the next layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,23 +139,23 @@ class First(nn.Module):
         return self.inner(inputs[:, 1:]), inputs[:, 0]
 
 
-class Now(nn.Module):
-    """Reached in some steps only."""
+class Conditional(nn.Module):
+    """Skips its layer if no sample of the batch needs it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(4, 4)
 
     def forward(self, value: tuple[Tensor, Tensor]) -> Tensor:
-        hidden, wanted = value
-        return hidden + self.inner(hidden) if wanted.any() else hidden
+        hidden, needed = value
+        return hidden + self.inner(hidden) if needed.any() else hidden
 
 
-class NowAndThen(Task):
-    """In every second batch nothing reaches the stage in the middle."""
+class SkippedStage(Task):
+    """Every second batch skips the middle stage."""
 
     def model(self) -> nn.Module:
-        return nn.Sequential(First(), Now(), nn.Linear(4, 2)).double()
+        return nn.Sequential(First(), Conditional(), nn.Linear(4, 2)).double()
 
     def train_data(self) -> TensorDataset:
         generator = torch.Generator().manual_seed(3)
@@ -172,18 +172,18 @@ class NowAndThen(Task):
     [grid_of(3, 1, 1), grid_of(3, 1, 1, data_strategy="ps-sync"), ({"name": "ring"}, 1)],
     ids=["ring", "servers", "one process"],
 )
-def test_that_of_a_stage_moves_in_steps_that_do_not_reach_it(
+def test_ema_of_a_stage_is_updated_in_steps_that_skip_it(
     strategy: tuple[dict[str, Any], int],
 ) -> None:
-    """Compared with torch's loop: an average comes nearer to weights that stand still, too."""
+    """The reference is torch's loop: the average approaches unchanged weights, too."""
     fields: dict[str, Any] = {"steps": 4, "data": {"shuffle": False}, "ema": {"decay": 0.8}}
-    found = whole(train(hybrid_job(*strategy, **fields), NowAndThen))
+    found = whole(train(hybrid_job(*strategy, **fields), SkippedStage))
     torch.manual_seed(5)
-    task = NowAndThen()
+    task = SkippedStage()
     model = task.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    by: Any = get_ema_multi_avg_fn
-    average = AveragedModel(model, multi_avg_fn=by(0.8))
+    multi_avg_fn: Any = get_ema_multi_avg_fn
+    average = AveragedModel(model, multi_avg_fn=multi_avg_fn(0.8))
     data = task.train_data()
     for step in range(4):
         inputs, targets = data[BATCH * step : BATCH * (step + 1)]

@@ -1,4 +1,4 @@
-"""The promise, for every grid: what one process gives, to 1e-5 after 20 steps."""
+"""Every grid matches one process to 1e-5 after 20 steps."""
 
 from typing import Any
 
@@ -34,14 +34,16 @@ from distplat.strategies.task import Task
 
 
 def losses(run: LocalRun) -> list[float]:
-    """Give the mean loss of each step, over the ranks that know it."""
+    """Return the mean loss of each step over the ranks that report it."""
     found = []
     for step in range(STEPS):
         parts = [
             r for rank in run.reports for r in rank if isinstance(r, StepReport) and r.step == step
         ]
         samples = sum(part.samples for part in parts)
-        assert samples == (BATCH if (step + 1) % 3 else SAMPLES % BATCH), "each is counted once"
+        assert samples == (BATCH if (step + 1) % 3 else SAMPLES % BATCH), (
+            "each sample is counted once"
+        )
         found.append(sum(part.loss * part.samples for part in parts) / samples)
     return found
 
@@ -61,36 +63,40 @@ GRIDS = {
 }
 
 
-KINDS: list[type[Task]] = [Mlp, Conv, Gpt]
-EACH_WITH_EACH = [
-    pytest.param(name, kind, marks=[pytest.mark.slow] if (place + number) % len(KINDS) else [])
-    for place, name in enumerate(GRIDS)
-    for number, kind in enumerate(KINDS)
+TASK_TYPES: list[type[Task]] = [Mlp, Conv, Gpt]
+GRIDS_AND_TASK_TYPES = [
+    pytest.param(
+        name,
+        task_type,
+        marks=[pytest.mark.slow] if (grid_index + type_index) % len(TASK_TYPES) else [],
+    )
+    for grid_index, name in enumerate(GRIDS)
+    for type_index, task_type in enumerate(TASK_TYPES)
 ]
-"""Every grid with one of the models is quick, and every model with some of the grids."""
+"""Each grid runs with one model in `make test`, with the others in `make test-all`."""
 
 
 @pytest.mark.sweep(4)
-@pytest.mark.parametrize(("name", "kind"), EACH_WITH_EACH)
-def test_every_grid_gives_what_one_process_gives(name: str, kind: type[Task]) -> None:
+@pytest.mark.parametrize(("name", "task_type"), GRIDS_AND_TASK_TYPES)
+def test_grid_matches_one_process(name: str, task_type: type[Task]) -> None:
     options, workers = GRIDS[name]
-    run = train(hybrid_job(options, workers), kind)
-    expected, plain_losses = plain(kind)
+    run = train(hybrid_job(options, workers), task_type)
+    expected, plain_losses = plain(task_type)
     assert distance(whole(run), expected) < 1e-5
     assert losses(run) == pytest.approx(plain_losses, rel=1e-4)
 
 
 @pytest.mark.parametrize("batch", [2, 3])
-def test_a_batch_may_have_less_samples_than_there_are_workers(batch: int) -> None:
+def test_batch_may_have_fewer_samples_than_workers(batch: int) -> None:
     options, workers = grid_of(2, 1, 2, micro_batches=1)
     run = train(hybrid_job(options, workers, global_batch_size=batch), Mlp)
-    one = train(hybrid_job({"pipeline": 1}, 1, global_batch_size=batch), Mlp)
-    assert distance(whole(run), whole(one)) < 1e-5
+    single = train(hybrid_job({"pipeline": 1}, 1, global_batch_size=batch), Mlp)
+    assert distance(whole(run), whole(single)) < 1e-5
 
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize(
-    ("kind", "plan", "pipeline", "data"),
+    ("task_type", "plan", "pipeline", "data"),
     [
         (Mlp, MLP_PLAN, 1, 2),
         (Mlp, MLP_PLAN, 2, 1),
@@ -104,19 +110,19 @@ def test_a_batch_may_have_less_samples_than_there_are_workers(batch: int) -> Non
     ],
 )
 @pytest.mark.parametrize("clip", [slow(None), 0.3])
-def test_slices_give_what_one_process_gives(
-    kind: type[Task], plan: dict[str, str], pipeline: int, data: int, clip: float | None
+def test_tensor_slices_match_one_process(
+    task_type: type[Task], plan: dict[str, str], pipeline: int, data: int, clip: float | None
 ) -> None:
     options, workers = grid_of(pipeline, 2, data, tensor_plan=plan)
-    run = train(hybrid_job(options, workers, clip_norm=clip), kind)
-    expected, plain_losses = plain(kind, clip)
+    run = train(hybrid_job(options, workers, clip_norm=clip), task_type)
+    expected, plain_losses = plain(task_type, clip)
     assert distance(whole(run), expected) < 1e-5
     assert losses(run) == pytest.approx(plain_losses, rel=1e-4)
 
 
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_checkpointed_activations_are_those_of_whole_stages(pipeline: int) -> None:
-    """The pattern names no module of the last stage, whose forwards are counted."""
+def test_activation_checkpointing_recomputes_whole_stages(pipeline: int) -> None:
+    """Counts forwards of the last stage: the pattern matches none of its modules."""
     calls: list[str] = []
 
     class Counted(Mlp):
@@ -128,32 +134,32 @@ def test_checkpointed_activations_are_those_of_whole_stages(pipeline: int) -> No
 
     options, workers = grid_of(pipeline, 1, 1)
     expected = whole(train(hybrid_job(options, workers, steps=3), Counted))
-    once = len(calls)
+    forwards = len(calls)
     found = whole(
         train(hybrid_job(options, workers, steps=3, activation_checkpointing="1, 2.*"), Counted)
     )
-    assert len(calls) - once > once
+    assert len(calls) - forwards > forwards
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_a_pattern_that_no_module_matches_is_refused() -> None:
+def test_checkpointing_pattern_without_a_match_is_refused() -> None:
     options, workers = grid_of(2, 1, 1)
     with pytest.raises(SpecError, match=r"activation_checkpointing.*'9' matches no module"):
         train(hybrid_job(options, workers, activation_checkpointing="9"), Mlp)
 
 
 @pytest.mark.parametrize("name", ["2x1x2", "3x1x1", "2x1x2-interleaved"])
-def test_clipping_takes_the_norm_of_the_whole_model(name: str) -> None:
+def test_clipping_uses_the_norm_of_the_whole_model(name: str) -> None:
     options, workers = GRIDS[name]
     run = train(hybrid_job(options, workers, clip_norm=0.3), Mlp)
     assert distance(whole(run), plain(Mlp, 0.3)[0]) < 1e-5
-    assert distance(whole(run), plain(Mlp)[0]) > 1e-4, "the limit matters"
+    assert distance(whole(run), plain(Mlp)[0]) > 1e-4, "clipping changes the model"
 
 
 def evaluation(run: LocalRun) -> dict[str, float]:
-    """Put the ranks' parts of the last evaluation together."""
-    reports = [r for r in run.reports[0] if isinstance(r, EvalReport)]  # each has all ranks'
+    """Return the metrics of the last evaluation over all ranks."""
+    reports = [r for r in run.reports[0] if isinstance(r, EvalReport)]  # the sums of all ranks
     assert sum(report.samples for report in reports) == SAMPLES
     names = next(report.sums for report in reports if report.samples)
     return {name: sum(r.sums.get(name, 0.0) for r in reports) / SAMPLES for name in names}
@@ -161,39 +167,39 @@ def evaluation(run: LocalRun) -> dict[str, float]:
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize(
-    "more",
+    "overrides",
     [
-        {"global_batch_size": 22},  # the last batch has one sample: a replica has nothing to do
+        {"global_batch_size": 22},  # the last batch has one sample: one replica gets none
         {"precision": "bf16"},
         {"data": {"drop_last": True, "num_workers": 0}, "optimizer": {"name": "AdamW", "lr": 0.01}},
     ],
     ids=["short", "bf16", "dropped"],
 )
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
-def test_two_stages_and_replicas_do_what_one_rank_does(schedule: str, more: dict[str, Any]) -> None:
+def test_stages_and_replicas_match_one_rank(schedule: str, overrides: dict[str, Any]) -> None:
     options, workers = grid_of(2, 1, 2, schedule=schedule)
-    many, one = (
-        train(hybrid_job(options, workers, **more), Mlp),
-        train(hybrid_job({}, 1, **more), Mlp),
+    hybrid_run, single = (
+        train(hybrid_job(options, workers, **overrides), Mlp),
+        train(hybrid_job({}, 1, **overrides), Mlp),
     )
-    loose = 1e-2 if "precision" in more else 1e-5
-    assert distance(whole(many), whole(one)) < loose
-    assert evaluation(many) == pytest.approx(evaluation(one), rel=10 * loose)
+    tolerance = 1e-2 if "precision" in overrides else 1e-5
+    assert distance(whole(hybrid_run), whole(single)) < tolerance
+    assert evaluation(hybrid_run) == pytest.approx(evaluation(single), rel=10 * tolerance)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb-h1"])
-def test_buckets_leave_while_the_pipeline_drains(
+def test_buckets_are_sent_while_the_pipeline_drains(
     schedule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each as soon as its last micro-batch has made it; only the first step sends nothing early."""
+    """A bucket is sent after the backward of its last micro-batch, except in the first step."""
     started: list[int] = []
     finish = BucketReducer.finish
 
-    def counting(self: BucketReducer, local: StepControl) -> StepControl:
+    def record_started(self: BucketReducer, local: StepControl) -> StepControl:
         started.append(len(self._handles))
         return finish(self, local)
 
-    monkeypatch.setattr(BucketReducer, "finish", counting)
+    monkeypatch.setattr(BucketReducer, "finish", record_started)
     options, workers = grid_of(2, 1, 2, schedule=schedule, bucket_mb=0.0001)
     train(hybrid_job(options, workers, steps=2), Mlp)
     assert started[:workers] == [0] * workers

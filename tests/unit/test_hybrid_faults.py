@@ -1,9 +1,9 @@
 """
-A rank is lost at every moment of a step in turn; the others go on, to the same bits.
+A rank is lost at each operation of a step in turn; the recovered run is bit-identical.
 
-Ranks are threads here, which come back with the strategy object that they had; the lost one comes
-with a new one. What is swept is the number of the operation to which it does not come any more: in
-the peers' exchange, in the agreement of all, and between the two.
+Ranks are threads. Survivors keep their strategy object; the lost rank returns with a new one. The
+sweep covers the operation at which the rank is lost: in the peers' exchange, in the agreement of
+all ranks, and between the two.
 """
 
 from functools import cache
@@ -22,7 +22,7 @@ from distplat.strategies.fakes import Fabric
 
 
 @pytest.fixture(scope="module")
-def unfailed() -> dict[str, Tensor]:
+def uninterrupted() -> dict[str, Tensor]:
     model = Workers().attempt()
     assert model is not None
     return model
@@ -44,8 +44,8 @@ def unfailed() -> dict[str, Tensor]:
         ("world", 16),  # in the last evaluation
     ],
 )
-def test_one_is_lost_at_any_operation(
-    group: str, after: int, victim: int, unfailed: dict[str, Tensor]
+def test_rank_lost_at_any_operation(
+    group: str, after: int, victim: int, uninterrupted: dict[str, Tensor]
 ) -> None:
     workers = Workers()
     fabric = Fabric(WORLD)
@@ -53,32 +53,32 @@ def test_one_is_lost_at_any_operation(
     assert workers.attempt(fabric) is None
     workers.renew(victim)
     model = workers.attempt()
-    assert model is not None and same(model, unfailed)
-    assert min(workers.starts) == max(workers.starts) > 0, "survivors keep what they have"
+    assert model is not None and same(model, uninterrupted)
+    assert min(workers.starts) == max(workers.starts) > 0, "survivors keep their state"
     assert samples(workers, workers.job) == [16, 16, 13] * 2
 
 
 @pytest.mark.sweep(2)
-@pytest.mark.parametrize("deaf", [{0}, {1, 2}, {0, 1, 3}, {2, 3}, {0, 2, 3}])
+@pytest.mark.parametrize("behind", [{0}, {1, 2}, {0, 1, 3}, {2, 3}, {0, 2, 3}])
 @pytest.mark.parametrize("victim", [0, 3])
-def test_some_have_made_the_update_and_some_not(
-    victim: int, deaf: set[int], unfailed: dict[str, Tensor]
+def test_ranks_behind_apply_the_missing_update(
+    victim: int, behind: set[int], uninterrupted: dict[str, Tensor]
 ) -> None:
-    """They make it by themselves; what they had not reported is reported then."""
+    """The ranks behind apply the update on restart, and report its samples then."""
     workers = Workers()
-    assert workers.attempt(Fabric(WORLD), deaf) is None
+    assert workers.attempt(Fabric(WORLD), behind) is None
     versions = [workers.ranks[rank].prepared.flat.version for rank in range(WORLD)]
-    assert versions == [3 if rank in deaf else 4 for rank in range(WORLD)]
+    assert versions == [3 if rank in behind else 4 for rank in range(WORLD)]
     workers.renew(victim)
     model = workers.attempt()
-    assert model is not None and same(model, unfailed)
+    assert model is not None and same(model, uninterrupted)
     assert workers.starts == [4] * WORLD
-    lost = 0 if victim % 2 == 0 or victim not in deaf else 8  # with the rank its report is lost
+    lost = 0 if victim % 2 == 0 or victim not in behind else 8  # the report is lost with the rank
     assert samples(workers, workers.job)[3] == 16 - lost
 
 
-class Spoiled(Normed):
-    """A sample of the fourth batch, and of one before, makes NaN of loss and statistics."""
+class NonFinite(Normed):
+    """A sample of the fourth batch, and of an earlier one, makes loss and statistics NaN."""
 
     def train_data(self) -> TensorDataset:
         inputs, targets = super().train_data().tensors
@@ -89,23 +89,23 @@ class Spoiled(Normed):
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("options", [{}, {"data_strategy": "ps-sync"}], ids=str)
-@pytest.mark.parametrize("deaf", [{0, 1}, {0, 2, 3}])
-def test_a_step_that_some_have_left_out_the_others_leave_out_too(
-    deaf: set[int], options: dict[str, Any], clip: float | None
+@pytest.mark.parametrize("behind", [{0, 1}, {0, 2, 3}])
+def test_step_skipped_by_some_ranks_is_skipped_by_the_others(
+    behind: set[int], options: dict[str, Any], clip: float | None
 ) -> None:
     policy = {"non_finite": "skip", "max_skipped_steps": 2}
-    more: dict[str, Any] = {"options": options, "failure": policy, "clip_norm": clip}
-    expected = Workers(Spoiled, **more).attempt()
-    assert expected is not None and all(one.isfinite().all() for one in expected.values())
-    workers = Workers(Spoiled, **more)
-    assert workers.attempt(Fabric(WORLD), deaf) is None
+    overrides: dict[str, Any] = {"options": options, "failure": policy, "clip_norm": clip}
+    expected = Workers(NonFinite, **overrides).attempt()
+    assert expected is not None and all(value.isfinite().all() for value in expected.values())
+    workers = Workers(NonFinite, **overrides)
+    assert workers.attempt(Fabric(WORLD), behind) is None
     model = workers.attempt()
     assert model is not None and same(model, expected)
     assert min(workers.starts) == max(workers.starts) > 2
 
 
-def test_a_part_without_a_holder_is_lost() -> None:
-    """Both peers of a stage are gone: the others' state is worth nothing without it."""
+def test_losing_both_peers_of_a_stage_loses_the_state() -> None:
+    """Both peers of a stage are lost, so that no rank has its part of the model."""
     workers = Workers()
     fabric = Fabric(WORLD)
     fabric.kill(1, after=6, group="world")
@@ -116,17 +116,19 @@ def test_a_part_without_a_holder_is_lost() -> None:
         workers.attempt(Fabric(WORLD))
 
 
-class Doomed(Mlp):
-    """Two stages of two blocks, one of which is lost at a given forward or backward."""
+class FailingTask(Mlp):
+    """Two stages, one of which is lost at a given forward or backward."""
 
     at: ClassVar[tuple[str, int, int] | None] = None
-    """Forward or backward, stage, and its number among those of that stage in training."""
+    """`forward` or `backward`, stage, and its number in the training of that stage."""
 
     def model(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(6, 12), Fatal(0), Fatal(1), nn.Linear(12, CLASSES))
+        return nn.Sequential(
+            nn.Linear(6, 12), FailingBlock(0), FailingBlock(1), nn.Linear(12, CLASSES)
+        )
 
 
-class Fatal(nn.Module):
+class FailingBlock(nn.Module):
     def __init__(self, stage: int) -> None:
         super().__init__()
         self.stage, self.forwards = stage, 0
@@ -142,21 +144,21 @@ class Fatal(nn.Module):
             )
         return outputs
 
-    def _die(self, moment: str, number: int) -> None:
-        if Doomed.at == (moment, self.stage, number):
-            Doomed.at = None
-            raise CollectiveError("test", moment, number, (self.stage,), "this stage was killed")
+    def _die(self, phase: str, number: int) -> None:
+        if FailingTask.at == (phase, self.stage, number):
+            FailingTask.at = None
+            raise CollectiveError("test", phase, number, (self.stage,), "this stage was killed")
 
 
-def alone(strategy: str) -> Workers:
-    """No stage has a peer."""
+def single_replica(strategy: str) -> Workers:
+    """Create workers of one replica: no stage has a peer."""
     options: dict[str, Any] = {"data": 1, "data_strategy": strategy}
-    return Workers(Doomed, options=options, checkpoint={"every_steps": 2})
+    return Workers(FailingTask, options=options, checkpoint={"every_steps": 2})
 
 
 @cache
-def unfailed_alone() -> dict[str, Tensor]:
-    model = alone("ring").attempt(Fabric(2))
+def uninterrupted_single_replica() -> dict[str, Tensor]:
+    model = single_replica("ring").attempt(Fabric(2))
     assert model is not None
     return model
 
@@ -164,18 +166,18 @@ def unfailed_alone() -> dict[str, Tensor]:
 @pytest.mark.sweep(8)
 @pytest.mark.parametrize("number", range(5, 10))
 @pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize("moment", ["forward", "backward"])
+@pytest.mark.parametrize("phase", ["forward", "backward"])
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_without_a_twin_all_go_back_to_the_checkpoint(
-    strategy: str, moment: str, stage: int, number: int
+def test_single_replica_restarts_from_the_checkpoint(
+    strategy: str, phase: str, stage: int, number: int
 ) -> None:
-    """In any micro-batch of steps 2 to 4; of a step that ends with a checkpoint, too."""
-    expected = unfailed_alone()
-    workers = alone(strategy)
-    Doomed.at = moment, stage, number
+    """In any micro-batch of steps 2 to 4, including a step that ends with a checkpoint."""
+    expected = uninterrupted_single_replica()
+    workers = single_replica(strategy)
+    FailingTask.at = phase, stage, number
     assert workers.attempt(Fabric(2)) is None
     newest = max(workers.checkpoints, default=0)
-    # The other stage may be a step behind, and not have given its part of the newest.
+    # The other stage may be a step behind, its part of the newest checkpoint missing.
     assert newest in {5: {0, 2}, 6: {2}, 7: {2}, 8: {2, 4}, 9: {2, 4}}[number]
     workers.start_over()
     model = workers.attempt(Fabric(2), saved=workers.checkpoints.get(newest))

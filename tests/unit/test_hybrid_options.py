@@ -1,4 +1,4 @@
-"""What `hybrid` refuses before anything starts: the field, what was got, what to do."""
+"""Validation of `hybrid` options: each error names the field, its value and a remedy."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from distplat.platform.spec import Job
 from distplat.strategies.catalog import complete, make_job, make_strategy, strategy_problems
 from distplat.strategies.pipeline.hybrid_options import HybridOptions
 
-WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
+INVALID: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
     (
         {"pipeline": 2, "data": 2},
         3,
@@ -165,34 +165,39 @@ WRONG: list[tuple[dict[str, Any], int, dict[str, Any], str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "workers", "more", "field", "message", "hint"), WRONG)
-def test_what_is_wrong_is_named(
-    options: dict[str, Any], workers: int, more: dict[str, Any], field: str, message: str, hint: str
+@pytest.mark.parametrize(("options", "workers", "fields", "field", "message", "hint"), INVALID)
+def test_invalid_options_are_named(
+    options: dict[str, Any],
+    workers: int,
+    fields: dict[str, Any],
+    field: str,
+    message: str,
+    hint: str,
 ) -> None:
-    (problem,) = strategy_problems(Job.model_validate(hybrid_fields(options, workers, **more)))
+    (problem,) = strategy_problems(Job.model_validate(hybrid_fields(options, workers, **fields)))
     assert problem.field == field
     assert message in problem.message and hint in problem.hint
 
 
 @pytest.mark.parametrize(
-    ("options", "workers", "batch", "micro"),
+    ("options", "workers", "batch", "micro_batches"),
     [
         ({"data": 2}, 2, 16, 1),
         ({"pipeline": 2}, 2, 16, 8),
         ({"pipeline": 2, "data": 2}, 4, 16, 8),
-        ({"pipeline": 2, "data": 2}, 4, 10, 5),  # as far as the batch goes
+        ({"pipeline": 2, "data": 2}, 4, 10, 5),  # limited by the batch
         ({"pipeline": 3, "schedule": "interleaved"}, 3, 10, 9),  # a multiple of the stages
     ],
 )
-def test_micro_batches_where_the_job_does_not_say(
-    options: dict[str, Any], workers: int, batch: int, micro: int
+def test_default_micro_batches(
+    options: dict[str, Any], workers: int, batch: int, micro_batches: int
 ) -> None:
     job = hybrid_job(options, workers, global_batch_size=batch)
     assert not strategy_problems(job)
-    assert HybridOptions.model_validate(options).micro(job) == micro
+    assert HybridOptions.model_validate(options).micro(job) == micro_batches
 
 
-def test_each_part_has_servers_of_its_own() -> None:
+def test_each_stage_has_its_own_servers() -> None:
     options = {"pipeline": 2, "data": 2, "data_strategy": "ps-sync", "num_servers": 3}
     job = hybrid_job({**options, "replication": 2, "wire": "bf16"}, 4)
     roles = make_strategy(job).roles(job)
@@ -203,18 +208,18 @@ def test_each_part_has_servers_of_its_own() -> None:
     assert make_strategy(ring).roles(ring).servers == 0
 
 
-def test_slices_have_checkpoints() -> None:
+def test_tensor_slices_support_checkpoints() -> None:
     options = {"tensor": 2, "tensor_plan": {"0": "colwise"}}
     assert not strategy_problems(hybrid_job(options, 2, checkpoint={"every_steps": 2}))
 
 
-def test_survives_worker_loss_where_parts_have_twins() -> None:
+def test_survives_worker_loss_if_stages_have_peers() -> None:
     assert make_strategy(hybrid_job({"pipeline": 2, "data": 2}, 4)).survives_worker_loss()
     assert not make_strategy(hybrid_job({"pipeline": 2}, 2)).survives_worker_loss()
 
 
 @pytest.mark.parametrize(
-    ("given", "workers", "sizes"),
+    ("options", "workers", "sizes"),
     [
         ({}, 1, (1, 1, 1)),
         ({}, 2, (2, 1, 1)),
@@ -231,24 +236,26 @@ def test_survives_worker_loss_where_parts_have_twins() -> None:
         ({"pipeline": 2, "tensor": 1, "data": 4}, 8, (2, 1, 4)),
     ],
 )
-def test_sizes_that_are_not_given_fill_the_workers(
-    given: dict[str, Any], workers: int, sizes: tuple[int, int, int]
+def test_missing_sizes_are_filled_from_the_number_of_workers(
+    options: dict[str, Any], workers: int, sizes: tuple[int, int, int]
 ) -> None:
-    plan = {"tensor_plan": {"0": "colwise"}} if "tensor" in given and given["tensor"] > 1 else {}
-    job = make_job(hybrid_fields({**given, **plan}, workers))
-    chosen = job.strategy.options
-    assert (chosen["pipeline"], chosen["tensor"], chosen["data"]) == sizes
+    plan = (
+        {"tensor_plan": {"0": "colwise"}} if "tensor" in options and options["tensor"] > 1 else {}
+    )
+    job = make_job(hybrid_fields({**options, **plan}, workers))
+    resolved = job.strategy.options
+    assert (resolved["pipeline"], resolved["tensor"], resolved["data"]) == sizes
     assert make_strategy(job).detail() == "pipeline {} x tensor {} x data {}".format(*sizes)
     assert complete(job) == job
 
 
-@pytest.mark.parametrize("given", [{"pipeline": 3}, {"data": 5}, {"tensor": 3}, {"data": "two"}])
-def test_sizes_that_fit_no_number_of_workers_are_left_to_the_checks(given: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{"pipeline": 3}, {"data": 5}, {"tensor": 3}, {"data": "two"}])
+def test_sizes_that_fit_no_grid_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(SpecError, match="strategy"):
-        make_job(hybrid_fields(given, 4))
+        make_job(hybrid_fields(options, 4))
 
 
-def test_accumulated_parts_are_micro_batches() -> None:
+def test_gradient_accumulation_becomes_micro_batches() -> None:
     job = make_job(hybrid_fields({"pipeline": 2}, 2, gradient_accumulation=4))
     assert (job.gradient_accumulation, job.strategy.options["micro_batches"]) == (1, 4)
     with pytest.raises(SpecError, match="set only one of the two"):

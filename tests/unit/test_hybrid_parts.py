@@ -1,4 +1,4 @@
-"""Where models are cut, what ranks hold of them, and what is drawn on them."""
+"""Cuts of models into stages, the parts held by ranks, and their random numbers."""
 
 import itertools
 import random
@@ -37,17 +37,17 @@ def whole(run: LocalRun) -> dict[str, Tensor]:
     return {name: value for state in run.trained for name, value in state.items()}
 
 
-def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+def equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
 
 
-def test_a_cut_by_name() -> None:
+def test_cut_by_layer_name() -> None:
     run = train(hybrid_job({"pipeline": 2, "cut": ["5"]}, 2, steps=1), Mlp)
     assert names(run)[1] == ["5.weight", "5.bias"]
-    assert run.ranks[0].prepared.model is None, "the rest of the model is let go"
+    assert run.ranks[0].prepared.model is None, "the whole model is released"
 
 
-def test_a_chunk_of_each_half() -> None:
+def test_interleaved_chunks_alternate_between_stages() -> None:
     options = {**EVEN, "schedule": "interleaved", "virtual": 3}
     run = train(hybrid_job(options, 2, steps=1), Mlp)
     layers = [[*dict.fromkeys(name.split(".")[0] for name in part)] for part in names(run)]
@@ -62,7 +62,7 @@ def test_a_chunk_of_each_half() -> None:
         ({"pipeline": 2, "memory_limit_mb": 0.001}, "no cut of 6 layers", "memory_limit_mb"),
     ],
 )
-def test_what_cannot_be_cut_is_named(options: dict[str, Any], message: str, hint: str) -> None:
+def test_impossible_cut_is_named(options: dict[str, Any], message: str, hint: str) -> None:
     with pytest.raises(SpecError) as caught:
         train(hybrid_job(options, options["pipeline"]), Mlp)
     problem = caught.value.problems[0]
@@ -70,7 +70,7 @@ def test_what_cannot_be_cut_is_named(options: dict[str, Any], message: str, hint
     assert problem.field.startswith("strategy.")
 
 
-class OneTrained(Mlp):
+class OneTrainedLayer(Mlp):
     def model(self) -> nn.Module:
         model = super().model()
         for layer in [*model.children()][1:]:
@@ -80,7 +80,7 @@ class OneTrained(Mlp):
 
 def test_fewer_trained_layers_than_stages_are_named() -> None:
     with pytest.raises(SpecError, match="each of 2 stages needs something to train, and only 0 h"):
-        train(hybrid_job({"pipeline": 2}, 2), OneTrained)
+        train(hybrid_job({"pipeline": 2}, 2), OneTrainedLayer)
 
 
 class Tied(Gpt):
@@ -96,18 +96,18 @@ def test_tied_weights_in_two_stages_are_named() -> None:
         train(hybrid_job(EVEN, 2), Tied)
 
 
-class Forgetful(Mlp):
+class MissingStage(Mlp):
     def stages(self, model: nn.Module) -> list[nn.Module]:
         return [*model.children()][:-1]
 
 
-def test_a_parameter_in_no_stage_is_named() -> None:
+def test_parameter_missing_from_all_stages_is_named() -> None:
     with pytest.raises(SpecError, match=r"in no stage: 5\.weight, 5\.bias"):
-        train(hybrid_job(EVEN, 2), Forgetful)
+        train(hybrid_job(EVEN, 2), MissingStage)
 
 
 class Branching(Mlp):
-    """No Sequential: the trace finds where one tensor is all that crosses."""
+    """Not a Sequential: the trace finds the cuts that a single tensor crosses."""
 
     def model(self) -> nn.Module:
         return Residual()
@@ -124,7 +124,7 @@ class Residual(nn.Module):
         return out
 
 
-def test_a_traced_model_is_cut_where_one_tensor_crosses() -> None:
+def test_traced_model_is_cut_where_one_tensor_crosses() -> None:
     run = train(hybrid_job({"pipeline": 3, "cut": "even"}, 3, steps=2), Branching)
     assert [{n.split(".")[0] for n in part} for part in names(run)] == [
         {"stem"},
@@ -134,36 +134,36 @@ def test_a_traced_model_is_cut_where_one_tensor_crosses() -> None:
 
 
 @pytest.mark.sweep(2)
-@pytest.mark.usefixtures("one_at_a_time")
+@pytest.mark.usefixtures("atomic_random_numbers")
 @pytest.mark.parametrize(("stages", "replicas"), [(3, 1), (2, 2)])
-def test_values_made_by_stages_do_not_depend_on_the_cut(stages: int, replicas: int) -> None:
-    """`init: meta`: no rank has had the whole model, and all grids begin with one."""
+def test_meta_initialization_does_not_depend_on_the_cut(stages: int, replicas: int) -> None:
+    """With `init: meta` no rank ever has the whole model; all grids start with equal values."""
 
-    def beginning(pipeline: int, data: int) -> dict[str, Tensor]:
-        options = {**META, "pipeline": pipeline, "data": data}
-        return whole(train(hybrid_job(options, pipeline * data, optimizer=STILL), Mlp))
+    def initial_values(pipeline: int, data: int) -> dict[str, Tensor]:
+        options = {**META_INIT, "pipeline": pipeline, "data": data}
+        return whole(train(hybrid_job(options, pipeline * data, optimizer=TINY_LR), Mlp))
 
-    assert equal(beginning(2, 1), beginning(stages, replicas))
-
-
-META = {"init": "meta", "cut": "even"}
-STILL = {"name": "SGD", "lr": 1e-30}
+    assert equal(initial_values(2, 1), initial_values(stages, replicas))
 
 
-def test_measured_layers_are_those_of_a_model_on_meta() -> None:
+META_INIT = {"init": "meta", "cut": "even"}
+TINY_LR = {"name": "SGD", "lr": 1e-30}
+
+
+def test_layers_of_a_meta_model_are_materialised() -> None:
     run = train(hybrid_job({"pipeline": 2, "init": "meta", "micro_batches": 2}, 2, steps=1), Mlp)
     assert all(tensor.device.type == "cpu" for tensor in whole(run).values())
 
 
 class FrozenNorm(nn.BatchNorm1d):
-    """Keeps its statistics, as a pretrained one does in fine-tuning; needs no batch of two."""
+    """Keeps its statistics, as in fine-tuning, and so accepts a batch of one sample."""
 
     def train(self, mode: bool = True) -> "FrozenNorm":
         super().train(False)
         return self
 
 
-def test_layers_are_measured_in_the_mode_that_they_train_in() -> None:
+def test_layers_are_measured_in_their_training_mode() -> None:
     class Frozen(Mlp):
         def model(self) -> nn.Module:
             return nn.Sequential(nn.Linear(6, 5), FrozenNorm(5), nn.Tanh(), nn.Linear(5, 4))
@@ -174,51 +174,53 @@ def test_layers_are_measured_in_the_mode_that_they_train_in() -> None:
 
 
 @pytest.fixture
-def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks are threads here and share one generator: seeding and drawing must not be torn."""
+def atomic_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make seeding and drawing atomic: ranks are threads and share one generator."""
     lock, seeded = threading.Lock(), rank_model.Layers.seeded
 
-    def locked(self: rank_model.Layers, inputs: Any, seed: int) -> Any:
+    def seeded_under_lock(self: rank_model.Layers, inputs: Any, seed: int) -> Any:
         with lock:
             return seeded(self, inputs, seed)
 
-    def filled(*args: Any) -> None:
+    def materialise_under_lock(*args: Any) -> None:
         with lock:
             materialise(*args)
 
-    def under_lock(made: Any) -> Any:
-        def make(*args: Any) -> Any:
+    def under_lock(function: Any) -> Any:
+        def call(*args: Any) -> Any:
             with lock:
-                return made(*args)
+                return function(*args)
 
-        return make
+        return call
 
-    def read_under_lock(made: Any) -> Any:
-        def batches(*args: Any) -> Iterator[Any]:
-            begin, end = under_lock(lambda: iter(made(*args))), object()
-            read = under_lock(next)  # a sample is made under a seed of its own
+    def read_under_lock(batches_of: Any) -> Any:
+        def locked_batches(*args: Any) -> Iterator[Any]:
+            begin, end = under_lock(lambda: iter(batches_of(*args))), object()
+            read = under_lock(next)  # each sample has its own seed
             source = begin()
             while (batch := read(source, end)) is not end:
                 yield batch
 
-        return batches
+        return locked_batches
 
     for owner, name in ((stage_compute, "micro_batches"), (EvalLoader, "batches")):
         monkeypatch.setattr(owner, name, read_under_lock(getattr(owner, name)))
-    look = MeanCheck.look
-    monkeypatch.setattr(MeanCheck, "look", under_lock(look))  # puts generators back
-    # What a rank tries while others train is not to put their generator back.
-    monkeypatch.setattr(torch.random, "fork_rng", lambda **kept: nullcontext())
-    monkeypatch.setattr(rank_model.Layers, "seeded", locked)
-    monkeypatch.setattr(rank_model, "materialise", filled)
+    check = MeanCheck.look
+    monkeypatch.setattr(MeanCheck, "look", under_lock(check))  # restores generators
+    # A trial of one rank must not restore the generator of ranks that train.
+    monkeypatch.setattr(torch.random, "fork_rng", lambda **_: nullcontext())
+    monkeypatch.setattr(rank_model.Layers, "seeded", seeded_under_lock)
+    monkeypatch.setattr(rank_model, "materialise", materialise_under_lock)
 
 
-@pytest.mark.usefixtures("one_at_a_time")
-def test_dropout_repeats_and_does_not_depend_on_the_cut() -> None:
-    """Updates of vectors of other lengths may round otherwise; what is dropped is the same."""
+@pytest.mark.usefixtures("atomic_random_numbers")
+def test_dropout_is_reproducible_and_independent_of_the_cut() -> None:
+    """The masks are equal; updates of vectors of other lengths may round differently."""
 
-    def trained(kind: type[Mlp] = Dropping, stages: int = 2, **options: Any) -> dict[str, Tensor]:
-        return whole(train(hybrid_job({**EVEN, "pipeline": stages, **options}, stages), kind))
+    def trained(
+        task_type: type[Mlp] = Dropping, stages: int = 2, **options: Any
+    ) -> dict[str, Tensor]:
+        return whole(train(hybrid_job({**EVEN, "pipeline": stages, **options}, stages), task_type))
 
     first = trained()
     assert equal(first, trained())
@@ -228,33 +230,33 @@ def test_dropout_repeats_and_does_not_depend_on_the_cut() -> None:
     assert not all(torch.allclose(first[name], without[name], atol=1e-3) for name in first)
 
 
-def test_nobody_leaves_before_the_trained_model_is_put_together(
+def test_ranks_wait_until_the_trained_model_is_gathered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is sent may be in the sender's memory until it is read, however late that is."""
+    """The receiver may read a slice from the sender's memory later."""
     order: list[str] = []
     gather, trained = gather_full, ranks.HybridWorker.trained
 
-    def late(state: Any, specs: Any, group: Any) -> dict[str, Tensor]:
+    def slow_gather(state: Any, specs: Any, group: Any) -> dict[str, Tensor]:
         if group.rank == 0:
             time.sleep(0.3)
         found = gather(state, specs, group)
         order.append("read" if group.rank == 0 else "sent")
         return found
 
-    def leaving(self: ranks.HybridWorker, flat: FlatModel) -> dict[str, Tensor]:
+    def record_leaving(self: ranks.HybridWorker, flat: FlatModel) -> dict[str, Tensor]:
         found = trained(self, flat)
         order.append("left")
         return found
 
-    monkeypatch.setattr(ranks, "gather_full", late)
-    monkeypatch.setattr(ranks.HybridWorker, "trained", leaving)
+    monkeypatch.setattr(ranks, "gather_full", slow_gather)
+    monkeypatch.setattr(ranks.HybridWorker, "trained", record_leaving)
     train(hybrid_job({"tensor": 2, "tensor_plan": MLP_PLAN}, 2, steps=1), Mlp)
     assert order == ["sent", "read", "left", "left"]
 
 
-class Counting(nn.Module):
-    """Writes into what is not trained, whatever the mode."""
+class CountingLayer(nn.Module):
+    """Writes into buffers or a frozen parameter, in train and eval mode."""
 
     def __init__(self, *, frozen: bool) -> None:
         super().__init__()
@@ -274,40 +276,40 @@ class Counting(nn.Module):
         return inputs - self.mean
 
 
-def counting(frozen: bool) -> type[Mlp]:
+def counting_task(frozen: bool) -> type[Mlp]:
     def model(self: Mlp) -> nn.Module:
         return nn.Sequential(
-            nn.Linear(6, 12), Counting(frozen=frozen), nn.Linear(12, 12), nn.Linear(12, 4)
+            nn.Linear(6, 12), CountingLayer(frozen=frozen), nn.Linear(12, 12), nn.Linear(12, 4)
         )
 
     return type("Counted", (Mlp,), {"model": model, "eval_data": lambda self: None})
 
 
-def test_layers_are_called_once_for_each_micro_batch() -> None:
-    """A pass that agrees on shapes, or one that measures, leaves no trace."""
+def test_layers_are_called_once_per_micro_batch() -> None:
+    """The passes that determine shapes or measure layers leave no trace."""
     for cut in ("even", "auto"):
         options = {**EVEN, "cut": cut}
-        run = train(hybrid_job(options, 2, steps=3), counting(frozen=False))
+        run = train(hybrid_job(options, 2, steps=3), counting_task(frozen=False))
         assert whole(run)["1.calls"] == whole(run)["1.times"] == 3 * 4
 
 
 @pytest.mark.parametrize(("frozen", "name"), [(True, "1.mean"), (False, "1.calls, 1.times")])
-def test_what_a_forward_writes_cannot_be_computed_again(frozen: bool, name: str) -> None:
+def test_recompute_is_refused_if_forward_writes_state(frozen: bool, name: str) -> None:
     for options, workers in ((EVEN, 2), ({}, 1)):
         job = hybrid_job({**options, "recompute": True}, workers)
         with pytest.raises(SpecError, match=f"writes into {name}, and `recompute`"):
-            train(job, counting(frozen))
+            train(job, counting_task(frozen))
 
 
-class Drawing(nn.Module):
-    """Adds numbers of numpy's and python's generators."""
+class RandomLayer(nn.Module):
+    """Adds random numbers of numpy, python and torch."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs + float(np.random.rand()) + random.random() + torch.rand(())
 
 
-def test_what_layers_draw_does_not_depend_on_the_cut() -> None:
-    model = nn.Sequential(*(Drawing() for _ in range(4)))
+def test_random_layers_do_not_depend_on_the_cut() -> None:
+    model = nn.Sequential(*(RandomLayer() for _ in range(4)))
     layers = layers_of(model, [*model])
 
     def outputs(*cuts: int) -> float:
@@ -320,13 +322,13 @@ def test_what_layers_draw_does_not_depend_on_the_cut() -> None:
     assert outputs() == outputs(2) == outputs(1, 3)
 
 
-def test_layers_have_every_parameter_once() -> None:
+def test_layers_cover_the_model() -> None:
     layers = rank_model.layers_for(Mlp(), Mlp().model())
     assert [layer.name for layer in layers] == [*"012345"]
     assert all(isinstance(layer, Layer) for layer in layers)
 
 
-def test_weights_tied_by_their_memory_are_refused_wherever_they_would_be() -> None:
+def test_weights_with_shared_memory_are_refused() -> None:
     class Tied(Mlp):
         def model(self) -> nn.Module:
             model = super().model()
@@ -338,7 +340,7 @@ def test_weights_tied_by_their_memory_are_refused_wherever_they_would_be() -> No
         train(hybrid_job({"pipeline": 2, "cut": "even"}, 2, steps=1), Tied)
 
 
-def test_what_a_task_keeps_of_a_weight_is_refused() -> None:
+def test_view_of_a_weight_kept_by_the_task_is_refused() -> None:
     class Anchored(Mlp):
         def model(self) -> nn.Module:
             model = super().model()

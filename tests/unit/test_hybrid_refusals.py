@@ -1,4 +1,4 @@
-"""What a model does around its layers that a pipeline refuses by name."""
+"""Hooks, own forwards and modes around a model's layers that a pipeline refuses by name."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +13,7 @@ from distplat.strategies.task import Task
 
 
 def backward_hook(model: nn.Module) -> nn.Module:
-    model.register_full_backward_hook(lambda module, given, got: None)
+    model.register_full_backward_hook(lambda module, grad_input, grad_output: None)
     return model
 
 
@@ -28,7 +28,7 @@ def own_forward(model: nn.Sequential) -> nn.Module:
     return model
 
 
-def saving(model: nn.Module) -> nn.Module:
+def state_dict_hook(model: nn.Module) -> nn.Module:
     hook = lambda module, state, prefix, meta: None  # noqa: E731
     model.register_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
     return model
@@ -36,30 +36,32 @@ def saving(model: nn.Module) -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize(
-    ("made", "words"),
+    ("build", "words"),
     [
         (backward_hook, ("Sequential", "a backward hook")),
         (kwargs_hook, ("with_kwargs",)),
         (own_forward, ("a `forward` of its own object",)),
-        (saving, ("state_dict hook",)),
+        (state_dict_hook, ("state_dict hook",)),
     ],
 )
-def test_refused_of_the_whole_model(made: Callable[[Any], Any], words: tuple[str, ...]) -> None:
-    refused(task_of(made), *words)
-    same(task_of(made), (1, 1, 2))
+def test_hooks_of_the_whole_model_are_refused(
+    build: Callable[[Any], Any], words: tuple[str, ...]
+) -> None:
+    refused(task_of(build), *words)
+    same(task_of(build), (1, 1, 2))
 
 
-def test_a_hook_that_asks_for_more_than_a_stage_has() -> None:
-    def asking(what: Callable[[Any, Any], Any]) -> type[Task]:
-        def made(model: nn.Module) -> nn.Module:
-            model.register_forward_hook(lambda module, args, out: out + what(module, args) * 0)
+def test_hook_that_reads_the_whole_model_is_refused() -> None:
+    def hooked(read: Callable[[Any, Any], Any]) -> type[Task]:
+        def build(model: nn.Module) -> nn.Module:
+            model.register_forward_hook(lambda module, args, out: out + read(module, args) * 0)
             return model
 
-        return task_of(made)
+        return task_of(build)
 
-    refused(asking(lambda module, args: args[0].sum()), "inputs")
-    refused(asking(lambda module, args: module[0].weight.sum()), "parts of the whole model")
-    refused(asking(lambda module, args: sum(p.sum() for p in module.parameters())), "`parameters`")
+    refused(hooked(lambda module, args: args[0].sum()), "inputs")
+    refused(hooked(lambda module, args: module[0].weight.sum()), "parts of the whole model")
+    refused(hooked(lambda module, args: sum(p.sum() for p in module.parameters())), "`parameters`")
 
 
 @pytest.fixture
@@ -70,11 +72,11 @@ def hook_for_all() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("hook_for_all")
-def test_hooks_for_all_modules() -> None:
+def test_global_module_hooks_are_refused() -> None:
     refused(task_of(lambda model: model), "hooks for all modules")
 
 
-class Inside(nn.Module):
+class BodyAndHead(nn.Module):
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
         self.body, self.head = layers[:4], layers[4]
@@ -84,27 +86,27 @@ class Inside(nn.Module):
         return outputs
 
 
-def test_a_module_of_which_only_parts_are_layers() -> None:
-    def made(model: nn.Sequential) -> nn.Module:
-        inside = Inside(model)
-        inside.get_submodule("body").register_forward_hook(lambda module, args, out: out * 2)
-        return inside
+def test_hook_of_a_module_split_by_stages_is_refused() -> None:
+    def build(model: nn.Sequential) -> nn.Module:
+        module = BodyAndHead(model)
+        module.get_submodule("body").register_forward_hook(lambda module, args, out: out * 2)
+        return module
 
     def stages(self: Task, model: Any) -> list[nn.Module]:
         return [*model.body, model.head]
 
-    refused(task_of(made, stages=stages), "body (Sequential) has a forward hook", "name body")
+    refused(task_of(build, stages=stages), "body (Sequential) has a forward hook", "name body")
 
 
-def test_layers_that_are_not_the_model() -> None:
+def test_stages_that_omit_layers_are_refused() -> None:
     def stages(self: Task, model: Any) -> list[nn.Module]:
         return [*model.body[:3], model.head]
 
-    refused(task_of(Inside, stages=stages), "do not compute what Inside does", "`stages`")
+    refused(task_of(BodyAndHead, stages=stages), "do not compute what BodyAndHead does", "`stages`")
 
 
-class FrozenBody(Inside):
-    """Trains its head alone, without having frozen the rest."""
+class FrozenBody(BodyAndHead):
+    """Computes its body without gradients; the parameters are not frozen."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         with torch.no_grad():
@@ -113,8 +115,8 @@ class FrozenBody(Inside):
         return outputs
 
 
-class Exact(Inside):
-    """Has a part that is never computed in halves."""
+class NoAutocastBody(BodyAndHead):
+    """Disables autocast for its body."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
@@ -124,45 +126,47 @@ class Exact(Inside):
 
 
 @pytest.mark.parametrize(
-    ("made", "words"),
-    [(FrozenBody, ("body", "torch.no_grad")), (Exact, ("body", "torch.autocast"))],
+    ("build", "words"),
+    [(FrozenBody, ("body", "torch.no_grad")), (NoAutocastBody, ("body", "torch.autocast"))],
 )
-def test_contexts_that_a_trace_leaves_out(made: type[Inside], words: tuple[str, ...]) -> None:
+def test_contexts_lost_by_tracing_are_refused(
+    build: type[BodyAndHead], words: tuple[str, ...]
+) -> None:
     with pytest.raises(SpecError) as caught:
-        trained(task_of(made), (2, 1, 1))
+        trained(task_of(build), (2, 1, 1))
     assert all(word in str(caught.value) for word in words)
-    same(task_of(made), (1, 1, 2))
+    same(task_of(build), (1, 1, 2))
 
 
-def test_layers_that_reach_other_parameters() -> None:
+def test_stages_that_train_other_parameters_are_refused() -> None:
     def stages(self: Task, model: Any) -> list[nn.Module]:
         return [*model.body, model.head]
 
     refused(task_of(FrozenBody, stages=stages), "gradients of other parameters", "body.0.weight")
 
 
-class Switching(nn.Sequential):
-    def train(self, mode: bool = True) -> "Switching":
+class OverridesTrain(nn.Sequential):
+    def train(self, mode: bool = True) -> "OverridesTrain":
         super().train(mode)
         self[1].eval()
         return self
 
 
-def test_a_way_of_its_own_to_switch_the_mode() -> None:
-    def made(model: Any) -> nn.Module:
-        return Switching(model[0], nn.Dropout(0.5), *model[1:])
+def test_train_override_of_the_whole_model_is_refused() -> None:
+    def build(model: Any) -> nn.Module:
+        return OverridesTrain(model[0], nn.Dropout(0.5), *model[1:])
 
-    refused(task_of(made), "a `train` of its own")
-    same(task_of(made), (1, 1, 2))
+    refused(task_of(build), "a `train` of its own")
+    same(task_of(build), (1, 1, 2))
 
-    def inner(model: Any) -> nn.Module:
-        return nn.Sequential(made(model[:2]), *model[2:])
+    def build_nested(model: Any) -> nn.Module:
+        return nn.Sequential(build(model[:2]), *model[2:])
 
-    same(task_of(inner))
+    same(task_of(build_nested))
 
 
-class Borrowing(nn.Module):
-    """Uses a weight that another layer has, without its being a part of this one."""
+class UsesOtherWeight(nn.Module):
+    """Uses the weight of another layer, which is not one of its submodules."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -173,23 +177,25 @@ class Borrowing(nn.Module):
         return outputs
 
 
-def test_a_weight_that_nobody_trains() -> None:
-    """As in plain torch: what is no part of the model stays as it is."""
+def test_weight_outside_the_model_is_not_updated() -> None:
+    """As in plain torch, a weight outside the model is not updated."""
 
-    def made(model: nn.Sequential) -> nn.Module:
+    def build(model: nn.Sequential) -> nn.Module:
         torch.manual_seed(7)
-        return nn.Sequential(Borrowing(nn.Linear(6, 6).double()).double(), nn.Linear(3, 3).double())
+        return nn.Sequential(
+            UsesOtherWeight(nn.Linear(6, 6).double()).double(), nn.Linear(3, 3).double()
+        )
 
-    same(task_of(made))
-
-
-def test_a_weight_of_another_stage() -> None:
-    made = lambda model: nn.Sequential(model[0], Borrowing(model[0]).double())  # noqa: E731
-    refused(task_of(made), "0.weight", "in none of its layers")
-    same(task_of(made), (1, 1, 2))
+    same(task_of(build))
 
 
-class Unfreezing(nn.Linear):
+def test_weight_of_another_stage_is_refused() -> None:
+    build = lambda model: nn.Sequential(model[0], UsesOtherWeight(model[0]).double())  # noqa: E731
+    refused(task_of(build), "0.weight", "in none of its layers")
+    same(task_of(build), (1, 1, 2))
+
+
+class UnfreezesItself(nn.Linear):
     calls = 0
 
     def forward(self, input: Tensor) -> Tensor:
@@ -199,50 +205,52 @@ class Unfreezing(nn.Linear):
         return super().forward(input)
 
 
-def test_a_parameter_that_is_unfrozen() -> None:
-    def made(model: nn.Sequential) -> nn.Module:
-        layer = Unfreezing(8, 8).double()
+def test_unfreezing_a_parameter_is_refused() -> None:
+    def build(model: nn.Sequential) -> nn.Module:
+        layer = UnfreezesItself(8, 8).double()
         layer.weight.requires_grad_(False)
         return nn.Sequential(model[0], layer, model[4])
 
-    refused(task_of(made), "unfrozen during the run", "1.weight")
+    refused(task_of(build), "unfrozen during the run", "1.weight")
 
 
-def test_sync_batch_norm() -> None:
-    made = lambda model: nn.Sequential(model[0], nn.SyncBatchNorm(8).double(), model[4])  # noqa: E731
-    refused(task_of(made), "'1' is nn.SyncBatchNorm", "ring")
+def test_sync_batch_norm_is_refused() -> None:
+    build = lambda model: nn.Sequential(model[0], nn.SyncBatchNorm(8).double(), model[4])  # noqa: E731
+    refused(task_of(build), "'1' is nn.SyncBatchNorm", "ring")
 
 
-def on_sliced_weight(model: nn.Sequential) -> nn.Module:
+def hook_on_sliced_weight(model: nn.Sequential) -> nn.Module:
     weight: Any = model[0].weight
     weight.register_hook(lambda gradient: gradient * 0.5)
     return model
 
 
-def late_on_sliced_weight(model: nn.Sequential) -> nn.Module:
+def post_accumulate_hook_on_sliced_weight(model: nn.Sequential) -> nn.Module:
     weight: Any = model[2].weight
     weight.register_post_accumulate_grad_hook(lambda parameter: None)
     return model
 
 
-def on_sliced_module(model: nn.Sequential) -> nn.Module:
+def hook_on_sliced_module(model: nn.Sequential) -> nn.Module:
     model[0].register_forward_hook(lambda module, args, out: out / out.norm())
     return model
 
 
-def parametrized_bias(model: nn.Sequential) -> nn.Module:
+def parametrization_of_sliced_bias(model: nn.Sequential) -> nn.Module:
     nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Tanh())
     return model
 
 
 @pytest.mark.parametrize(
-    ("made", "words"),
+    ("build", "words"),
     [
-        (on_sliced_weight, ("0.weight", "a hook")),
-        (late_on_sliced_weight, ("2.weight", "a post-accumulate hook")),
-        (on_sliced_module, ("0 (Linear)", "a forward hook")),
-        (parametrized_bias, ("0 (ParametrizedLinear)", "a parametrization")),
+        (hook_on_sliced_weight, ("0.weight", "a hook")),
+        (post_accumulate_hook_on_sliced_weight, ("2.weight", "a post-accumulate hook")),
+        (hook_on_sliced_module, ("0 (Linear)", "a forward hook")),
+        (parametrization_of_sliced_bias, ("0 (ParametrizedLinear)", "a parametrization")),
     ],
 )
-def test_refused_of_what_is_sliced(made: Callable[[Any], Any], words: tuple[str, ...]) -> None:
-    refused(task_of(made), *words, grid=(1, 2, 1))
+def test_hooks_of_sliced_modules_are_refused(
+    build: Callable[[Any], Any], words: tuple[str, ...]
+) -> None:
+    refused(task_of(build), *words, grid=(1, 2, 1))

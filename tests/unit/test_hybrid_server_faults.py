@@ -1,8 +1,8 @@
 """
-Workers are lost under `data_strategy: ps-sync`; the others go on, to the same bits.
+Workers are lost under `data_strategy: ps-sync`; the recovered run is bit-identical.
 
-Servers of the parts know nothing of each other: those of one stage may have made a step that the
-others have not. What is swept: in which operation a rank is lost, and who had come how far then.
+The servers of different stages are independent: one stage may have applied a step that another has
+not. The sweep covers the operation at which a rank is lost and the progress of the other ranks.
 """
 
 import time
@@ -24,28 +24,30 @@ from distplat.strategies.ports import Pushed
 LOST_AT = 3
 
 
-def workers_of(clip: float | None, servers: int = 1, **more: Any) -> Workers:
+def workers_of(clip: float | None, servers: int = 1, **fields: Any) -> Workers:
     options = {"data_strategy": "ps-sync", "num_servers": servers}
-    return Workers(Normed, options=options, clip_norm=clip, **more)
+    return Workers(Normed, options=options, clip_norm=clip, **fields)
 
 
 @cache
-def unfailed(clip: float | None) -> dict[str, Tensor]:
+def uninterrupted(clip: float | None) -> dict[str, Tensor]:
     model = workers_of(clip).attempt()
     assert model is not None
     return model
 
 
-def goes_on(workers: Workers, lost: Set[int], clip: float | None, untold: int = 0) -> None:
-    """Replace ranks, and compare what all come to; `untold`: samples whose report was lost."""
+def recover_and_compare(
+    workers: Workers, lost: Set[int], clip: float | None, unreported: int = 0
+) -> None:
+    """Replace ranks and compare the result; `unreported`: samples whose report was lost."""
     for rank in lost:
         workers.renew(rank)
     model = workers.attempt()
-    assert model is not None and same(model, unfailed(clip))
-    assert min(workers.starts) == max(workers.starts), "no part is ahead of another"
-    told = samples(workers, workers.job)
-    assert [*map(max, told, [16, 16, 13] * 2)] == [16, 16, 13] * 2
-    assert sum(told) >= 90 - untold, "each step is told of"
+    assert model is not None and same(model, uninterrupted(clip))
+    assert min(workers.starts) == max(workers.starts), "all stages start at the same step"
+    samples_by_step = samples(workers, workers.job)
+    assert [*map(max, samples_by_step, [16, 16, 13] * 2)] == [16, 16, 13] * 2
+    assert sum(samples_by_step) >= 90 - unreported, "each step is reported"
 
 
 @pytest.mark.sweep(4)
@@ -61,7 +63,7 @@ def goes_on(workers: Workers, lost: Set[int], clip: float | None, untold: int = 
         ("replica", 10),
     ],
 )
-def test_one_is_lost_at_any_operation(
+def test_rank_lost_at_any_operation(
     group: str, after: int, victim: int, clip: float | None
 ) -> None:
     workers, fabric = workers_of(clip), Fabric(WORLD)
@@ -69,84 +71,86 @@ def test_one_is_lost_at_any_operation(
     if workers.attempt(fabric) is not None:
         assert group == "replica", "without clipping there are fewer operations"
         return
-    # A rank that is lost when the servers have its push takes its report with it.
-    goes_on(workers, {victim}, clip, untold=8 if (victim, group, clip) == (3, "world", None) else 0)
-    assert workers.starts[0] > 0, "survivors keep what they have"
+    # The report of a rank is lost with it, even if the servers have its push.
+    recover_and_compare(
+        workers, {victim}, clip, unreported=8 if (victim, group, clip) == (3, "world", None) else 0
+    )
+    assert workers.starts[0] > 0, "survivors keep their state"
 
 
-def gone_before(
+def lost_before(
     workers: Workers, ranks: Set[int], call: str, *, others_first: bool
 ) -> Callable[[int, RemoteShards], RemoteShards]:
-    """Have ranks stop before they push, or commit, a step; others of their replica are quicker."""
+    """Stop ranks before they push or commit a step, optionally after the other stage has it."""
 
     def around(rank: int, shards: RemoteShards) -> RemoteShards:
         real = getattr(shards, call)
 
-        def until_gone(step: int, *args: float) -> object:
+        def call_or_fail(step: int, *args: float) -> object:
             if step != LOST_AT:
                 return real(step, *args)
             if others_first:
-                wait_until_made(workers, 1 - workers.division.part_of(rank))
-            raise CollectiveError("test", call, step, (rank,), "it is gone")
+                wait_until_applied(workers, 1 - workers.division.part_of(rank))
+            raise CollectiveError("test", call, step, (rank,), "the rank is lost")
 
         if rank in ranks:
-            setattr(shards, call, until_gone)
+            setattr(shards, call, call_or_fail)
         return shards
 
     return around
 
 
-def made_by(workers: Workers, part: int) -> int:
-    """Count the steps that all servers of a part have made."""
+def steps_applied_by(workers: Workers, part: int) -> int:
+    """Return the number of steps that all servers of a stage have applied."""
     assert workers.servers is not None
     return min(service.store.version for service in workers.servers.shard_servers(part))
 
 
-def wait_until_made(workers: Workers, part: int) -> None:
-    """Return when servers of a part have made the step."""
-    until = time.monotonic() + 20
-    while made_by(workers, part) <= LOST_AT:
-        assert time.monotonic() < until, "the other part makes the step"
+def wait_until_applied(workers: Workers, part: int) -> None:
+    """Wait until the servers of a stage have applied step LOST_AT."""
+    deadline = time.monotonic() + 20
+    while steps_applied_by(workers, part) <= LOST_AT:
+        assert time.monotonic() < deadline, "the other stage applies the step"
         time.sleep(0.001)
 
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("servers", [1, 2])
 @pytest.mark.parametrize("victim", range(WORLD))
-def test_one_is_lost_before_its_push(victim: int, servers: int) -> None:
-    """The other stage has made the step, and goes back to the version before."""
+def test_rank_lost_before_its_push(victim: int, servers: int) -> None:
+    """The other stage has applied the step and returns to the previous version."""
     workers = workers_of(None, servers)
-    around = gone_before(workers, {victim}, "push", others_first=True)
+    around = lost_before(workers, {victim}, "push", others_first=True)
     assert workers.attempt(Fabric(WORLD), around=around) is None
-    goes_on(workers, {victim}, None)
+    recover_and_compare(workers, {victim}, None)
     assert workers.starts == [LOST_AT] * WORLD
 
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("lost", [set(), {0}, {3}])
 @pytest.mark.parametrize("stopped", [{0, 2}, {1, 3}])
-def test_one_part_has_committed_and_the_other_not(stopped: set[int], lost: set[int]) -> None:
-    """Both peers had pushed; the running statistics of the part that is ahead go back, too."""
+def test_ranks_stopped_before_commit_of_one_stage(stopped: set[int], lost: set[int]) -> None:
+    """Both peers had pushed; the running statistics of the stage ahead are restored, too."""
     workers = workers_of(0.5)
-    around = gone_before(workers, stopped, "commit", others_first=True)
+    around = lost_before(workers, stopped, "commit", others_first=True)
     assert workers.attempt(Fabric(WORLD), around=around) is None
-    goes_on(workers, lost, 0.5)
+    recover_and_compare(workers, lost, 0.5)
     assert workers.starts == [LOST_AT] * WORLD
 
 
 @pytest.mark.parametrize("victim", [1, 2])
-def test_a_step_that_all_parts_have_is_not_repeated(victim: int) -> None:
+def test_step_applied_by_all_stages_is_not_repeated(victim: int) -> None:
     """One rank is lost before its commit; its peer may have committed for both."""
     workers = workers_of(0.5)
-    around = gone_before(workers, {victim}, "commit", others_first=True)
+    around = lost_before(workers, {victim}, "commit", others_first=True)
     assert workers.attempt(Fabric(WORLD), around=around) is None
-    made = made_by(workers, victim % 2) > LOST_AT
-    goes_on(workers, {victim}, 0.5, untold=8 if made else 0)
-    assert workers.starts == [LOST_AT + made] * WORLD
+    is_applied = steps_applied_by(workers, victim % 2) > LOST_AT
+    recover_and_compare(workers, {victim}, 0.5, unreported=8 if is_applied else 0)
+    assert workers.starts == [LOST_AT + is_applied] * WORLD
 
 
-def test_running_statistics_without_a_holder_are_lost() -> None:
-    """The parameters are the servers', but buffers of a stage were its workers'."""
+def test_losing_both_peers_of_a_stage_loses_the_buffers() -> None:
+    """Servers hold the parameters, but only workers hold the buffers of a stage."""
     workers, fabric = workers_of(None), Fabric(WORLD)
     fabric.kill(1, after=6, group="world")
     assert workers.attempt(fabric) is None
@@ -160,22 +164,22 @@ def test_running_statistics_without_a_holder_are_lost() -> None:
 @pytest.mark.parametrize("group", ["world", "dp-"])
 @pytest.mark.parametrize("after", range(3))
 @pytest.mark.parametrize("stopped", [{0, 2}, {1}, {0, 1, 2, 3}])
-def test_another_is_lost_while_they_meet_again(stopped: set[int], after: int, group: str) -> None:
-    """Who was ahead, who had pushed and who had not: none mistakes what its buffers are of."""
+def test_second_rank_lost_during_recovery(stopped: set[int], after: int, group: str) -> None:
+    """Each rank must know the version of its buffers, whatever its progress."""
     workers, call = workers_of(0.5), "commit"
-    if len(stopped) == WORLD:  # they do not hear that servers have made the step
+    if len(stopped) == WORLD:  # no rank receives the answer of the servers
         workers, call = workers_of(None), ""
     ahead = len(stopped) < WORLD
-    around = gone_before(workers, stopped, call, others_first=True) if ahead else unheard
+    around = lost_before(workers, stopped, call, others_first=True) if ahead else lose_answer
     assert workers.attempt(Fabric(WORLD), around=around) is None
     fabric = Fabric(WORLD)
     fabric.kill(3, after=after, group=group)
     assert workers.attempt(fabric) is None
-    goes_on(workers, {3}, 0.5 if ahead else None, untold=16)
+    recover_and_compare(workers, {3}, 0.5 if ahead else None, unreported=16)
 
 
-class Waiting(Fabric):
-    """A rank does not come to the average of running statistics once the other part has moved."""
+class LosesRank(Fabric):
+    """The victim is lost before the average of running statistics, once the other stage moved."""
 
     def __init__(self, workers: Workers, victim: int) -> None:
         super().__init__(WORLD)
@@ -185,26 +189,24 @@ class Waiting(Fabric):
         self, group: str, operation: str, number: int, ranks: Any, me: int, gift: Any
     ) -> Callable[[], list[Tensor | None]]:
         if me == self._victim and "dp-" in group and number == 1:
-            wait_until_made(self._workers, 1 - self._workers.division.part_of(me))
-            raise CollectiveError(group, operation, number, (me,), "it is gone")
+            wait_until_applied(self._workers, 1 - self._workers.division.part_of(me))
+            raise CollectiveError(group, operation, number, (me,), "the rank is lost")
         return super().start(group, operation, number, ranks, me, gift)
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 3), (1, 2)])
-def test_a_step_that_one_part_makes_in_one_attempt_and_one_in_the_next(
-    first: int, second: int
-) -> None:
-    """A rank whose part was ahead has gone back, and does not come to the step's end again."""
+def test_stages_apply_a_step_in_different_attempts(first: int, second: int) -> None:
+    """A rank of the stage ahead has returned to the previous version; it is lost again."""
     workers = workers_of(None)
-    around = gone_before(workers, {first}, "push", others_first=True)
+    around = lost_before(workers, {first}, "push", others_first=True)
     assert workers.attempt(Fabric(WORLD), around=around) is None
-    assert workers.attempt(Waiting(workers, second)) is None
-    goes_on(workers, {second}, None, untold=16)
+    assert workers.attempt(LosesRank(workers, second)) is None
+    recover_and_compare(workers, {second}, None, unreported=16)
     assert workers.starts == [LOST_AT + 1] * WORLD
 
 
-def unheard(rank: int, shards: RemoteShards) -> RemoteShards:
-    """Have a push be made, and its answer get lost."""
+def lose_answer(rank: int, shards: RemoteShards) -> RemoteShards:
+    """Let a push be applied, and lose its answer."""
     real = shards.push
 
     def push(step: int, control: StepControl) -> Pushed:
@@ -220,7 +222,7 @@ def unheard(rank: int, shards: RemoteShards) -> RemoteShards:
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("servers", [1, 2])
 @pytest.mark.parametrize("part", [0, 1])
-def test_a_lost_server_takes_all_back_to_the_checkpoint(part: int, servers: int) -> None:
+def test_lost_server_restarts_from_the_checkpoint(part: int, servers: int) -> None:
     workers = workers_of(0.5, servers, checkpoint={"every_steps": 2})
 
     def around(rank: int, shards: RemoteShards) -> RemoteShards:
@@ -244,7 +246,7 @@ def test_a_lost_server_takes_all_back_to_the_checkpoint(part: int, servers: int)
     assert workers.starts == [2] * WORLD
 
 
-def test_servers_that_were_filled_with_a_first_model_are_no_state_to_go_on_from() -> None:
-    """The run began from a checkpoint, and who had it was lost before servers had anything."""
+def test_servers_with_initial_weights_cannot_resume_from_a_checkpoint() -> None:
+    """The ranks that loaded the checkpoint were lost before the servers had its state."""
     with pytest.raises(StateLost, match="after step 2"):
         workers_of(None).attempt(Fabric(WORLD), base=2)

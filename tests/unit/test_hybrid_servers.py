@@ -1,4 +1,4 @@
-"""`data_strategy: ps-sync`: replicas that push to servers of their part of the model."""
+"""`data_strategy: ps-sync`: replicas push to the servers of their stage or slice."""
 
 from typing import Any
 
@@ -44,36 +44,40 @@ GRIDS: dict[str, tuple[type[Task], tuple[dict[str, Any], int]]] = {
 @pytest.mark.sweep(6)
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("clip", [slow(None), 0.3])
-def test_servers_of_each_part_give_what_one_process_gives(name: str, clip: float | None) -> None:
-    kind, (options, workers) = GRIDS[name]
-    run = train(hybrid_job({**options, "data_strategy": "ps-sync"}, workers, clip_norm=clip), kind)
-    expected, _ = plain(kind, clip)
+def test_grid_with_servers_matches_one_process(name: str, clip: float | None) -> None:
+    task_type, (options, workers) = GRIDS[name]
+    run = train(
+        hybrid_job({**options, "data_strategy": "ps-sync"}, workers, clip_norm=clip), task_type
+    )
+    expected, _ = plain(task_type, clip)
     assert distance(whole(run), expected) < 1e-5
     if clip is not None:
-        assert distance(whole(run), plain(kind)[0]) > 1e-4, "the limit matters"
+        assert distance(whole(run), plain(task_type)[0]) > 1e-4, "clipping changes the model"
 
 
-@pytest.mark.parametrize(("servers", "each"), [(2, 1), (4, 2)])
-def test_who_shares_which_servers(servers: int, each: int) -> None:
+@pytest.mark.parametrize(("servers", "servers_per_part"), [(2, 1), (4, 2)])
+def test_division_assigns_servers_to_parts(servers: int, servers_per_part: int) -> None:
     division = Division(((0, 2), (1, 3)), servers)
-    assert division.servers_per_part == each
+    assert division.servers_per_part == servers_per_part
     assert [division.part_of(rank) for rank in range(4)] == [0, 1, 0, 1]
     assert [division.part_rank_of(rank) for rank in range(4)] == [0, 0, 1, 1]
-    of_parts = [[*division.servers_of(part)] for part in range(2)]
-    assert [n for numbers in of_parts for n in numbers] == [*range(servers)]
-    for part, numbers in enumerate(of_parts):
-        assert [division.shard_of(n) for n in numbers] == [(part, i) for i in range(each)]
+    servers_by_part = [[*division.servers_of(part)] for part in range(2)]
+    assert [n for numbers in servers_by_part for n in numbers] == [*range(servers)]
+    for part, numbers in enumerate(servers_by_part):
+        assert [division.shard_of(n) for n in numbers] == [
+            (part, i) for i in range(servers_per_part)
+        ]
 
 
-def test_runs_within_a_shard() -> None:
+def test_clip_ranges_to_a_shard() -> None:
     assert clip_ranges([(0, 3), (5, 12), (20, 22)], Shard(1, 2, 10)) == ((0, 1), (3, 8))
     assert clip_ranges([(12, 14)], Shard(1, 2, 10)) == ()
 
 
-def test_the_norm_of_all_but_some_runs() -> None:
+def test_squared_norm_excludes_ranges() -> None:
     vector = torch.arange(10.0)
-    whole = (Segment(0, 10, "float32"),)
-    assert squared_norm_of(vector, whole) == squared_norm(vector)
-    assert squared_norm_of(vector, whole, ((0, 2), (4, 5), (8, 10))) == pytest.approx(
+    segments = (Segment(0, 10, "float32"),)
+    assert squared_norm_of(vector, segments) == squared_norm(vector)
+    assert squared_norm_of(vector, segments, ((0, 2), (4, 5), (8, 10))) == pytest.approx(
         sum(i * i for i in (2, 3, 5, 6, 7))
     )

@@ -1,4 +1,4 @@
-"""Stages that hand on trees of tensors and constants: equal to a plain loop, or refused by name."""
+"""Stages that pass pytrees of tensors and constants: as a plain loop, or refused by name."""
 
 from typing import Any
 
@@ -17,12 +17,12 @@ from distplat.strategies.task import Task
 
 STEPS = 3
 SAMPLES = BATCH + 5
-"""The second batch is short: micro-batches of three sizes."""
+"""The second batch is smaller, so that micro-batches have three sizes."""
 LENGTH, WIDTH = 3, 4
 
 
 class Sequences(Dataset[Any]):
-    """Inputs of several tensors, as a dict."""
+    """Its inputs are dicts of tensors."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -33,12 +33,12 @@ class Sequences(Dataset[Any]):
     def __len__(self) -> int:
         return SAMPLES
 
-    def __getitem__(self, at: int) -> Any:
-        return {"x": self.x[at], "mask": self.mask[at]}, self.targets[at]
+    def __getitem__(self, index: int) -> Any:
+        return {"x": self.x[index], "mask": self.mask[index]}, self.targets[index]
 
 
 class Enter(nn.Module):
-    """Gives what the blocks hand on."""
+    """Creates the values that the blocks pass on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Enter(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> Any:
         hidden = self.linear(inputs["x"])
         angle = torch.arange(LENGTH, dtype=torch.float64).outer(torch.ones(WIDTH).double())
-        around = {
+        context = {
             "mask": inputs["mask"],
             "rotary": (angle.cos(), angle.sin()),
             "skip": hidden.tanh(),
@@ -55,11 +55,11 @@ class Enter(nn.Module):
             "causal": True,
             "cache": None,
         }
-        return hidden, around
+        return hidden, context
 
 
 class Block(nn.Module):
-    """Works in place on one part, reads others, hands all of them on."""
+    """Changes one value in place, reads others, and passes all of them on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,13 +67,13 @@ class Block(nn.Module):
         self.gate = nn.Linear(WIDTH, WIDTH)
 
     def forward(self, value: Any) -> Any:
-        hidden, around = value
-        assert around["causal"] is True and around["cache"] is None
+        hidden, context = value
+        assert context["causal"] is True and context["cache"] is None
         hidden += 0.5
-        cos, sin = around["rotary"]
+        cos, sin = context["rotary"]
         turned = hidden * cos + hidden.flip(-1) * sin
-        hidden = self.linear(turned.tanh()) * around["mask"].unsqueeze(-1)
-        return hidden + self.gate(around["skip"]), around
+        hidden = self.linear(turned.tanh()) * context["mask"].unsqueeze(-1)
+        return hidden + self.gate(context["skip"]), context
 
 
 class Leave(nn.Module):
@@ -82,13 +82,13 @@ class Leave(nn.Module):
         self.linear = nn.Linear(WIDTH, 2)
 
     def forward(self, value: Any) -> Tensor:
-        hidden, around = value
-        outputs: Tensor = self.linear((hidden + around["skip"]).mean(1))
+        hidden, context = value
+        outputs: Tensor = self.linear((hidden + context["skip"]).mean(1))
         return outputs
 
 
-class Carrying(Task):
-    """Blocks that hand on floats, ints, constants, and what nobody uses."""
+class TreeTask(Task):
+    """Its blocks pass on floats, ints, constants, and an unused tensor."""
 
     block: type[nn.Module] = Block
 
@@ -105,8 +105,8 @@ class Carrying(Task):
         return nn.functional.mse_loss(outputs, targets)
 
 
-class Across(nn.Module):
-    """A decoder's block: reads what the encoder gave, which all blocks hand on."""
+class CrossAttention(nn.Module):
+    """A decoder block, which reads the encoder's output and passes it on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,17 +118,17 @@ class Across(nn.Module):
 
 
 class EncoderDecoder(nn.Module):
-    """No `Sequential`, with a `forward` of its own."""
+    """Not a `Sequential`."""
 
     def __init__(self) -> None:
         super().__init__()
         self.enter = Enter()
-        self.blocks = nn.ModuleList(Across() for _ in range(3))
+        self.blocks = nn.ModuleList(CrossAttention() for _ in range(3))
         self.leave = Leave()
 
     def forward(self, inputs: Any) -> Tensor:
-        hidden, around = self.enter(inputs)
-        memory = around["skip"]
+        hidden, context = self.enter(inputs)
+        memory = context["skip"]
         for block in self.blocks:
             hidden, _ = block((hidden, memory))
         outputs: Tensor = self.leave((hidden, {"skip": memory}))
@@ -141,8 +141,8 @@ class First(nn.Module):
         self.enter = enter
 
     def forward(self, inputs: Any) -> Any:
-        hidden, around = self.enter(inputs)
-        return hidden, around["skip"]
+        hidden, context = self.enter(inputs)
+        return hidden, context["skip"]
 
 
 class Last(nn.Module):
@@ -154,7 +154,7 @@ class Last(nn.Module):
         return self.leave((value[0], {"skip": value[1]}))
 
 
-class Attending(Carrying):
+class EncoderDecoderTask(TreeTask):
     def model(self) -> nn.Module:
         return EncoderDecoder().double()
 
@@ -162,17 +162,17 @@ class Attending(Carrying):
         return [First(model.enter), *model.blocks, Last(model.leave)]
 
 
-def plain(kind: type[Task]) -> tuple[dict[str, Tensor], float]:
-    """Give the trained model, and its mean loss over all samples."""
-    task, data = kind(), Sequences()
+def plain_loop(task_type: type[Task]) -> tuple[dict[str, Tensor], float]:
+    """Return the trained model and its mean loss over all samples."""
+    task, data = task_type(), Sequences()
     torch.manual_seed(5)
     model = task.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for step in range(STEPS):
         optimizer.zero_grad()
-        here = slice(step % 2 * BATCH, step % 2 * BATCH + BATCH)
-        inputs = {"x": data.x[here].clone(), "mask": data.mask[here]}
-        torch.autograd.backward(mean_loss(task, model(inputs), data.targets[here]))
+        batch = slice(step % 2 * BATCH, step % 2 * BATCH + BATCH)
+        inputs = {"x": data.x[batch].clone(), "mask": data.mask[batch]}
+        torch.autograd.backward(mean_loss(task, model(inputs), data.targets[batch]))
         optimizer.step()
     with torch.no_grad():
         outputs = model({"x": data.x.clone(), "mask": data.mask})
@@ -180,14 +180,14 @@ def plain(kind: type[Task]) -> tuple[dict[str, Tensor], float]:
     return {name: value.detach() for name, value in model.state_dict().items()}, loss
 
 
-def run_of(kind: type[Task], stages: int = 2, **options: Any) -> LocalRun:
-    chosen, workers = grid_of(stages, 1, 1, **options)
-    job = hybrid_job(chosen, workers, steps=STEPS, data={"shuffle": False})
-    return train(job, kind)
+def run_of(task_type: type[Task], stages: int = 2, **options: Any) -> LocalRun:
+    strategy, workers = grid_of(stages, 1, 1, **options)
+    job = hybrid_job(strategy, workers, steps=STEPS, data={"shuffle": False})
+    return train(job, task_type)
 
 
 @pytest.mark.sweep(3)
-@pytest.mark.parametrize("kind", [Carrying, Attending])
+@pytest.mark.parametrize("task_type", [TreeTask, EncoderDecoderTask])
 @pytest.mark.parametrize(
     ("stages", "options"),
     [
@@ -202,11 +202,11 @@ def run_of(kind: type[Task], stages: int = 2, **options: Any) -> LocalRun:
     ],
     ids=str,
 )
-def test_trees_give_what_one_process_gives(
-    kind: type[Task], stages: int, options: dict[str, Any]
+def test_trees_match_plain_loop(
+    task_type: type[Task], stages: int, options: dict[str, Any]
 ) -> None:
-    run = run_of(kind, stages, **options)
-    found, (expected, loss) = whole(run), plain(kind)
+    run = run_of(task_type, stages, **options)
+    found, (expected, loss) = whole(run), plain_loop(task_type)
     assert found.keys() == expected.keys()
     for name in expected:
         assert (found[name] - expected[name]).abs().max() < 1e-10, name
@@ -214,31 +214,31 @@ def test_trees_give_what_one_process_gives(
     assert reports[-1].sums["loss"] / SAMPLES == pytest.approx(loss, rel=1e-10)
 
 
-class Wide(Block):
-    """A block with a pair of layers that slices share."""
+class SlicedBlock(Block):
+    """A block with a pair of layers for tensor slices."""
 
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, value: Any) -> Any:
-        hidden, around = super().forward(value)
-        return hidden + self.down(self.up(hidden).tanh()), around
+        hidden, context = super().forward(value)
+        return hidden + self.down(self.up(hidden).tanh()), context
 
 
 @pytest.mark.parametrize("data", [1, 2])
-def test_slices_hand_on_trees_too(data: int) -> None:
-    kind = type("Sliced", (Carrying,), {"block": Wide})
+def test_trees_with_tensor_slices_match_plain_loop(data: int) -> None:
+    task_type = type("Sliced", (TreeTask,), {"block": SlicedBlock})
     plan = {"*.up": "colwise", "*.down": "rowwise"}
-    chosen, workers = grid_of(2, 2, data, tensor_plan=plan)
-    job = hybrid_job(chosen, workers, steps=STEPS, data={"shuffle": False})
-    found, (expected, _) = whole(train(job, kind)), plain(kind)
+    strategy, workers = grid_of(2, 2, data, tensor_plan=plan)
+    job = hybrid_job(strategy, workers, steps=STEPS, data={"shuffle": False})
+    found, (expected, _) = whole(train(job, task_type)), plain_loop(task_type)
     assert found.keys() == expected.keys()
     for name in expected:
         assert (found[name] - expected[name]).abs().max() < 1e-10, name
 
 
-class Turned(nn.Module):
+class RotaryBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(WIDTH, WIDTH)
@@ -249,13 +249,13 @@ class Turned(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Its blocks are given complex angles; one buffer is not saved, and one is not read."""
+    """Its blocks take complex angles, a non-persistent buffer; another buffer is unused."""
 
     angles: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Turned() for _ in range(4))
+        self.blocks = nn.ModuleList(RotaryBlock() for _ in range(4))
         angles = torch.polar(torch.ones(WIDTH // 2), torch.arange(1.0, 1 + WIDTH // 2))
         self.register_buffer("angles", angles.to(torch.complex128), persistent=False)
         self.register_buffer("version", torch.tensor(3))
@@ -278,13 +278,13 @@ class Spectrum(nn.Module):
         return spectrum
 
 
-class Folded(nn.Module):
+class RealPlusImag(nn.Module):
     def forward(self, spectrum: Tensor) -> Tensor:
         return spectrum.real + spectrum.imag
 
 
-class Turning(Carrying):
-    """Dicts of a model with blocks, whose first stage hands on complex constants."""
+class RotaryTask(TreeTask):
+    """Its first stage passes complex constants on."""
 
     def model(self) -> nn.Module:
         return Rotary().double()
@@ -296,32 +296,32 @@ class Turning(Carrying):
         return nn.functional.mse_loss(outputs, targets[1])
 
 
-class Transformed(Carrying):
-    """One complex tensor crosses, to which a gradient comes back."""
+class SpectrumTask(TreeTask):
+    """A complex tensor that needs a gradient crosses the cut."""
 
     def model(self) -> nn.Module:
-        layers = Spectrum(), nn.Identity(), Folded(), nn.Linear(WIDTH, 2)
+        layers = Spectrum(), nn.Identity(), RealPlusImag(), nn.Linear(WIDTH, 2)
         return nn.Sequential(*layers).double()
 
 
-@pytest.mark.parametrize("kind", [Turning, Transformed])
+@pytest.mark.parametrize("task_type", [RotaryTask, SpectrumTask])
 @pytest.mark.parametrize("options", [{}, {"recompute": True}], ids=str)
-def test_complex_tensors_cross_and_buffers_are_saved_as_of_the_whole(
-    kind: type[Task], options: dict[str, Any]
+def test_complex_tensors_and_buffers_match_plain_loop(
+    task_type: type[Task], options: dict[str, Any]
 ) -> None:
-    cut = ["blocks.2"] if kind is Turning else ["2"]
-    found = whole(run_of(kind, cut=cut, **options))
-    task = kind()
+    cut = ["blocks.2"] if task_type is RotaryTask else ["2"]
+    found = whole(run_of(task_type, cut=cut, **options))
+    task = task_type()
     torch.manual_seed(5)
     model = task.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     data = Sequences()
     for step in range(STEPS):
         optimizer.zero_grad()
-        here = slice(step % 2 * BATCH, step % 2 * BATCH + BATCH)
-        inputs = {"x": data.x[here], "mask": data.mask[here]}
-        outputs = model(**inputs) if kind is Turning else model(inputs)
-        torch.autograd.backward(nn.functional.mse_loss(outputs, data.targets[here]))
+        batch = slice(step % 2 * BATCH, step % 2 * BATCH + BATCH)
+        inputs = {"x": data.x[batch], "mask": data.mask[batch]}
+        outputs = model(**inputs) if task_type is RotaryTask else model(inputs)
+        torch.autograd.backward(nn.functional.mse_loss(outputs, data.targets[batch]))
         optimizer.step()
     expected = model.state_dict()
     assert found.keys() == expected.keys()
@@ -329,20 +329,20 @@ def test_complex_tensors_cross_and_buffers_are_saved_as_of_the_whole(
         assert (found[name] - expected[name]).abs().max() < 1e-10, name
 
 
-class Otherwise(Block):
-    """Hands on another form in training."""
+class ChangingBlock(Block):
+    """Passes on another structure in training."""
 
     changed: dict[str, Any]
 
     def forward(self, value: Any) -> Any:
-        hidden, around = super().forward(value)
+        hidden, context = super().forward(value)
         if self.training:
-            around = {**around, **self.changed}
-        return hidden, around
+            context = {**context, **self.changed}
+        return hidden, context
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"causal": False}, r"\[1\]\['causal'\] is False, not True"),
         ({"causal": 1}, r"\[1\]\['causal'\] is 1, not True"),
@@ -353,24 +353,24 @@ class Otherwise(Block):
     ],
     ids=str,
 )
-def test_another_form_than_agreed_is_told(changed: dict[str, Any], told: str) -> None:
-    block = type("Made", (Otherwise,), {"changed": changed})
+def test_changed_structure_is_refused(changed: dict[str, Any], message: str) -> None:
+    block = type("Made", (ChangingBlock,), {"changed": changed})
     with pytest.raises(
-        SpecError, match="the input of virtual stage 1 differs from the first.*" + told
+        SpecError, match="the input of virtual stage 1 differs from the first.*" + message
     ):
-        run_of(type("Made", (Carrying,), {"block": block}), cut=["2"])
+        run_of(type("Made", (TreeTask,), {"block": block}), cut=["2"])
 
 
-def test_a_gradient_that_would_be_lost_is_told() -> None:
+def test_unexpected_gradient_is_refused() -> None:
     value = torch.ones(2, requires_grad=True), torch.ones(2)
     layout = ValueLayout.of(1, value)
     with pytest.raises(SpecError, match=r"virtual stage 1 .*\[1\] needs a gradient"):
         layout.tensors((value[0], value[0] * 2))
-    assert len(layout.tensors((value[1], value[1]))) == 2, "one that is not there is no loss"
+    assert len(layout.tensors((value[1], value[1]))) == 2, "an absent gradient is accepted"
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         ((torch.ones(1), object()), r"virtual stage 3 has object at \[1\]"),
         ({"a": 1}, r"virtual stage 3 has no tensor \(dict\)"),
@@ -387,21 +387,21 @@ def test_a_gradient_that_would_be_lost_is_told() -> None:
     ],
     ids=["object", "constants", "uint16", "sparse", "keys", "packed"],
 )
-def test_values_that_no_message_takes_are_refused(value: Any, told: str) -> None:
-    with pytest.raises(SpecError, match=told):
+def test_unsupported_values_are_refused(value: Any, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
         ValueLayout.of(3, value)
 
 
-def test_a_form_that_was_told_is_the_same() -> None:
+def test_layout_serialization_round_trip() -> None:
     value = [torch.ones(2, 3, requires_grad=True), {"n": float("nan"), "i": torch.arange(5)}, None]
     layout = ValueLayout.from_bytes(2, ValueLayout.of(2, value).to_bytes())
     assert layout.gradient_indices == [0]
     tensors = layout.tensors(value)
-    again = layout.value(tensors)
-    assert again[0] is value[0] and again[1]["i"] is tensors[1] and again[2] is None
+    restored = layout.value(tensors)
+    assert restored[0] is value[0] and restored[1]["i"] is tensors[1] and restored[2] is None
 
 
-def test_where_no_tensor_needs_a_gradient_all_floats_get_one() -> None:
+def test_all_floats_get_a_gradient_if_none_requires_it() -> None:
     assert ValueLayout.of(1, (torch.ones(1), torch.arange(2), torch.ones(3))).gradient_indices == [
         0,
         2,
@@ -417,45 +417,45 @@ def test_where_no_tensor_needs_a_gradient_all_floats_get_one() -> None:
     ],
     ids=["types", "strides", "empty"],
 )
-def test_several_tensors_are_one_message(tensors: list[Tensor], size: int) -> None:
-    packing = Packing([(one.dtype, tuple(one.shape)) for one in tensors])
+def test_packing_several_tensors(tensors: list[Tensor], size: int) -> None:
+    packing = Packing([(tensor.dtype, tuple(tensor.shape)) for tensor in tensors])
     message = packing.pack(tensors)
     assert packing.form == (torch.uint8, (size,)) == (message.dtype, tuple(message.shape))
-    for found, known in zip(packing.unpack(message), tensors, strict=True):
-        assert found.dtype == known.dtype and torch.equal(found, known)
+    for unpacked, expected in zip(packing.unpack(message), tensors, strict=True):
+        assert unpacked.dtype == expected.dtype and torch.equal(unpacked, expected)
 
 
-def test_one_tensor_is_the_message_itself() -> None:
+def test_packing_one_tensor_does_not_copy() -> None:
     tensor = torch.ones(2, 3)
     packing = Packing([(tensor.dtype, (2, 3))])
     assert packing.pack([tensor]) is tensor and packing.unpack(tensor)[0] is tensor
-    assert Packing([]).form is None, "nothing to send"
+    assert Packing([]).form is None, "there is no message"
 
 
-class Lone(Carrying):
-    """Hands on one tensor."""
+class SingleTensorTask(TreeTask):
+    """Passes on a single tensor."""
 
     def model(self) -> nn.Module:
-        class Taken(Enter):
+        class HiddenOnly(Enter):
             def forward(self, inputs: dict[str, Tensor]) -> Any:
                 return super().forward(inputs)[0]
 
-        layers = Taken(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Flatten()
+        layers = HiddenOnly(), nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Flatten()
         return nn.Sequential(*layers, nn.Linear(LENGTH * WIDTH, 2)).double()
 
 
 @pytest.mark.parametrize(
-    ("kind", "values", "gradients"),
+    ("task_type", "values", "gradients"),
     [
-        (Lone, lambda n: 96 * n, lambda n: 96 * n),
+        (SingleTensorTask, lambda n: 96 * n, lambda n: 96 * n),
         # hidden, mask, cos and sin, skip, unused; gradients of hidden, skip and unused
-        (Carrying, lambda n: sum(map(up, [96 * n, 24 * n, 96, 96, 96 * n])) + 96 * n,
-         lambda n: 2 * up(96 * n) + 96 * n),
+        (TreeTask, lambda n: sum(map(aligned, [96 * n, 24 * n, 96, 96, 96 * n])) + 96 * n,
+         lambda n: 2 * aligned(96 * n) + 96 * n),
     ],
-    ids=["one", "tree"],
+    ids=["one tensor", "tree"],
 )  # fmt: skip
-def test_bytes_between_stages(kind: type[Task], values: Any, gradients: Any) -> None:
-    run = run_of(kind, cut=["2"], micro_batches=4)
+def test_bytes_sent_between_stages(task_type: type[Task], values: Any, gradients: Any) -> None:
+    run = run_of(task_type, cut=["2"], micro_batches=4)
     sent = [
         next(r for r in reports if isinstance(r, StepReport) and r.step == 2).figures
         for reports in run.reports
@@ -463,6 +463,6 @@ def test_bytes_between_stages(kind: type[Task], values: Any, gradients: Any) -> 
     assert [figures["stage_sent_bytes"] for figures in sent] == [4 * values(4), 4 * gradients(4)]
 
 
-def up(size: int) -> int:
-    """Give where the next tensor begins in a message."""
+def aligned(size: int) -> int:
+    """Round up to the offset of the next tensor in a message."""
     return -(-size // 64) * 64
