@@ -1,4 +1,4 @@
-"""`initial_weights`: a run begins as plain torch does after `load_state_dict`."""
+"""`initial_weights`: a run starts as plain torch does after `load_state_dict`."""
 
 import io
 import json
@@ -29,17 +29,17 @@ class Small(Task):
         return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), hidden, nn.Linear(6, 3))
 
     def train_data(self) -> TensorDataset:
-        made = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(1)
         return TensorDataset(
-            torch.randn(16, 4, generator=made), torch.randint(0, 3, (16,), generator=made)
+            torch.randn(16, 4, generator=generator), torch.randint(0, 3, (16,), generator=generator)
         )
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.cross_entropy(outputs, targets)
 
 
-def base() -> dict[str, Tensor]:
-    """Give weights that no run makes itself."""
+def base_weights() -> dict[str, Tensor]:
+    """Return weights that differ from the initial weights of every run."""
     torch.manual_seed(99)
     model = Small().model()
     for buffer in model.buffers():
@@ -47,24 +47,24 @@ def base() -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def in_pt(state: dict[str, Tensor], folder: Path) -> Path:
+def save_pt(state: dict[str, Tensor], folder: Path) -> Path:
     torch.save(state, folder / "base.pt")
     return folder / "base.pt"
 
 
-def in_checkpoint(state: dict[str, Tensor], folder: Path) -> Path:
+def save_checkpoint(state: dict[str, Tensor], folder: Path) -> Path:
     wrapped = {f"module._orig_mod.{name}": value for name, value in state.items()}
-    held = {"epoch": 3, "state_dict": wrapped, "optimizer": {"state": {}, "lr": [0.1]}}
-    torch.save(held, folder / "last.pth")
+    checkpoint = {"epoch": 3, "state_dict": wrapped, "optimizer": {"state": {}, "lr": [0.1]}}
+    torch.save(checkpoint, folder / "last.pth")
     return folder / "last.pth"
 
 
-def in_safetensors(state: dict[str, Tensor], folder: Path) -> Path:
+def save_safetensors(state: dict[str, Tensor], folder: Path) -> Path:
     save_file(state, folder / "base.safetensors")
     return folder / "base.safetensors"
 
 
-def in_shards(state: dict[str, Tensor], folder: Path) -> Path:
+def save_sharded(state: dict[str, Tensor], folder: Path) -> Path:
     names = sorted(state)
     files = {name: f"model-{n % 2 + 1:05}-of-00002.safetensors" for n, name in enumerate(names)}
     for file in set(files.values()):
@@ -74,23 +74,30 @@ def in_shards(state: dict[str, Tensor], folder: Path) -> Path:
     return folder
 
 
-def at_url(state: dict[str, Tensor], folder: Path) -> Any:
-    return f"file://{in_shards(state, folder)}"
+def save_sharded_at_url(state: dict[str, Tensor], folder: Path) -> Any:
+    return f"file://{save_sharded(state, folder)}"
 
 
-def file_at_url(state: dict[str, Tensor], folder: Path) -> Any:
-    return f"file://{in_pt(state, folder)}"
+def save_pt_at_url(state: dict[str, Tensor], folder: Path) -> Any:
+    return f"file://{save_pt(state, folder)}"
 
 
-FILES = [in_pt, in_checkpoint, in_safetensors, in_shards, at_url, file_at_url]
+WRITERS = [
+    save_pt,
+    save_checkpoint,
+    save_safetensors,
+    save_sharded,
+    save_sharded_at_url,
+    save_pt_at_url,
+]
 
 
-def first_step(run: LocalRun) -> dict[str, Tensor]:
+def final_weights(run: LocalRun) -> dict[str, Tensor]:
     return {name: value for part in run.trained for name, value in part.items()}
 
 
-def plain(state: dict[str, Tensor], batch: int, lr: float) -> dict[str, Tensor]:
-    """One step of a textbook loop from these weights, without batch norms to compare."""
+def plain_step(state: dict[str, Tensor], batch: int, lr: float) -> dict[str, Tensor]:
+    """Return the weights after one step of a plain loop from `state`."""
     model = Small().model()
     model.load_state_dict(state)
     inputs, targets = Small().train_data().tensors
@@ -101,16 +108,16 @@ def plain(state: dict[str, Tensor], batch: int, lr: float) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("write", FILES)
-def test_every_kind_of_file_is_read(
+@pytest.mark.parametrize("write", WRITERS)
+def test_all_file_formats_are_read(
     write: Callable[[dict[str, Tensor], Path], Path], tmp_path: Path
 ) -> None:
-    state = base()
+    state = base_weights()
     path = str(write(state, tmp_path))
-    rest: dict[str, Any] = {"global_batch_size": 16, "steps": 1, "data": {"shuffle": False}}
-    run = train(job_of("ring", initial_weights=path, **rest), Small)
-    expected = plain(state, 16, 0.1)
-    for name, value in first_step(run).items():
+    fields: dict[str, Any] = {"global_batch_size": 16, "steps": 1, "data": {"shuffle": False}}
+    run = train(job_of("ring", initial_weights=path, **fields), Small)
+    expected = plain_step(state, 16, 0.1)
+    for name, value in final_weights(run).items():
         assert torch.allclose(value, expected[name], atol=1e-6), name
 
 
@@ -119,42 +126,42 @@ SLICED = {"tensor_plan": {"0": "colwise", "2.0": "rowwise"}, "init": "meta"}
 
 
 @pytest.mark.parametrize("name", ["ring", "ps-sync", "ps-async", "stages", "meta", "slices"])
-def test_every_strategy_begins_from_it(name: str, tmp_path: Path) -> None:
+def test_all_strategies_start_from_the_file(name: str, tmp_path: Path) -> None:
     class Unnormed(Small):
         def model(self) -> nn.Module:
             return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Sequential(nn.Linear(6, 3)))
 
     torch.manual_seed(98)
     state = {name: value.clone() for name, value in Unnormed().model().state_dict().items()}
-    path = str(in_safetensors(state, tmp_path))
+    path = str(save_safetensors(state, tmp_path))
     tiny = {"name": "SGD", "lr": 1e-12}
-    more: dict[str, Any] = {"initial_weights": path, "optimizer": tiny, "steps": 1}
+    fields: dict[str, Any] = {"initial_weights": path, "optimizer": tiny, "steps": 1}
     if name in HYBRID or name == "slices":
         options, workers = HYBRID.get(name) or grid_of(1, 2, 1, **SLICED)
-        of = hybrid_job({**options, "micro_batches": 1}, workers, **more)
+        job = hybrid_job({**options, "micro_batches": 1}, workers, **fields)
     else:
-        of = job_of(name, 2, **more)
-    run = train(of, Unnormed)
-    found = first_step(run)
+        job = job_of(name, 2, **fields)
+    run = train(job, Unnormed)
+    found = final_weights(run)
     assert found.keys() == state.keys()
     for key, value in found.items():
         assert torch.allclose(value, state[key], atol=1e-9), key
 
 
-def refused(path: object, kind: type[Task] = Small, **fields: Any) -> str:
-    """Give what is said of weights."""
-    of = job_of("ring", initial_weights={"path": str(path), **fields})
+def refusal(path: object, task_type: type[Task] = Small, **fields: Any) -> str:
+    """Return the error message for a weights file."""
+    job = job_of("ring", initial_weights={"path": str(path), **fields})
     with pytest.raises(SpecError) as caught:
-        train(of, kind)
+        train(job, task_type)
     return str(caught.value)
 
 
-def without(name: str) -> dict[str, Tensor]:
-    return {key: value for key, value in base().items() if key != name}
+def base_without(name: str) -> dict[str, Tensor]:
+    return {key: value for key, value in base_weights().items() if key != name}
 
 
 class Touch:
-    """What a stranger's file would do if it were unpickled."""
+    """Creates a directory when unpickled, as a malicious file may."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -163,45 +170,45 @@ class Touch:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_file_that_is_none_is_told(tmp_path: Path) -> None:
-    in_pt(base(), tmp_path)
-    assert "did you mean 'base.pt'?" in refused(tmp_path / "bse.pt")
+def test_invalid_files_are_refused(tmp_path: Path) -> None:
+    save_pt(base_weights(), tmp_path)
+    assert "did you mean 'base.pt'?" in refusal(tmp_path / "bse.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "base.pt").read_bytes()[:900])
-    assert "cut.pt cannot be read" in refused(tmp_path / "cut.pt")
+    assert "cut.pt cannot be read" in refusal(tmp_path / "cut.pt")
     (tmp_path / "text.safetensors").write_text("no tensors")
-    assert "text.safetensors cannot be read" in refused(tmp_path / "text.safetensors")
+    assert "text.safetensors cannot be read" in refusal(tmp_path / "text.safetensors")
     torch.save([1, 2], tmp_path / "list.pt")
-    assert "holds a list, not tensors by name" in refused(tmp_path / "list.pt")
+    assert "holds a list, not tensors by name" in refusal(tmp_path / "list.pt")
     (tmp_path / "empty").mkdir()
-    assert "has none of model.safetensors" in refused(tmp_path / "empty")
+    assert "has none of model.safetensors" in refusal(tmp_path / "empty")
     torch.save({"w": Touch(tmp_path / "ran")}, tmp_path / "evil.pt")
-    assert "save the state dict alone" in refused(tmp_path / "evil.pt")
+    assert "save the state dict alone" in refusal(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
     (tmp_path / "bad").mkdir()
     index = {"weight_map": {"0.weight": "../base.pt"}}
     (tmp_path / "bad" / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "names '../base.pt', which is not a file of this directory" in refused(tmp_path / "bad")
-    assert "there is no file" in refused(f"file://{tmp_path}/gone.pt")
+    assert "names '../base.pt', which is not a file of this directory" in refusal(tmp_path / "bad")
+    assert "there is no file" in refusal(f"file://{tmp_path}/gone.pt")
 
 
-def test_an_index_of_any_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_shards(base(), tmp_path)
+def test_oversized_index_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_sharded(base_weights(), tmp_path)
     monkeypatch.setattr("distplat.strategies.checkpoint.initial_weights._INDEX_BYTES", 20)
-    assert "index.json has more than 20 bytes" in refused(tmp_path)
+    assert "index.json has more than 20 bytes" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_damaged_file_is_told(zipped: bool, tmp_path: Path) -> None:
-    """torch's readers raise whatever they stumble at; its older format they read byte by byte."""
+def test_damaged_file_is_refused(zipped: bool, tmp_path: Path) -> None:
+    """torch's readers raise various exceptions for damaged files, in both formats."""
     stream = io.BytesIO()
-    torch.save(base(), stream, _use_new_zipfile_serialization=zipped)
-    draw, path, refusals = random.Random(5), tmp_path / "base.pt", 0
+    torch.save(base_weights(), stream, _use_new_zipfile_serialization=zipped)
+    rng, path, refusals = random.Random(5), tmp_path / "base.pt", 0
     for _ in range(150):
-        whole = bytearray(stream.getvalue())
-        for _ in range(draw.choice((1, 3))):
-            at = draw.randrange(len(whole) // 2 if zipped else 900)
-            whole[at : at + draw.choice((0, 1, 2))] = draw.randbytes(draw.choice((0, 1, 2)))
-        path.write_bytes(whole)
+        data = bytearray(stream.getvalue())
+        for _ in range(rng.choice((1, 3))):
+            offset = rng.randrange(len(data) // 2 if zipped else 900)
+            data[offset : offset + rng.choice((0, 1, 2))] = rng.randbytes(rng.choice((0, 1, 2)))
+        path.write_bytes(data)
         try:
             _read_file(path)
         except SpecError as error:
@@ -209,29 +216,31 @@ def test_a_damaged_file_is_told(zipped: bool, tmp_path: Path) -> None:
     assert refusals > 50
 
 
-def test_another_model_is_told_by_name(tmp_path: Path) -> None:
-    wide = {**base(), "3.weight": torch.zeros(5, 6)}
-    said = "'3.weight' is [5, 6] there, [3, 6] in the model"
-    assert said in refused(in_pt(wide, tmp_path))
-    assert said in refused(in_pt(wide, tmp_path), strict=False)
-    renamed = {**without("3.weight"), "3.wieght": base()["3.weight"]}
-    said = refused(in_pt(renamed, tmp_path))
-    assert "no '3.weight' in the file, but '3.wieght'" in said
-    assert "`strict: false`" in said
-    ahead = {f"model.{name}": value for name, value in base().items()}
-    assert "names of the file begin with 'model.'" in refused(in_pt(ahead, tmp_path))
-    assert "names of the file begin with 'model.'" in refused(in_pt(ahead, tmp_path), strict=False)
-    twice = {**base(), "module.0.weight": base()["0.weight"]}
-    assert "two names of the file are '0.weight'" in refused(in_pt(twice, tmp_path))
+def test_mismatched_weights_are_named(tmp_path: Path) -> None:
+    wide = {**base_weights(), "3.weight": torch.zeros(5, 6)}
+    message = "'3.weight' is [5, 6] there, [3, 6] in the model"
+    assert message in refusal(save_pt(wide, tmp_path))
+    assert message in refusal(save_pt(wide, tmp_path), strict=False)
+    renamed = {**base_without("3.weight"), "3.wieght": base_weights()["3.weight"]}
+    message = refusal(save_pt(renamed, tmp_path))
+    assert "no '3.weight' in the file, but '3.wieght'" in message
+    assert "`strict: false`" in message
+    prefixed = {f"model.{name}": value for name, value in base_weights().items()}
+    assert "names of the file begin with 'model.'" in refusal(save_pt(prefixed, tmp_path))
+    assert "names of the file begin with 'model.'" in refusal(
+        save_pt(prefixed, tmp_path), strict=False
+    )
+    duplicated = {**base_weights(), "module.0.weight": base_weights()["0.weight"]}
+    assert "two names of the file are '0.weight'" in refusal(save_pt(duplicated, tmp_path))
 
 
-def test_other_kinds_of_numbers_are_another_model(tmp_path: Path) -> None:
-    quantized = {name: value.to(torch.int8) for name, value in base().items()}
-    said = refused(in_pt(quantized, tmp_path))
-    assert "'0.weight' is whole numbers [6, 4] there, [6, 4] in the model" in said
+def test_mismatched_dtype_is_refused(tmp_path: Path) -> None:
+    quantized = {name: value.to(torch.int8) for name, value in base_weights().items()}
+    message = refusal(save_pt(quantized, tmp_path))
+    assert "'0.weight' is whole numbers [6, 4] there, [6, 4] in the model" in message
 
 
-def test_names_that_torch_knows_from_before_are_known(tmp_path: Path) -> None:
+def test_legacy_weight_norm_names_are_accepted(tmp_path: Path) -> None:
     class Normed(Small):
         def model(self) -> nn.Module:
             return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
@@ -239,20 +248,20 @@ def test_names_that_torch_knows_from_before_are_known(tmp_path: Path) -> None:
     state = {"0.weight_g": torch.ones(3, 1), "0.weight_v": torch.ones(3, 4)}
     state["0.bias"] = torch.full((3,), 5.0)
     tiny = {"name": "SGD", "lr": 1e-12}
-    of = job_of("ring", initial_weights=str(in_pt(state, tmp_path)), optimizer=tiny, steps=1)
-    found = first_step(train(of, Normed))
+    job = job_of("ring", initial_weights=str(save_pt(state, tmp_path)), optimizer=tiny, steps=1)
+    found = final_weights(train(job, Normed))
     assert torch.allclose(found["0.parametrizations.weight.original0"], state["0.weight_g"])
     assert torch.allclose(found["0.parametrizations.weight.original1"], state["0.weight_v"])
 
 
-def test_part_of_a_model_is_taken_if_asked(
+def test_non_strict_loads_matching_tensors(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    state = {**without("3.weight"), "head.weight": torch.zeros(2)}
-    weights = {"path": str(in_pt(state, tmp_path)), "strict": False}
+    state = {**base_without("3.weight"), "head.weight": torch.zeros(2)}
+    weights = {"path": str(save_pt(state, tmp_path)), "strict": False}
     tiny = {"name": "SGD", "lr": 1e-12}
     run = train(job_of("ring", initial_weights=weights, optimizer=tiny, steps=1), Small)
-    found = first_step(run)
+    found = final_weights(run)
     assert torch.allclose(found["0.weight"], state["0.weight"])
     assert "no '3.weight' in the file" in caplog.text
     assert "no 'head.weight' in the model" in caplog.text
@@ -265,19 +274,21 @@ class Tied(Small):
         return nn.Sequential(first, last)
 
 
-def test_tied_tensors_may_be_there_once_or_twice_alike(tmp_path: Path) -> None:
+def test_tied_tensors_may_be_stored_once_or_twice(tmp_path: Path) -> None:
     torch.manual_seed(97)
     state = {name: value.clone() for name, value in Tied().model().state_dict().items()}
     tiny = {"name": "SGD", "lr": 1e-12}
     once = {name: value for name, value in state.items() if name != "1.weight"}
-    for given in (state, once):
-        of = job_of("ring", initial_weights=str(in_pt(given, tmp_path)), optimizer=tiny, steps=1)
-        assert torch.allclose(first_step(train(of, Tied))["1.weight"], state["0.weight"])
+    for weights in (state, once):
+        job = job_of(
+            "ring", initial_weights=str(save_pt(weights, tmp_path)), optimizer=tiny, steps=1
+        )
+        assert torch.allclose(final_weights(train(job, Tied))["1.weight"], state["0.weight"])
     other = {**state, "1.weight": state["1.weight"] + 1}
-    assert "'0.weight' and '1.weight' are one tensor" in refused(in_pt(other, tmp_path), Tied)
+    assert "'0.weight' and '1.weight' are one tensor" in refusal(save_pt(other, tmp_path), Tied)
 
 
-class Kept(Small):
+class ParameterInLoss(Small):
     def __init__(self) -> None:
         self.scale = nn.Parameter(torch.ones(3))
 
@@ -285,31 +296,33 @@ class Kept(Small):
         return super().loss(outputs * self.scale, targets)
 
 
-def test_what_a_run_has_trained_is_a_file_to_begin_from(tmp_path: Path) -> None:
-    trained = first_step(train(job_of("ring", ema={"decay": 0.5}), Kept))
+def test_trained_weights_of_a_run_can_be_loaded(tmp_path: Path) -> None:
+    trained = final_weights(train(job_of("ring", ema={"decay": 0.5}), ParameterInLoss))
     assert "task:scale" in trained
     tiny = {"name": "SGD", "lr": 1e-12}
-    path = str(in_safetensors({k: v.contiguous() for k, v in trained.items()}, tmp_path))
-    run = train(job_of("ring", 2, initial_weights=path, optimizer=tiny, steps=1), Kept)
-    for name, value in first_step(run).items():
+    path = str(save_safetensors({k: v.contiguous() for k, v in trained.items()}, tmp_path))
+    run = train(job_of("ring", 2, initial_weights=path, optimizer=tiny, steps=1), ParameterInLoss)
+    for name, value in final_weights(run).items():
         if "running" not in name and "tracked" not in name:
             assert torch.allclose(value, trained[name], atol=1e-6), name
 
 
-def test_a_file_in_half_precision_fills_a_model_in_single(tmp_path: Path) -> None:
-    half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in base().items()}
+def test_half_precision_file_is_cast_to_the_models_dtype(tmp_path: Path) -> None:
+    half = {k: v.bfloat16() if v.is_floating_point() else v for k, v in base_weights().items()}
     tiny = {"name": "SGD", "lr": 1e-12}
-    path = str(in_pt(half, tmp_path))
-    found = first_step(train(job_of("ring", initial_weights=path, optimizer=tiny, steps=1), Small))
+    path = str(save_pt(half, tmp_path))
+    found = final_weights(
+        train(job_of("ring", initial_weights=path, optimizer=tiny, steps=1), Small)
+    )
     assert found["0.weight"].dtype == torch.float32
     assert torch.equal(found["0.weight"], half["0.weight"].float())
 
 
-def test_a_run_that_goes_on_keeps_what_it_has_trained(tmp_path: Path) -> None:
-    path = str(in_pt(base(), tmp_path))
+def test_resumed_run_ignores_initial_weights(tmp_path: Path) -> None:
+    path = str(save_pt(base_weights(), tmp_path))
     checkpoint = {"every_steps": 2}
-    of: Job = job_of("ring", initial_weights=path, checkpoint=checkpoint, steps=4)
-    whole = train(of, Small)
-    again = train(of, Small, saved=whole.checkpoints[2])
-    for name, value in first_step(whole).items():
-        assert torch.equal(value, first_step(again)[name]), name
+    job: Job = job_of("ring", initial_weights=path, checkpoint=checkpoint, steps=4)
+    uninterrupted = train(job, Small)
+    resumed = train(job, Small, saved=uninterrupted.checkpoints[2])
+    for name, value in final_weights(uninterrupted).items():
+        assert torch.equal(value, final_weights(resumed)[name]), name

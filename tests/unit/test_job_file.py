@@ -1,4 +1,4 @@
-"""A job from a file or from Python: every message, exactly, with its place and hint."""
+"""A job from a file or from Python: exact error messages with location and hint."""
 
 import os
 from pathlib import Path
@@ -24,8 +24,8 @@ steps: 10
 global_batch_size: 64
 scaling: {num_workers: 2}
 """
-LISTED = "Adadelta, Adafactor, Adagrad, Adam, AdamW, Adamax, LAMB, Muon, "
-LISTED += "NAdam, RAdam, RMSprop, SGD, task"
+OPTIMIZERS = "Adadelta, Adafactor, Adagrad, Adam, AdamW, Adamax, LAMB, Muon, "
+OPTIMIZERS += "NAdam, RAdam, RMSprop, SGD, task"
 ENTRY = "must be 'module:Class', 'module:function' or 'script.py --its arguments'"
 QUOTE = "hint: YAML reads no, off, yes and on as true or false: quote it"
 
@@ -46,7 +46,7 @@ def refusal(text: str) -> str:
     return str(caught.value)
 
 
-def test_a_job_is_read() -> None:
+def test_read_job() -> None:
     job = read(LINES)
     assert (job.name, job.strategy.name, job.strategy.options) == (
         "digits",
@@ -88,13 +88,13 @@ def test_a_job_is_read() -> None:
             "name: SGD",
             "name: sdg",
             "job.yaml:7:3: optimizer.name: unknown optimizer 'sdg'\n"
-            f"  hint: did you mean 'SGD'? allowed: {LISTED}",
+            f"  hint: did you mean 'SGD'? allowed: {OPTIMIZERS}",
         ),
         (
             "name: SGD",
             "name: LBFGS",
             "job.yaml:7:3: optimizer.name: unknown optimizer 'LBFGS'\n"
-            f"  hint: it evaluates the loss several times per step; allowed: {LISTED}",
+            f"  hint: it evaluates the loss several times per step; allowed: {OPTIMIZERS}",
         ),
         (
             "name: SGD",
@@ -104,7 +104,7 @@ def test_a_job_is_read() -> None:
         (
             "  name: SGD\n",
             "",
-            f"job.yaml:6:1: optimizer.name: required, but missing\n  hint: allowed: {LISTED}",
+            f"job.yaml:6:1: optimizer.name: required, but missing\n  hint: allowed: {OPTIMIZERS}",
         ),
         (
             "name: digits",
@@ -172,7 +172,7 @@ def test_a_job_is_read() -> None:
         ),
     ],
 )
-def test_messages(old: str, new: str, message: str) -> None:
+def test_error_messages(old: str, new: str, message: str) -> None:
     assert LINES.count(old) == 1
     assert refusal(LINES.replace(old, new)) == message
 
@@ -220,7 +220,7 @@ def test_messages(old: str, new: str, message: str) -> None:
         ),
     ],
 )
-def test_messages_from_python_have_no_place(change: dict[str, Any], message: str) -> None:
+def test_error_messages_for_mappings_have_no_location(change: dict[str, Any], message: str) -> None:
     good = {
         "name": "a",
         "strategy": "ring",
@@ -234,10 +234,10 @@ def test_messages_from_python_have_no_place(change: dict[str, Any], message: str
     assert str(caught.value) == message
 
 
-def test_a_flood_of_problems_is_counted_not_listed() -> None:
-    found = refusal(LINES + "".join(f"x{i}: 1\n" for i in range(900)))
-    assert found.count("unknown field") == 50
-    assert "and 850 more problems" in found
+def test_only_the_first_problems_are_listed() -> None:
+    message = refusal(LINES + "".join(f"x{i}: 1\n" for i in range(900)))
+    assert message.count("unknown field") == 50
+    assert "and 850 more problems" in message
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_a_flood_of_problems_is_counted_not_listed() -> None:
         ("a: é".encode() * 400_000, "job.yaml: is larger than 1000 kB"),
     ],
 )
-def test_files_that_hold_no_job(raw: bytes, message: str) -> None:
+def test_unreadable_contents_are_refused(raw: bytes, message: str) -> None:
     path = Path("job.yaml")
     path.write_bytes(raw)
     with pytest.raises(SpecError) as caught:
@@ -260,7 +260,7 @@ def test_files_that_hold_no_job(raw: bytes, message: str) -> None:
     assert str(caught.value) == message
 
 
-def test_paths_that_are_no_file() -> None:
+def test_invalid_paths_are_refused() -> None:
     Path("folder").mkdir()
     os.mkfifo("pipe")
     for name, message in {
@@ -274,8 +274,8 @@ def test_paths_that_are_no_file() -> None:
         assert str(caught.value) == message
 
 
-def test_a_file_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:  # root may read all, so the mode would not do
+def test_file_without_permission_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:  # root ignores file modes
         raise PermissionError(13, "Permission denied")
 
     Path("job.yaml").write_text(LINES)
@@ -287,13 +287,13 @@ def test_a_file_without_permission(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("data", "got"), [([1], "[1]"), ("job.yaml", "'job.yaml'"), (None, "null")]
 )
-def test_a_job_from_python_is_a_mapping(data: Any, got: str) -> None:
+def test_job_of_refuses_other_types(data: Any, got: str) -> None:
     with pytest.raises(SpecError) as caught:
         job_of(data)
     assert str(caught.value) == f"a job must be a mapping of fields (got {got})"
 
 
-def test_the_callers_mapping_is_left_as_it_was() -> None:
+def test_job_of_does_not_change_its_argument() -> None:
     data: dict[str, object] = {"name": "a", "strategy": "ring", "steps": 1, "global_batch_size": 1}
     before = dict(data)
     with pytest.raises(SpecError, match="optimizer: required"):

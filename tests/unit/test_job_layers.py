@@ -1,4 +1,4 @@
-"""Environment and overrides on top of a job file: who wins, and who is blamed."""
+"""Precedence of job file, environment and overrides, and the source named in errors."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,22 +45,24 @@ def refusal(*args: Any) -> str:
     return str(caught.value)
 
 
-def test_all_problems_come_at_once_in_the_order_of_the_file() -> None:
+def test_all_problems_are_reported_in_file_order() -> None:
     text = LINES.replace("ring", "yes").replace("0.9", "x").replace("2}", "-1}")
-    found = refusal(text, ["steps=no", "nonsense"], {"DISTPLAT_SEDE": "4"})
-    heads = [line.split(": ")[0] for line in found.splitlines() if not line.startswith("  hint")]
-    assert sorted(heads[:3]) == ["--set", "--set steps", "DISTPLAT_SEDE"]
-    assert heads[3:] == ["job.yaml:4:3", "job.yaml:9:3", "job.yaml:12:11"]
+    message = refusal(text, ["steps=no", "nonsense"], {"DISTPLAT_SEDE": "4"})
+    locations = [
+        line.split(": ")[0] for line in message.splitlines() if not line.startswith("  hint")
+    ]
+    assert sorted(locations[:3]) == ["--set", "--set steps", "DISTPLAT_SEDE"]
+    assert locations[3:] == ["job.yaml:4:3", "job.yaml:9:3", "job.yaml:12:11"]
 
 
-def test_overrides_win_over_environment_over_file_over_defaults() -> None:
+def test_precedence_of_overrides_environment_file_and_defaults() -> None:
     environ = {"DISTPLAT_STEPS": "20", "DISTPLAT_SEED": "1e1", "DISTPLAT_OPTIMIZER__LR": "0.5"}
     job = read(overrides=["steps=30", "data.shuffle=off"], environ=environ)
     assert (job.steps, job.seed, job.optimizer.lr) == (30, 10, 0.5)
     assert (job.data.shuffle, job.global_batch_size, job.gradient_accumulation) == (False, 64, 1)
 
 
-def test_foreign_variables_are_left_alone() -> None:
+def test_unrelated_environment_variables_are_ignored() -> None:
     assert read(environ={"HOME": "/", "DISTPLATE": "1", "_DISTPLAT_JOB": "{}"}) == read()
 
 
@@ -103,20 +105,20 @@ def test_problems_outside_the_file_name_their_source(
         (["strategy={name: tree, depth: 3}"], "tree", {"depth": 3}),
     ],
 )
-def test_a_new_strategy_drops_the_options_of_the_old(
+def test_new_strategy_drops_the_options_of_the_old(
     overrides: list[str], name: str, options: dict[str, object]
 ) -> None:
     strategy = read(overrides=overrides).strategy
     assert (strategy.name, strategy.options) == (name, options)
 
 
-def test_an_override_gives_a_plain_strategy_its_options() -> None:
+def test_override_adds_options_to_a_strategy_name() -> None:
     plain = LINES.replace("strategy:\n  name: ring\n  timeout_s: 5\n", "strategy: ring\n")
     assert read(plain, ["strategy.timeout_s=9"]).strategy.options == {"timeout_s": 9}
     assert read(plain, environ={"DISTPLAT_STRATEGY": "tree"}).strategy.name == "tree"
 
 
-def test_what_check_finds_gets_its_place() -> None:
+def test_problems_of_check_get_their_location() -> None:
     def check(job: Job) -> list[Problem]:
         return [
             Problem(("strategy", "timeout_s"), "too short"),

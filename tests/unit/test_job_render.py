@@ -1,4 +1,4 @@
-"""A job written as YAML: all of it is there, and it reads back as it was."""
+"""Rendering of a job as YAML: complete, and equal when read back."""
 
 from typing import get_args
 
@@ -23,7 +23,7 @@ JOB = job_of(
 )
 
 
-def test_a_rendered_job_shows_defaults_in_the_order_of_the_fields() -> None:
+def test_rendered_job_has_defaults_in_field_order() -> None:
     text = render_job(JOB)
     assert text.startswith(
         "name: digits\ntask: model:Digits\ntask_args: {}\nstrategy:\n  name: ring\n"
@@ -35,24 +35,24 @@ def test_a_rendered_job_shows_defaults_in_the_order_of_the_fields() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argument", "shown"),
+    ("argument", "rendered"),
     [({1}, "{1}"), (b"x", "b'x'"), ({1: 2}, "{1: 2}"), (1j, "1j")],
 )
-def test_what_has_no_form_in_yaml_is_not_rendered(argument: object, shown: str) -> None:
+def test_unserializable_argument_is_refused(argument: object, rendered: str) -> None:
     job = JOB.model_copy(update={"task_args": {"a": [argument]}})
     with pytest.raises(SpecError) as caught:
         render_job(job)
-    assert str(caught.value) == f"task_args.a.0: cannot be written as YAML (got {shown})"
+    assert str(caught.value) == f"task_args.a.0: cannot be written as YAML (got {rendered})"
 
 
-def test_an_argument_that_holds_itself_is_not_rendered() -> None:
+def test_recursive_argument_is_refused() -> None:
     loop: list[object] = []
     loop.append(loop)
     with pytest.raises(SpecError, match=r"task_args\.a: nested deeper"):
         render_job(JOB.model_copy(update={"task_args": {"a": loop}}))
 
 
-NAMES = [kind.__name__ for kind in get_args(get_args(AnyOptimizer)[0])]
+NAMES = [cls.__name__ for cls in get_args(get_args(AnyOptimizer)[0])]
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 _LEAF = (
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | _TEXT
@@ -86,7 +86,7 @@ _JOB = st.fixed_dictionaries(
 
 @settings(max_examples=100, deadline=None)
 @given(_JOB)
-def test_a_rendered_job_reads_back_as_an_equal_one(
+def test_rendered_job_reads_back_equal(
     tmp_path_factory: pytest.TempPathFactory, data: dict[str, object]
 ) -> None:
     job = job_of(data)

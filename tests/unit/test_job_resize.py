@@ -1,4 +1,4 @@
-"""What the controller decides when the number of workers changes: nothing failed, all stop."""
+"""Decisions of the controller when the number of workers changes without a failure."""
 
 from collections.abc import Sequence
 
@@ -23,10 +23,10 @@ from distplat.platform.spec import Failure
 from distplat.platform.stop_order import StopOrder
 
 LIMITS = Failure(start_timeout_s=60, step_timeout_s=20, heartbeat_timeout_s=10)
-GO_ON = Policy(max_failures=1, survives_worker_loss=True, holders=((0, 1, 2),))
+RECOVERABLE = Policy(max_failures=1, survives_worker_loss=True, holders=((0, 1, 2),))
 NO_FAILURE = Policy(max_failures=0, survives_worker_loss=True, allows_restart_from_scratch=False)
 STEP = 3
-TOLD = Abandoned("as it was told")
+ABANDONED = Abandoned("stopped for the resize")
 History = Sequence[tuple[float, Event]]
 
 
@@ -35,50 +35,48 @@ def dead(role: str | int) -> Failed:
     return Failed(name, ActorLost(name, STEP, "killed"), dead=True)
 
 
-def stopped(rank: int, error: Exception = TOLD) -> Failed:
+def stopped(rank: int, error: Exception = ABANDONED) -> Failed:
     return Failed(f"worker-{rank}", error)  # type: ignore[arg-type]
 
 
-def heard(rank: int, step: int = STEP, finished: bool = False) -> PollAnswered:
+def answer(rank: int, step: int = STEP, finished: bool = False) -> PollAnswered:
     return PollAnswered(rank, step + 1, step, finished)
 
 
-def play(history: History, policy: Policy = GO_ON, world: int = 5) -> JobState:
+def replay(history: History, policy: Policy = RECOVERABLE, world: int = 5) -> JobState:
     state = JobState(3, LIMITS, 0.0, policy)
-    started: History = [(0, heard(rank)) for rank in range(3)]
+    started: History = [(0, answer(rank)) for rank in range(3)]
     for now, event in [*started, (1, Resize(world)), *history]:
         state.handle(event, now)
     return state
 
 
-ALL_STOP: History = [(1, stopped(0)), (1, stopped(1)), (1.1, stopped(2)), (1.1, Tick())]
+ALL_STOPPED: History = [(1, stopped(0)), (1, stopped(1)), (1.1, stopped(2)), (1.1, Tick())]
 
 
 @pytest.mark.parametrize("world", [1, 2, 5])
-@pytest.mark.parametrize("policy", [GO_ON, NO_FAILURE])
-def test_when_all_have_stopped_the_next_attempt_has_the_new_number(
-    world: int, policy: Policy
-) -> None:
-    for stop in range(len(ALL_STOP)):
-        before = play(ALL_STOP[:stop], policy, world)
+@pytest.mark.parametrize("policy", [RECOVERABLE, NO_FAILURE])
+def test_next_attempt_has_the_new_size_once_all_stopped(world: int, policy: Policy) -> None:
+    for stop in range(len(ALL_STOPPED)):
+        before = replay(ALL_STOPPED[:stop], policy, world)
         assert (before.phase, before.restart, before.error) == (Phase.SETTLING, None, None)
-    state = play(ALL_STOP, policy, world)
+    state = replay(ALL_STOPPED, policy, world)
     assert state.restart == Restart(1, (), restarts_all=False, wait_s=0.0, world=world)
     state.restarted(2.0)
     assert (state.phase, state.attempt, state.error) == (Phase.STARTING, 1, None)
     for rank in range(world):
         assert state.phase is Phase.STARTING
-        state.handle(heard(rank, 4), 3.0)
+        state.handle(answer(rank, 4), 3.0)
     assert state.phase is Phase.RUNNING
     assert (state.steps_done, state.max_step) == (4, 4)
 
 
-def test_it_costs_no_budget() -> None:
-    state = play(ALL_STOP, world=2)
+def test_resize_does_not_count_as_a_failure() -> None:
+    state = replay(ALL_STOPPED, world=2)
     state.restarted(2.0)
     for number in range(5):
         for rank in range(2):
-            state.handle(heard(rank), 3.0)
+            state.handle(answer(rank), 3.0)
         state.handle(Resize(2), 3.0)
         for event in (stopped(0), stopped(1), Tick()):
             state.handle(event, 3.0)
@@ -94,13 +92,13 @@ def test_it_costs_no_budget() -> None:
 @pytest.mark.parametrize(
     ("world", "history", "replace"),
     [
-        # before anybody has stopped, and when all others have
+        # before any worker has stopped, and after all others have
         (5, [(2, dead(1)), (2, stopped(0)), (2, stopped(2)), (2, Tick())], (1,)),
         (5, [(2, stopped(0)), (2, stopped(2)), (2, dead(1)), (2, Tick())], (1,)),
-        # one that was to leave is not missed
+        # a lost worker beyond the new size is not replaced
         (2, [(2, stopped(0)), (2, stopped(1)), (2, dead(2)), (2, Tick())], ()),
         (1, [(2, dead(0)), (2, stopped(1)), (2, dead(2)), (2, Tick())], (0,)),
-        # another error than that of one who was told to stop
+        # an error other than Abandoned
         (
             5,
             [
@@ -111,7 +109,7 @@ def test_it_costs_no_budget() -> None:
             ],
             (),
         ),
-        # frozen: as soon as it is known that something is wrong the other one is, too
+        # frozen: worker-1 does not answer polls
         (
             5,
             [
@@ -124,15 +122,15 @@ def test_it_costs_no_budget() -> None:
         ),
     ],
 )
-def test_a_failure_on_the_way_is_a_failure_and_the_number_changes_all_the_same(
+def test_failure_during_resize_counts_and_the_size_changes(
     world: int, history: History, replace: tuple[int, ...]
 ) -> None:
-    state = play(history, world=world)
+    state = replay(history, world=world)
     assert state.error is not None
     assert state.restart == Restart(1, replace, restarts_all=False, wait_s=0.0, world=world)
-    assert play(history, NO_FAILURE, world).restart is None
+    assert replay(history, NO_FAILURE, world).restart is None
     state.restarted(20)
-    state.handle(dead(0), 20)  # the budget was of one
+    state.handle(dead(0), 20)  # the budget is one failure
     state.handle(Tick(), 20)
     for rank in range(1, world):
         state.handle(stopped(rank), 20)
@@ -140,26 +138,26 @@ def test_a_failure_on_the_way_is_a_failure_and_the_number_changes_all_the_same(
     assert state.phase is Phase.FAILED
 
 
-def test_a_lost_server_takes_all_back_and_the_number_changes_all_the_same() -> None:
+def test_lost_server_during_resize_restarts_all_with_the_new_size() -> None:
     history = [(2.0, stopped(0)), (2.0, dead("server-0")), (2, stopped(1)), (2, stopped(2))]
-    state = play([*history, (2, Tick())])
+    state = replay([*history, (2, Tick())])
     assert state.restart == Restart(1, tuple(range(5)), restarts_all=True, wait_s=0.0, world=5)
     state.restarted(3.0, step=2)
     assert (state.steps_done, state.max_step) == (2, 2)
 
 
-def test_a_lost_coordinator_is_replaced_and_the_number_changes_all_the_same() -> None:
+def test_lost_coordinator_during_resize_is_replaced_and_the_size_changes() -> None:
     history: History = [(2, dead("task-scheduler")), *((2, stopped(rank)) for rank in range(3))]
-    state = play([*history, (2, Tick())])
+    state = replay([*history, (2, Tick())])
     lost = ("task-scheduler",)
     assert state.restart == Restart(1, (), restarts_all=False, wait_s=0, coordinators=lost, world=5)
 
 
-def test_after_going_back_there_are_as_many_as_before() -> None:
-    state = play(ALL_STOP)
+def test_restart_from_checkpoint_keeps_the_new_size() -> None:
+    state = replay(ALL_STOPPED)
     state.restarted(2.0)
     for rank in range(5):
-        state.handle(heard(rank), 3.0)
+        state.handle(answer(rank), 3.0)
     state.handle(dead("server-0"), 3.0)
     for rank in range(5):
         state.handle(stopped(rank), 3.0)
@@ -168,28 +166,28 @@ def test_after_going_back_there_are_as_many_as_before() -> None:
     state.restarted(4.0, step=2)
     for rank in range(5):
         assert state.phase is Phase.STARTING
-        state.handle(heard(rank, 2), 5.0)
+        state.handle(answer(rank, 2), 5.0)
     assert state.phase is Phase.RUNNING
 
 
-def test_those_of_the_start_may_all_be_lost_when_others_have_come() -> None:
-    """Every worker has the whole model: `holders` names those of the start."""
-    state = play(ALL_STOP)
+def test_all_initial_workers_may_be_lost_after_others_joined() -> None:
+    """Every worker has the whole model; `holders` names the initial workers only."""
+    state = replay(ALL_STOPPED)
     state.restarted(2.0)
     for rank in range(5):
-        state.handle(heard(rank), 3.0)
+        state.handle(answer(rank), 3.0)
     for event in (dead(0), dead(1), dead(2), stopped(3), stopped(4), Tick()):
         state.handle(event, 3.0)
     assert state.restart == Restart(2, (0, 1, 2), restarts_all=False, wait_s=0.0)
 
 
-def test_a_busy_worker_is_waited_for_as_long_as_a_step_may_take() -> None:
+def test_busy_worker_is_replaced_after_the_step_timeout() -> None:
     moved_at = 12
     busy: History = [(1, stopped(0)), (1, stopped(2)), (moved_at, PollAnswered(1, 9, STEP, False))]
     late = moved_at + 20 * STALL_GRACE
-    state = play([*busy, (late, PollUnanswered("worker-1", SETTLE_S + 1)), (late, Tick())])
+    state = replay([*busy, (late, PollUnanswered("worker-1", SETTLE_S + 1)), (late, Tick())])
     assert (state.restart, state.error) == (None, None)
-    state = play([*busy, (late + 0.1, Tick()), (late + 0.1, Tick())])
+    state = replay([*busy, (late + 0.1, Tick()), (late + 0.1, Tick())])
     assert isinstance(state.error, DeadlineExceeded)
     assert "worker-1" in str(state.error)
     assert state.restart == Restart(1, (1,), restarts_all=False, wait_s=0.0, world=5)
@@ -198,14 +196,14 @@ def test_a_busy_worker_is_waited_for_as_long_as_a_step_may_take() -> None:
 @pytest.mark.parametrize(
     "first",
     [
-        [(0.5, heard(1, 9, finished=True))],
+        [(0.5, answer(1, 9, finished=True))],
         [(0.5, dead(1))],
     ],
-    ids=["it ends", "it is in trouble"],
+    ids=["ending", "failing"],
 )
-def test_a_run_that_is_otherwise_busy_is_left_alone(first: History) -> None:
-    state = JobState(3, LIMITS, 0.0, GO_ON)
-    for now, event in [*((0.0, heard(rank)) for rank in range(3)), *first]:
+def test_resize_is_ignored_if_the_run_ends_or_fails(first: History) -> None:
+    state = JobState(3, LIMITS, 0.0, RECOVERABLE)
+    for now, event in [*((0.0, answer(rank)) for rank in range(3)), *first]:
         state.handle(event, now)
     phase = state.phase
     state.handle(Resize(5), 1.0)
@@ -217,24 +215,26 @@ def test_a_run_that_is_otherwise_busy_is_left_alone(first: History) -> None:
     assert state.restart.world is None
 
 
-def test_a_run_that_starts_is_left_alone() -> None:
-    state = JobState(3, LIMITS, 0.0, GO_ON)
+def test_resize_is_ignored_while_the_run_starts() -> None:
+    state = JobState(3, LIMITS, 0.0, RECOVERABLE)
     state.handle(Resize(5), 1.0)
     assert state.phase is Phase.STARTING
 
 
-def test_a_run_that_ends_meanwhile_has_ended() -> None:
-    state = play([(1, heard(rank, 9, finished=True)) for rank in range(3)])
+def test_run_may_succeed_during_a_resize() -> None:
+    state = replay([(1, answer(rank, 9, finished=True)) for rank in range(3)])
     assert state.phase is Phase.SUCCEEDED
 
 
-def test_who_has_finished_counts_as_stopped() -> None:
-    state = play([(1, heard(0, 9, finished=True)), (1, stopped(1)), (1, stopped(2)), (1, Tick())])
+def test_finished_worker_counts_as_stopped() -> None:
+    state = replay(
+        [(1, answer(0, 9, finished=True)), (1, stopped(1)), (1, stopped(2)), (1, Tick())]
+    )
     assert state.restart == Restart(1, (), restarts_all=False, wait_s=0.0, world=5)
 
 
-def test_workers_are_told_to_stop_for_a_resize_and_nothing_in_the_next_attempt() -> None:
-    state = play([])
+def test_stop_order_is_resize_until_the_next_attempt() -> None:
+    state = replay([])
     assert (state.stop_order, state.resize_in_progress) == (StopOrder.RESIZE, False)
     state.handle(stopped(1), 2)
     assert (state.stop_order, state.resize_in_progress, state.restart) == (
@@ -244,39 +244,39 @@ def test_workers_are_told_to_stop_for_a_resize_and_nothing_in_the_next_attempt()
     )
     state.handle(dead(0), 2)
     assert state.stop_order is StopOrder.ABANDON
-    state = play(ALL_STOP, world=3)
+    state = replay(ALL_STOPPED, world=3)
     state.restarted(2.0)
     for rank in range(3):
         assert (state.stop_order, state.resize_in_progress) == (StopOrder.NONE, False)
-        state.handle(heard(rank), 2.0)
+        state.handle(answer(rank), 2.0)
     assert (state.phase, state.stop_order) == (Phase.RUNNING, StopOrder.NONE)
 
 
-def test_who_stops_for_a_failure_has_not_halted_for_a_resize() -> None:
-    state = JobState(3, LIMITS, 0.0, GO_ON)
+def test_stop_for_a_failure_is_not_a_resize() -> None:
+    state = JobState(3, LIMITS, 0.0, RECOVERABLE)
     for rank in range(3):
-        state.handle(heard(rank), 1.0)
+        state.handle(answer(rank), 1.0)
     for event in (dead(1), stopped(0)):
         state.handle(event, 1.0)
     assert not state.resize_in_progress
 
 
-def test_a_run_that_is_to_end_early_tells_its_workers_and_changes_no_more() -> None:
-    state = JobState(3, LIMITS, 0.0, GO_ON)
+def test_early_end_orders_end_and_ignores_resize() -> None:
+    state = JobState(3, LIMITS, 0.0, RECOVERABLE)
     for rank in range(3):
-        state.handle(heard(rank), 0.0)
+        state.handle(answer(rank), 0.0)
     state.handle(End(), 1.0)
     state.handle(Resize(5), 1.0)
     assert (state.phase, state.stop_order) == (Phase.RUNNING, StopOrder.END)
     for rank in range(3):
-        state.handle(heard(rank, 5, finished=True), 1.2)
+        state.handle(answer(rank, 5, finished=True), 1.2)
     assert state.phase is Phase.SUCCEEDED
 
 
-def test_a_run_that_is_to_stop_with_a_checkpoint_says_so_also_after_an_early_end() -> None:
-    state = JobState(3, LIMITS, 0.0, GO_ON)
+def test_stop_with_checkpoint_overrides_an_early_end() -> None:
+    state = JobState(3, LIMITS, 0.0, RECOVERABLE)
     for rank in range(3):
-        state.handle(heard(rank), 0.0)
+        state.handle(answer(rank), 0.0)
     for end, order in ((End(), StopOrder.END), (End(saves=True), StopOrder.SAVE)):
         state.handle(end, 1.0)
         assert state.stop_order is order
@@ -284,10 +284,10 @@ def test_a_run_that_is_to_stop_with_a_checkpoint_says_so_also_after_an_early_end
     assert state.stop_order is StopOrder.SAVE
 
 
-def test_who_is_lost_on_the_way_to_an_early_end_is_replaced_and_all_are_told_again() -> None:
-    state = JobState(3, LIMITS, 0.0, GO_ON)
+def test_worker_lost_during_an_early_end_is_replaced_and_the_order_repeated() -> None:
+    state = JobState(3, LIMITS, 0.0, RECOVERABLE)
     for rank in range(3):
-        state.handle(heard(rank), 0.0)
+        state.handle(answer(rank), 0.0)
     state.handle(End(), 1.0)
     state.handle(dead(1), 1.2)
     assert state.stop_order is StopOrder.ABANDON
@@ -298,5 +298,5 @@ def test_who_is_lost_on_the_way_to_an_early_end_is_replaced_and_all_are_told_aga
     state.restarted(2.0)
     assert (state.phase, state.stop_order) == (Phase.STARTING, StopOrder.NONE)
     for rank in range(3):
-        state.handle(heard(rank), 2.0)
+        state.handle(answer(rank), 2.0)
     assert (state.phase, state.stop_order) == (Phase.RUNNING, StopOrder.END)

@@ -1,4 +1,4 @@
-"""The store of a torch group: what torch's own do, for ranks alone."""
+"""The store of a torch group behaves as torch's stores, with authenticated ranks only."""
 
 import os
 import socket
@@ -26,21 +26,21 @@ NONCE, PROOF = key_value_store._NONCE_BYTES, key_value_store._PROOF_BYTES
 
 @pytest.fixture
 def server() -> Iterator[StoreServer]:
-    made = StoreServer(HOST, SECRET, 3)
-    yield made
-    made.close()
+    store_server = StoreServer(HOST, SECRET, 3)
+    yield store_server
+    store_server.close()
 
 
-def connected(server: StoreServer, secret: str = SECRET) -> KeyValueStore:
+def connect(server: StoreServer, secret: str = SECRET) -> KeyValueStore:
     return KeyValueStore(StoreConnection(HOST, server.port, secret, LIMIT_S))
 
 
-def stranger(server: StoreServer) -> socket.socket:
+def connect_unverified(server: StoreServer) -> socket.socket:
     return socket.create_connection((HOST, server.port), timeout=LIMIT_S)
 
 
-def all_of(connection: socket.socket) -> bytes:
-    """Read until the other side hangs up."""
+def receive_all(connection: socket.socket) -> bytes:
+    """Read until the peer closes the connection."""
     received = b""
     try:
         while part := connection.recv(1000):
@@ -72,32 +72,32 @@ CALLS: dict[str, Call] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_it_does_what_torchs_own_does(name: str, server: StoreServer) -> None:
-    call, store = CALLS[name], connected(server)
-    # Torch calls it by a prefix, which is what it gives to each group.
+def test_behaves_as_torchs_store(name: str, server: StoreServer) -> None:
+    call, store = CALLS[name], connect(server)
+    # Torch accesses the store through a PrefixStore, one for each group.
     assert call(dist.PrefixStore("x", store)) == call(dist.PrefixStore("x", dist.HashStore()))
     assert server.values.keys() <= {"x/a", "x/n"}
 
 
-def test_a_key_is_waited_for(server: StoreServer) -> None:
-    one, other = connected(server), connected(server)
-    found: list[bytes] = []
-    thread = threading.Thread(target=lambda: found.append(one.get("late")))
+def test_get_waits_for_a_key(server: StoreServer) -> None:
+    waiter, writer = connect(server), connect(server)
+    values: list[bytes] = []
+    thread = threading.Thread(target=lambda: values.append(waiter.get("late")))
     thread.start()
     time.sleep(0.05)
-    other.set("late", "x")
+    writer.set("late", "x")
     thread.join(LIMIT_S)
-    assert found == [b"x"]
+    assert values == [b"x"]
     with pytest.raises(dist.DistStoreError, match=r"after 0\.3 s, keys: late, never"):
-        one.wait(["late", "never"], timedelta(seconds=0.3))
-    one.set_timeout(timedelta(seconds=0.1))
+        waiter.wait(["late", "never"], timedelta(seconds=0.3))
+    waiter.set_timeout(timedelta(seconds=0.1))
     with pytest.raises(dist.DistStoreError, match="never"):
-        dist.PrefixStore("x", one).get("never")
-    assert one.get("late") == b"x"  # the connection goes on
+        dist.PrefixStore("x", waiter).get("never")
+    assert waiter.get("late") == b"x"  # the connection stays usable
 
 
-def test_who_waits_leaves_the_connection_to_other_threads(server: StoreServer) -> None:
-    store = connected(server)
+def test_waiting_thread_does_not_block_the_connection(server: StoreServer) -> None:
+    store = connect(server)
     thread = threading.Thread(target=lambda: store.get("here"))
     thread.start()
     time.sleep(0.05)
@@ -106,47 +106,50 @@ def test_who_waits_leaves_the_connection_to_other_threads(server: StoreServer) -
     assert not thread.is_alive()
 
 
-def test_ranks_meet_by_it(server: StoreServer) -> None:
-    def run(rank: int) -> None:
-        store = connected(server)
+def test_gloo_group_rendezvous(server: StoreServer) -> None:
+    def all_reduce(rank: int) -> None:
+        store = connect(server)
         group = torch_compat.gloo_group(store, "all", rank, 3, LIMIT_S, HOST)
         tensor = torch.full((5,), rank + 1.0)
         torch_compat.all_reduce(group, tensor, ReduceOp.SUM).wait()
         assert tensor.eq(6.0).all()
 
-    on_ranks(3, run)
+    on_ranks(3, all_reduce)
 
 
-def test_a_stranger_gets_a_nonce_and_no_more(server: StoreServer) -> None:
-    store = connected(server)
+def test_unverified_client_gets_only_a_nonce(server: StoreServer) -> None:
+    store = connect(server)
     store.set("key", "value")
     nonces = set()
     for message in (b"", b"\x00", bytes(NONCE + PROOF), b'["get", "key"]' * 1000):
-        with closing(stranger(server)) as connection:
+        with closing(connect_unverified(server)) as connection:
             nonces.add(connection.recv(NONCE))
             connection.sendall(message)
             connection.shutdown(socket.SHUT_WR)
-            assert all_of(connection) == b""
+            assert receive_all(connection) == b""
     assert len(nonces) == 4 and {len(nonce) for nonce in nonces} == {NONCE}
     with pytest.raises(ConnectionError):
-        connected(server, "a guess")
+        connect(server, "a guess")
     assert store.get("key") == b"value"
 
 
-def test_an_answer_is_proof_of_one_connection_only(server: StoreServer) -> None:
-    """What a rank has sent can be heard on the way, and is worth nothing a second time."""
-    with closing(stranger(server)) as first, closing(stranger(server)) as second:
+def test_proof_cannot_be_replayed(server: StoreServer) -> None:
+    """A captured proof of a rank must not be replayable."""
+    with (
+        closing(connect_unverified(server)) as first,
+        closing(connect_unverified(server)) as second,
+    ):
         nonce = bytes(NONCE)
-        heard = nonce + key_value_store._proof(SECRET, "rank", first.recv(NONCE), nonce)
-        first.sendall(heard)
+        proof = nonce + key_value_store._proof(SECRET, "rank", first.recv(NONCE), nonce)
+        first.sendall(proof)
         assert len(first.recv(PROOF)) == PROOF
         second.recv(NONCE)
-        second.sendall(heard)
-        assert all_of(second) == b""
+        second.sendall(proof)
+        assert receive_all(second) == b""
 
 
-def test_torchs_own_client_lists_nothing(server: StoreServer) -> None:
-    connected(server).set("key", "value")
+def test_torchs_client_is_rejected(server: StoreServer) -> None:
+    connect(server).set("key", "value")
     with pytest.raises(RuntimeError):
         client = dist.TCPStore(
             HOST, server.port, timeout=timedelta(seconds=0.5), wait_for_workers=False
@@ -154,59 +157,61 @@ def test_torchs_own_client_lists_nothing(server: StoreServer) -> None:
         client.list_keys()
 
 
-def test_who_listens_there_has_to_prove_it_too() -> None:
+def test_server_must_prove_the_secret() -> None:
     with socket.create_server((HOST, 0)) as listener:
 
-        def pretend() -> None:
+        def send_false_proof() -> None:
             with closing(listener.accept()[0]) as connection:
                 connection.sendall(bytes(NONCE))
                 connection.recv(NONCE + PROOF)
                 connection.sendall(bytes(PROOF))
 
-        threading.Thread(target=pretend, daemon=True).start()
+        threading.Thread(target=send_false_proof, daemon=True).start()
         with pytest.raises(ConnectionError, match="does not know the secret"):
             StoreConnection(HOST, listener.getsockname()[1], SECRET, LIMIT_S)
 
 
-def test_who_says_nothing_is_hung_up_on(
+def test_silent_client_is_disconnected(
     server: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = connected(server)
+    store = connect(server)
     monkeypatch.setattr(key_value_store, "_HELLO_S", 0.2)
-    with closing(stranger(server)) as silent:
-        assert all_of(silent)[NONCE:] == b""
+    with closing(connect_unverified(server)) as silent:
+        assert receive_all(silent)[NONCE:] == b""
         time.sleep(0.3)
-        store.set("key", "value")  # a rank may be silent
+        store.set("key", "value")  # a verified rank may be silent
 
 
-def test_strangers_keep_no_rank_out(server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unverified_clients_do_not_block_ranks(
+    server: StoreServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(key_value_store, "_MAX_UNVERIFIED", 5)
-    strangers = [stranger(server) for _ in range(20)]
-    assert connected(server).num_keys() == 0
-    assert all(all_of(one) for one in strangers[:12])  # ended: three ranks are still to come
-    for one in strangers:
-        one.close()
+    clients = [connect_unverified(server) for _ in range(20)]
+    assert connect(server).num_keys() == 0
+    assert all(receive_all(client) for client in clients[:12])  # closed by the server
+    for client in clients:
+        client.close()
 
 
-def test_nobody_can_connect_once_all_have(server: StoreServer) -> None:
-    with closing(stranger(server)) as early:
-        stores = [connected(server) for _ in range(3)]
+def test_no_connections_after_all_ranks_have_connected(server: StoreServer) -> None:
+    with closing(connect_unverified(server)) as early:
+        stores = [connect(server) for _ in range(3)]
         stores[0].set("key", "value")
         with pytest.raises(ConnectionRefusedError):
-            stranger(server)
+            connect_unverified(server)
         early.sendall(bytes(NONCE + PROOF))
-        assert len(all_of(early)) == NONCE
+        assert len(receive_all(early)) == NONCE
     assert stores[2].get("key") == b"value"
 
 
-def test_a_keeper_that_is_gone_or_frozen(server: StoreServer) -> None:
-    gone, frozen = connected(server), connected(server)
+def test_closed_or_frozen_server_raises_network_errors(server: StoreServer) -> None:
+    disconnected, frozen = connect(server), connect(server)
     frozen._connection._socket.settimeout(0.3)
     release, stopped = threading.Event(), threading.Event()
     server.loop.call_soon_threadsafe(stopped.set)
     server.loop.call_soon_threadsafe(release.wait, LIMIT_S)
     stopped.wait(LIMIT_S)
-    for _ in range(2):  # and from then on: an answer to the first question may still come
+    for _ in range(2):  # the second call, too: a late answer to the first may still arrive
         with pytest.raises(dist.DistNetworkError, match="no answer from the store"):
             frozen.check(["a"])
     release.set()
@@ -214,41 +219,41 @@ def test_a_keeper_that_is_gone_or_frozen(server: StoreServer) -> None:
     server._thread.join(LIMIT_S)
     with pytest.raises(dist.DistNetworkError, match="no answer from the store"):
         for _ in range(2):
-            gone.set("key", "value")
+            disconnected.set("key", "value")
 
 
-def test_nothing_is_left_of_it() -> None:
-    def one_group() -> None:
+def test_close_leaks_no_descriptors_or_threads() -> None:
+    def open_and_close_group() -> None:
         server = StoreServer(HOST, SECRET, 2)
-        stores = [connected(server) for _ in range(2)]
+        stores = [connect(server) for _ in range(2)]
         stores[0].set("a", "")
         server.close(after_s=0.01)
         server._thread.join(LIMIT_S)
         assert not server._thread.is_alive()
 
-    def state() -> tuple[int, int]:
+    def counts() -> tuple[int, int]:
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 
-    one_group()
-    before = state()
+    open_and_close_group()
+    before = counts()
     groups = 20
     for _ in range(groups):
-        one_group()
-    # A leak grows with every group. Threads of earlier tests may open a file or two meanwhile.
-    assert all(now - was < groups for now, was in zip(state(), before, strict=True))
+        open_and_close_group()
+    # A leak grows with every group. Threads of earlier tests may open a few files meanwhile.
+    assert all(after - count < groups for after, count in zip(counts(), before, strict=True))
 
 
-def test_a_hundred_ranks_may_come_at_once() -> None:
-    """None of them is taken for one stranger too many."""
+def test_many_ranks_may_connect_at_once() -> None:
+    """The limit on unverified connections must not reject ranks."""
     ranks = 2 * key_value_store._MAX_UNVERIFIED
     server = StoreServer(HOST, SECRET, ranks)
-    come = [stranger(server) for _ in range(ranks)]
-    theirs = [one.recv(NONCE) for one in come]
-    for one, keepers_nonce in zip(come, theirs, strict=True):
+    clients = [connect_unverified(server) for _ in range(ranks)]
+    server_nonces = [client.recv(NONCE) for client in clients]
+    for client, server_nonce in zip(clients, server_nonces, strict=True):
         nonce = os.urandom(NONCE)
-        one.sendall(nonce + key_value_store._proof(SECRET, "rank", keepers_nonce, nonce))
-        proof = key_value_store._proof(SECRET, "keeper", keepers_nonce, nonce)
-        assert one.recv(PROOF) == proof
-    for one in come:
-        one.close()
+        client.sendall(nonce + key_value_store._proof(SECRET, "rank", server_nonce, nonce))
+        proof = key_value_store._proof(SECRET, "keeper", server_nonce, nonce)
+        assert client.recv(PROOF) == proof
+    for client in clients:
+        client.close()
     server.close()

@@ -1,4 +1,4 @@
-"""The layout: who may import whom, what may load torch and Ray, how long a file is."""
+"""The package layout: allowed imports, modules without torch or Ray, sizes of files."""
 
 import ast
 import os
@@ -21,7 +21,7 @@ ALLOWED = {
     "actors": {"actors", "strategies", "platform"},
     "cli": {"cli", "actors", "strategies", "platform"},
 }
-"""Which folders a folder may import: cli -> actors -> strategies -> platform."""
+"""The folders that each folder may import: cli -> actors -> strategies -> platform."""
 
 LIGHT = [
     "distplat.platform.run_directory",
@@ -68,83 +68,85 @@ def label(path: Path) -> str:
 
 
 @cache
-def imported(path: Path) -> list[str]:
-    """Dotted names of all that a file imports, in functions and for type checkers too."""
-    found: list[str] = []
+def imported_names(path: Path) -> list[str]:
+    """Return the dotted names that a file imports, also in functions and for type checkers."""
+    names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{label(path)}:{node.lineno}: relative import"
-            found += [f"{node.module}.{alias.name}" for alias in node.names]
-    return found
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
 
 
 def folder_of(name: str) -> str | None:
-    """The one of our folders from which a dotted name comes."""
+    """Return the folder of this repository that defines a dotted name."""
     first, *rest = name.split(".")
     if first != "distplat" or not rest:
         return None
-    home = distplat._MODULES.get(rest[0])
-    return home.split(".")[1] if home else rest[0] if rest[0] in FOLDERS else None
+    module_path = distplat._MODULES.get(rest[0])
+    return module_path.split(".")[1] if module_path else rest[0] if rest[0] in FOLDERS else None
 
 
-OURS = sources(*FOLDERS)
+SOURCES = sources(*FOLDERS)
 
 
 def module_name(path: Path) -> str:
-    """The dotted name of one of our files."""
+    """Return the dotted name of a file."""
     return ".".join(("distplat", *path.relative_to(ROOT).with_suffix("").parts))
 
 
-MODULES = {module_name(path): path for path in OURS if path.name != "__init__.py"}
+MODULES = {module_name(path): path for path in SOURCES if path.name != "__init__.py"}
 
 
-def needs(path: Path) -> set[str]:
-    """Which of our modules a file imports: at its top, in functions and for type checkers."""
-    found = set()
-    for name in imported(path):
-        holder = name.rpartition(".")[0]
-        found |= {name} & MODULES.keys() or {holder} & MODULES.keys()
-    return found
+def imported_modules(path: Path) -> set[str]:
+    """Return the modules of this repository that a file imports, anywhere in the file."""
+    modules = set()
+    for name in imported_names(path):
+        parent = name.rpartition(".")[0]
+        modules |= {name} & MODULES.keys() or {parent} & MODULES.keys()
+    return modules
 
 
 def test_imports_point_down() -> None:
-    wrong = [
+    violations = [
         f"{label(path)} imports {name}"
-        for path in OURS
-        for name in imported(path)
+        for path in SOURCES
+        for name in imported_names(path)
         if folder_of(name) not in {None, *ALLOWED[path.relative_to(ROOT).parts[0]]}
     ]
-    assert not wrong
+    assert not violations
 
 
 @pytest.mark.parametrize(
     ("folder", "banned"),
     [("platform", {"ray", "torch"}), ("strategies", {"ray"}), ("cli", {"torch"})],
 )
-def test_what_a_folder_does_without(folder: str, banned: set[str]) -> None:
-    wrong = [
+def test_folder_does_not_import_banned_packages(folder: str, banned: set[str]) -> None:
+    violations = [
         f"{label(path)} imports {name}"
         for path in sources(folder)
-        for name in imported(path)
+        for name in imported_names(path)
         if name.split(".")[0] in banned
     ]
-    assert not wrong
+    assert not violations
 
 
-def test_no_modules_need_each_other() -> None:
-    """Nor in a ring of any length; a module can be read before those that import it."""
-    TopologicalSorter({name: needs(path) for name, path in MODULES.items()}).prepare()
+def test_no_import_cycles() -> None:
+    """A cycle of any length is found."""
+    TopologicalSorter({name: imported_modules(path) for name, path in MODULES.items()}).prepare()
 
 
-def test_the_tables_are_of_what_there_is() -> None:
+def test_import_analysis_finds_known_imports() -> None:
     """A check over an empty list would pass."""
-    assert "distplat.actors.controller" in needs(MODULES["distplat.actors.controller_actor"])
-    assert "distplat.actors.in_process" in needs(
-        MODULES["distplat.actors.trainer"]
-    )  # in a function
-    assert "distplat.cli.cluster" in needs(MODULES["distplat.cli.remote"])  # for type checkers
+    assert "distplat.actors.controller" in imported_modules(
+        MODULES["distplat.actors.controller_actor"]
+    )
+    # in a function
+    assert "distplat.actors.in_process" in imported_modules(MODULES["distplat.actors.trainer"])
+    # for type checkers
+    assert "distplat.cli.cluster" in imported_modules(MODULES["distplat.cli.remote"])
     assert all(sources(folder) for folder in FOLDERS)
     assert folder_of("distplat.Trainer") == "actors"
     assert folder_of("distplat.cli.main") == "cli"
@@ -152,88 +154,88 @@ def test_the_tables_are_of_what_there_is() -> None:
 
 
 def test_no_folder_is_imported_by_its_bare_name() -> None:
-    """It would be a second copy of every module; `platform` would be the standard library's."""
+    """It would load a second copy of every module, and the standard library's `platform`."""
     bare = {"actors", "strategies", "cli"}
-    wrong = [
+    violations = [
         f"{label(path)} imports {name}"
         for path in sources("tests", "examples", "benchmarks", *FOLDERS)
-        for name in imported(path)
+        for name in imported_names(path)
         if name.split(".")[0] in bare
     ]
-    assert not wrong
+    assert not violations
 
 
 def run(code: str, cwd: Path) -> str:
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=100
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
 
 
-def test_the_driver_does_not_load_torch() -> None:
+def test_light_modules_do_not_load_torch() -> None:
     names = [*LIGHT, *(module_name(path) for path in sources("platform"))]
-    loads = (
+    code = (
         "import importlib, sys\n"
         f"for name in {names!r}:\n"
         "    importlib.import_module(name)\n"
         "    if 'torch' in sys.modules: sys.exit(f'{name} loads torch')\n"
     )
-    assert run(loads, ROOT) == ""
+    assert run(code, ROOT) == ""
 
 
-def test_the_package_itself_loads_nothing() -> None:
-    ask = "import sys, distplat; print([m for m in ('ray', 'torch', 'numpy') if m in sys.modules])"
-    assert run(ask, ROOT) == "[]"
+def test_package_import_is_light() -> None:
+    code = "import sys, distplat; print([m for m in ('ray', 'torch', 'numpy') if m in sys.modules])"
+    assert run(code, ROOT) == "[]"
 
 
-def test_the_command_line_starts_without_ray() -> None:
-    ask = "import sys, distplat.cli.main; print([m for m in ('ray', 'torch') if m in sys.modules])"
-    assert run(ask, ROOT) == "[]"
+def test_command_line_does_not_load_ray() -> None:
+    code = "import sys, distplat.cli.main; print([m for m in ('ray', 'torch') if m in sys.modules])"
+    assert run(code, ROOT) == "[]"
 
 
 @pytest.mark.parametrize("folder", [ROOT, ROOT / "tests", ROOT / "examples"], ids=label)
-def test_platform_is_the_standard_librarys(folder: Path) -> None:
-    ask = "import platform; print(platform.__file__, platform.python_implementation())"
-    file, implementation = run(ask, folder).split()
+def test_platform_module_is_the_standard_librarys(folder: Path) -> None:
+    code = "import platform; print(platform.__file__, platform.python_implementation())"
+    file, implementation = run(code, folder).split()
     assert ROOT not in Path(file).parents or ".venv" in file
     assert implementation == sys.implementation.name.replace("cpython", "CPython")
 
 
 @pytest.mark.parametrize("folder", ["platform", "tests/platform"])
-def test_there_is_no_package_called_platform(folder: str) -> None:
+def test_platform_folders_have_no_init(folder: str) -> None:
     assert not (ROOT / folder / "__init__.py").exists()
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_the_links_lead_to_the_folders(folder: str) -> None:
+def test_links_point_to_the_folders(folder: str) -> None:
     link = ROOT / "distplat" / folder
     assert link.is_symlink() and link.resolve() == ROOT / folder
-    assert os.readlink(link) == f"../{folder}"  # relative: good in every clone
+    assert os.readlink(link) == f"../{folder}"  # relative, for every clone
 
 
 def test_files_and_functions_are_short() -> None:
     long = []
-    for path in [*OURS, *sources("tests/support"), ROOT / "distplat/__init__.py"]:
+    for path in [*SOURCES, *sources("tests/support"), ROOT / "distplat/__init__.py"]:
         text = path.read_text()
         long += [label(path)] if len(text.splitlines()) > 500 else []
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                first, last = node.body[0], node.body[-1]  # a command's options are not its length
+                first, last = node.body[0], node.body[-1]  # excludes the signature with its options
                 size = (last.end_lineno or 0) - first.lineno
                 long += [f"{label(path)}: {node.name}"] if size >= 50 else []
     assert not long
 
 
 VAGUE = {"Give", "Gives", "Say", "Says", "Tell", "Tells", "Have", "Begin"}
-"""Verbs for which there is a term: Return, Return whether, Notify, Ensure, Start."""
+"""Verbs with a standard term: Return, Return whether, Notify, Ensure, Start."""
 
 
-def test_docstrings_begin_with_the_terms_of_the_field() -> None:
+def test_docstrings_start_with_standard_verbs() -> None:
     documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     vague = [
         f"{label(path)}: {text.splitlines()[0]}"
-        for path in OURS
+        for path in SOURCES
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, documented) and (text := ast.get_docstring(node))
         if text.split()[0] in VAGUE
@@ -242,21 +244,21 @@ def test_docstrings_begin_with_the_terms_of_the_field() -> None:
 
 
 @pytest.mark.parametrize("folder", ["unit", "cluster", "gpu", "support"])
-def test_test_folders_are_no_packages(folder: str) -> None:
+def test_test_folders_are_not_packages(folder: str) -> None:
     assert not (ROOT / "tests" / folder / "__init__.py").exists()
 
 
-def test_no_test_file_imports_another() -> None:
-    """What two of them use is a module of `tests/support`, or one beside the cluster tests."""
-    wrong = [
+def test_test_files_do_not_import_each_other() -> None:
+    """Shared code is a module of `tests/support`, or one next to the cluster tests."""
+    violations = [
         f"{label(path)} imports {name}"
         for path in sources("tests")
-        for name in imported(path)
+        for name in imported_names(path)
         if name.startswith(("test_", "conftest"))
     ]
-    assert not wrong
+    assert not violations
 
 
-def test_test_modules_have_names_of_their_own() -> None:
+def test_names_of_test_modules_are_unique() -> None:
     names = [path.stem for path in sources("tests") if path.stem != "conftest"]
     assert len(names) == len(set(names))
