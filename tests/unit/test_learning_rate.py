@@ -1,4 +1,4 @@
-"""The schedule against torch's own schedulers, and against a table written by hand."""
+"""Learning-rate schedules match torch's schedulers and hand-computed values."""
 
 import inspect
 import warnings
@@ -35,20 +35,22 @@ from distplat.platform.spec import Job
 from distplat.strategies.loop.session import prepare
 
 LR, STEPS = 0.8, 30
-KINDS: TypeAdapter[LRSchedule] = TypeAdapter(NamedSchedule)
-OF_TORCH: list[type[LRSchedule]] = [one for one in get_args(AnySchedule) if one is not Schedule]
-WITH_THEIR_OWN_RATES = {"OneCycleLR", "CyclicLR", "SequentialLR"}
-OF_STEPS = [kind for kind in OF_TORCH if kind is not ReduceLROnPlateau]
-NOT_OURS = {"optimizer", "last_epoch"}
-OF_MOMENTUM = {"base_momentum", "max_momentum"}
-NOT_ALIKE = {
-    "OneCycleLR": {"max_lr", "total_steps", "epochs", "steps_per_epoch"} | OF_MOMENTUM,
-    "CyclicLR": {"scale_fn", "scale_mode"} | OF_MOMENTUM,
+SCHEDULE_ADAPTER: TypeAdapter[LRSchedule] = TypeAdapter(NamedSchedule)
+TORCH_SCHEDULES: list[type[LRSchedule]] = [
+    cls for cls in get_args(AnySchedule) if cls is not Schedule
+]
+NOT_IN_SEQUENCE = {"OneCycleLR", "CyclicLR", "SequentialLR"}
+STEP_SCHEDULES = [cls for cls in TORCH_SCHEDULES if cls is not ReduceLROnPlateau]
+NOT_FIELDS = {"optimizer", "last_epoch"}
+MOMENTUM_ARGUMENTS = {"base_momentum", "max_momentum"}
+DIFFERENT_DEFAULTS = {
+    "OneCycleLR": {"max_lr", "total_steps", "epochs", "steps_per_epoch"} | MOMENTUM_ARGUMENTS,
+    "CyclicLR": {"scale_fn", "scale_mode"} | MOMENTUM_ARGUMENTS,
 }
-"""What has a default here: `lr`, the length of the run; functions; and what belongs to momentum."""
+"""Arguments with other defaults here (from `lr` and the run), functions, and momentum."""
 
 
-def of_torch(
+def torch_rates(
     make: Callable[[torch.optim.Optimizer], LRScheduler], steps: int = STEPS, lr: float = LR
 ) -> list[float]:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
@@ -81,11 +83,11 @@ def of_torch(
     ],
     ids=["constant", "cosine", "cosine-final", "linear", "step"],
 )
-def test_the_same_as_torch(
+def test_rates_match_torch_schedulers(
     schedule: dict[str, Any], make: Callable[[torch.optim.Optimizer], LRScheduler]
 ) -> None:
     ours = [Schedule.model_validate(schedule).rate(LR, s, STEPS) for s in range(STEPS)]
-    assert ours == pytest.approx(of_torch(make), rel=1e-6, abs=1e-9)
+    assert ours == pytest.approx(torch_rates(make), rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -104,14 +106,14 @@ def test_the_same_as_torch(
         ({"name": "linear", "final_factor": 1.0}, [1] * 9),
     ],
 )
-def test_by_hand(schedule: dict[str, Any], expected: list[float]) -> None:
+def test_rates_match_hand_computed_values(schedule: dict[str, Any], expected: list[float]) -> None:
     rates = [Schedule.model_validate(schedule).rate(1.0, step, 9) for step in range(9)]
     assert rates == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize(("warmup", "total"), [(0, 1), (1, 1), (1, 2), (2, 2), (5, 3)])
-def test_a_short_run_has_no_division_by_zero(name: str, warmup: int, total: int) -> None:
+def test_short_run_has_no_division_by_zero(name: str, warmup: int, total: int) -> None:
     schedule = Schedule.model_validate({"name": name, "warmup_steps": warmup})
     rates = [schedule.rate(1.0, step, total) for step in range(total)]
     assert rates[0] == (1 / warmup if warmup else 1.0)
@@ -119,7 +121,7 @@ def test_a_short_run_has_no_division_by_zero(name: str, warmup: int, total: int)
 
 
 @pytest.mark.parametrize(
-    ("name", "idle"),
+    ("name", "unused"),
     [
         ("constant", {"final_factor", "every_steps", "gamma", "decay_steps", "decay"}),
         ("linear", {"every_steps", "gamma", "decay_steps", "decay"}),
@@ -128,8 +130,8 @@ def test_a_short_run_has_no_division_by_zero(name: str, warmup: int, total: int)
         ("wsd", {"every_steps", "gamma"}),
     ],
 )
-def test_fields_without_effect_on_a_schedule(name: str, idle: set[str]) -> None:
-    assert Schedule.model_validate({"name": name}).unused_fields() == idle
+def test_unused_fields_of_a_schedule(name: str, unused: set[str]) -> None:
+    assert Schedule.model_validate({"name": name}).unused_fields() == unused
 
 
 @pytest.mark.parametrize(
@@ -142,52 +144,54 @@ def test_fields_without_effect_on_a_schedule(name: str, idle: set[str]) -> None:
         ({"decay_steps": 9}, [8 / 9, 7 / 9, 6 / 9, 5 / 9, 4 / 9, 3 / 9, 2 / 9, 1 / 9, 0]),
     ],
 )
-def test_warm_up_stable_decay(fields: dict[str, Any], expected: list[float]) -> None:
+def test_warmup_stable_decay(fields: dict[str, Any], expected: list[float]) -> None:
     schedule = Schedule.model_validate({"name": "wsd", **fields})
     assert [schedule.rate(1.0, step, 9) for step in range(9)] == pytest.approx(expected, abs=1e-6)
 
 
-def test_every_scheduler_of_torch_is_here_or_refused_with_the_reason() -> None:
-    theirs = {n for n, one in vars(lr_scheduler).items() if _is_public(one)} - {"LRScheduler"}
-    assert theirs == {kind.__name__ for kind in OF_TORCH} | REFUSED_SCHEDULES.keys()
-    assert set(OF_TORCH) == set(LRSchedule.__subclasses__()) - {Schedule}
+def test_every_torch_scheduler_is_supported_or_refused_with_a_reason() -> None:
+    expected = {name for name, value in vars(lr_scheduler).items() if _is_public(value)} - {
+        "LRScheduler"
+    }
+    assert expected == {cls.__name__ for cls in TORCH_SCHEDULES} | REFUSED_SCHEDULES.keys()
+    assert set(TORCH_SCHEDULES) == set(LRSchedule.__subclasses__()) - {Schedule}
 
 
-def _is_public(one: Any) -> bool:
-    return isinstance(one, type) and issubclass(one, LRScheduler) and one.__name__[0] != "_"
+def _is_public(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, LRScheduler) and value.__name__[0] != "_"
 
 
-@pytest.mark.parametrize("kind", OF_TORCH)
-def test_arguments_and_defaults_are_torchs(kind: type[LRSchedule]) -> None:
-    assert get_args(kind.model_fields["name"].annotation) == (kind.__name__,)
-    left_out = NOT_OURS | NOT_ALIKE.get(kind.__name__, set())
-    parameters = inspect.signature(getattr(lr_scheduler, kind.__name__)).parameters.values()
-    theirs = {
-        one.name: (one.default is one.empty, None if one.default is one.empty else one.default)
-        for one in parameters
-        if one.name not in left_out
+@pytest.mark.parametrize("cls", TORCH_SCHEDULES)
+def test_arguments_and_defaults_match_torch(cls: type[LRSchedule]) -> None:
+    assert get_args(cls.model_fields["name"].annotation) == (cls.__name__,)
+    excluded = NOT_FIELDS | DIFFERENT_DEFAULTS.get(cls.__name__, set())
+    parameters = inspect.signature(getattr(lr_scheduler, cls.__name__)).parameters.values()
+    expected = {
+        p.name: (p.default is p.empty, None if p.default is p.empty else p.default)
+        for p in parameters
+        if p.name not in excluded
     }
     ours = {
-        name: (one.is_required(), None if one.is_required() else one.default)
-        for name, one in kind.model_fields.items()
-        if name not in {"name", "warmup_steps", "metric", *left_out}
+        name: (field.is_required(), None if field.is_required() else field.default)
+        for name, field in cls.model_fields.items()
+        if name not in {"name", "warmup_steps", "metric", *excluded}
     }
-    assert ours == theirs
+    assert ours == expected
 
 
-def drawn(random: Random) -> dict[str, Any]:
-    """Draw a scheduler of torch with arguments."""
-    return drawn_of(random, random.choice(OF_STEPS).__name__)
+def random_schedule(random: Random) -> dict[str, Any]:
+    """Return the fields of a random torch scheduler."""
+    return random_arguments(random, random.choice(STEP_SCHEDULES).__name__)
 
 
-def drawn_of(random: Random, name: str) -> dict[str, Any]:
+def random_arguments(random: Random, name: str) -> dict[str, Any]:
     if name == "SequentialLR":
-        kinds = [one.__name__ for one in OF_STEPS if one.__name__ not in WITH_THEIR_OWN_RATES]
+        names = [cls.__name__ for cls in STEP_SCHEDULES if cls.__name__ not in NOT_IN_SEQUENCE]
         count = random.randint(1, 3)
-        parts = [drawn_of(random, random.choice(kinds)) for _ in range(count)]
+        parts = [random_arguments(random, random.choice(names)) for _ in range(count)]
         milestones = sorted(random.sample(range(1, 20), count - 1))
         return {"name": name, "schedulers": parts, "milestones": milestones}
-    some: dict[str, dict[str, Any]] = {
+    arguments: dict[str, dict[str, Any]] = {
         "ConstantLR": {
             "factor": random.choice([0.01, 0.3, 1]),
             "total_iters": random.randint(1, 40),
@@ -228,48 +232,52 @@ def drawn_of(random: Random, name: str) -> dict[str, Any]:
             "cycle_momentum": False,
         },
     }
-    return {"name": name, **some[name]}
+    return {"name": name, **arguments[name]}
 
 
-def made(optimizer: torch.optim.Optimizer, fields: dict[str, Any]) -> LRScheduler:
-    """Make torch's scheduler of a job's fields."""
+def make_scheduler(optimizer: torch.optim.Optimizer, fields: dict[str, Any]) -> LRScheduler:
+    """Create torch's scheduler from the fields of a job."""
     arguments = {key: value for key, value in fields.items() if key != "name"}
     if fields["name"] == "SequentialLR":
-        arguments["schedulers"] = [made(optimizer, one) for one in fields["schedulers"]]
+        arguments["schedulers"] = [
+            make_scheduler(optimizer, inner) for inner in fields["schedulers"]
+        ]
     scheduler: LRScheduler = getattr(lr_scheduler, fields["name"])(optimizer, **arguments)
     return scheduler
 
 
 @settings(max_examples=400, deadline=None)
 @given(st.randoms(use_true_random=True))
-def test_each_step_has_torchs_rate(random: Random) -> None:
-    fields, steps = drawn(random), random.randint(12, 60)
-    base, more = random.choice([0.8, 3e-4]), {}
+def test_random_schedule_matches_torch(random: Random) -> None:
+    fields, steps = random_schedule(random), random.randint(12, 60)
+    base, extra = random.choice([0.8, 3e-4]), {}
     if fields["name"] == "OneCycleLR":
         fields |= random.choice([{}, {"max_lr": 0.3}, {"max_lr": 0.3, "total_steps": steps}])
-        more = {"max_lr": fields.get("max_lr", base), "total_steps": steps}
-    ours = KINDS.validate_python(fields)
+        extra = {"max_lr": fields.get("max_lr", base), "total_steps": steps}
+    ours = SCHEDULE_ADAPTER.validate_python(fields)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        expected = of_torch(lambda optimizer: made(optimizer, {**fields, **more}), steps, base)
+        expected = torch_rates(
+            lambda optimizer: make_scheduler(optimizer, {**fields, **extra}), steps, base
+        )
     found = [ours.rate(base, step, steps) for step in range(steps)]
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-12 * base), fields
     if fields["name"] == "CyclicLR":
         return
-    # Behind a warm-up it is the same, later.
+    # After a warm-up the rates are the same.
     base = fields.get("max_lr", base)
-    later = KINDS.validate_python({**fields, "warmup_steps": 3})
-    warm = [later.rate(base, step, steps + 3) for step in range(steps + 3)]
-    assert warm == pytest.approx([base / 3, base * 2 / 3, base, *found], rel=1e-12)
+    with_warmup = SCHEDULE_ADAPTER.validate_python({**fields, "warmup_steps": 3})
+    rates = [with_warmup.rate(base, step, steps + 3) for step in range(steps + 3)]
+    assert rates == pytest.approx([base / 3, base * 2 / 3, base, *found], rel=1e-12)
 
 
 CYCLES = {"name": "CyclicLR", "base_lr": 0.1, "max_lr": 1}
 ONE_CYCLE = {"name": "OneCycleLR", "cycle_momentum": False, "max_lr": 0.1}
 
 
-def test_a_rate_that_grows_without_end_is_infinite() -> None:
-    grows = KINDS.validate_python({"name": "ExponentialLR", "gamma": 10})
-    assert grows.rate(1.0, 400, 500) == float("inf")
+def test_overflowing_rate_is_infinite() -> None:
+    growing = SCHEDULE_ADAPTER.validate_python({"name": "ExponentialLR", "gamma": 10})
+    assert growing.rate(1.0, 400, 500) == float("inf")
 
 
 @pytest.mark.parametrize(
@@ -313,40 +321,40 @@ def test_a_rate_that_grows_without_end_is_infinite() -> None:
         ("cosine", "lr_schedule: must be a mapping (got 'cosine')"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said(schedule: Any, message: str) -> None:
+def test_invalid_schedules_are_refused(schedule: Any, message: str) -> None:
     with pytest.raises(SpecError) as caught:
         job_of(lr_schedule=schedule)
     assert str(caught.value).startswith(message)
 
 
-def test_where_epochs_say_how_long_a_run_is_the_decay_must_fit_too() -> None:
+def test_decay_longer_than_the_epochs_is_refused() -> None:
     schedule = {"name": "wsd", "decay_steps": 100}
-    of = job_of(lr_schedule=schedule, steps=None, epochs=1)
+    job = job_of(lr_schedule=schedule, steps=None, epochs=1)
     with pytest.raises(
         SpecError, match=r"lr_schedule\.decay_steps: .* all steps of the run, which"
     ):
-        prepare(of, Small())
+        prepare(job, Small())
 
 
-@pytest.mark.parametrize("kind", OF_STEPS)
-def test_a_job_with_it_reads_back(kind: type[LRSchedule], tmp_path: Any) -> None:
-    warmup = {} if kind.__name__ == "CyclicLR" else {"warmup_steps": 2}
-    job = job_of(lr_schedule={**drawn_of(Random(0), kind.__name__), **warmup})
+@pytest.mark.parametrize("cls", STEP_SCHEDULES)
+def test_job_with_torch_schedule_reads_back(cls: type[LRSchedule], tmp_path: Any) -> None:
+    warmup = {} if cls.__name__ == "CyclicLR" else {"warmup_steps": 2}
+    job = job_of(lr_schedule={**random_arguments(Random(0), cls.__name__), **warmup})
     (tmp_path / "job.yaml").write_text(render_job(job))
     assert read_job(tmp_path / "job.yaml") == job
     assert fields_of(lr_schedule={})["lr_schedule"] == {} and job_of(lr_schedule={}).lr_schedule
 
 
-def test_verify_has_one_cycle_over_its_few_steps() -> None:
-    of = job_of(lr_schedule={**ONE_CYCLE, "total_steps": 40}, steps=40, max_time_s=1.0)
-    short = job_for(VerifyRequest(of, Path(), steps=4), "ring")
-    assert isinstance(short, Job), "no SpecError"
-    assert short.max_time_s is None, "no time ends it before its steps"
+def test_verify_rescales_one_cycle_to_its_steps() -> None:
+    job = job_of(lr_schedule={**ONE_CYCLE, "total_steps": 40}, steps=40, max_time_s=1.0)
+    short = job_for(VerifyRequest(job, Path(), steps=4), "ring")
+    assert isinstance(short, Job), "the shortened job is valid"
+    assert short.max_time_s is None, "no time limit ends the run early"
     expected = [job_of(lr_schedule=ONE_CYCLE).lr_schedule.rate(0.1, n, 4) for n in range(4)]
     assert [short.lr_schedule.rate(0.1, step, 4) for step in range(4)] == expected
 
 
-IN_GROUPS: list[dict[str, Any]] = [
+GROUP_SCHEDULES: list[dict[str, Any]] = [
     {"name": "CosineAnnealingLR", "T_max": 4, "eta_min": 0.02},
     {**ONE_CYCLE, "total_steps": 6},
     {**CYCLES, "step_size_up": 2, "mode": "triangular2", "cycle_momentum": False},
@@ -361,18 +369,18 @@ IN_GROUPS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("schedule", IN_GROUPS, ids=lambda one: one["name"])
+@pytest.mark.parametrize("schedule", GROUP_SCHEDULES, ids=lambda schedule: schedule["name"])
 @pytest.mark.parametrize(
     ("strategy", "world"),
     [("ring", 2), ({"name": "ps-sync", "num_servers": 2}, 2), ("ps-async", 1)],
 )
-def test_a_run_has_torchs_rates_in_each_group(
+def test_training_has_torchs_rates_in_each_group(
     strategy: Any, world: int, schedule: dict[str, Any]
 ) -> None:
-    """`eta_min` is the same for all groups, so no factor on their rates gives this."""
+    """All groups share `eta_min`, so their rates are not proportional."""
     optimizer = {"name": "SGD", "lr": 0.2, "groups": [{"match": "head.*", "lr": 0.05}]}
-    more = {"global_batch_size": BATCH, "seed": 5, "evaluation": {"every_epochs": 0}}
-    of = job_of(strategy, world, optimizer=optimizer, lr_schedule=schedule, steps=6, **more)
+    fields = {"global_batch_size": BATCH, "seed": 5, "evaluation": {"every_epochs": 0}}
+    job = job_of(strategy, world, optimizer=optimizer, lr_schedule=schedule, steps=6, **fields)
     task = Small()
     torch.manual_seed(5)
     model, data = task.model(), task.train_data()
@@ -380,7 +388,7 @@ def test_a_run_has_torchs_rates_in_each_group(
     rest = [p for name, p in model.named_parameters() if not name.startswith("head.")]
     groups: list[dict[str, Any]] = [{"params": rest}, {"params": [*head.parameters()], "lr": 0.05}]
     plain = torch.optim.SGD(groups, lr=0.2)
-    scheduler, rates = made(plain, schedule), []
+    scheduler, rates = make_scheduler(plain, schedule), []
     sampler = Sampler(SAMPLES, BATCH, 1, seed=5)
     for step in range(6):
         inputs, targets = zip(*(data[int(i)] for i in sampler.batch_ids(step)), strict=True)
@@ -389,14 +397,14 @@ def test_a_run_has_torchs_rates_in_each_group(
         plain.step()
         rates.append([float(group["lr"]) for group in plain.param_groups])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # OneCycleLR counts a step after the last
+            warnings.simplefilter("ignore")  # OneCycleLR warns about a step after the last
             if step < 5:
                 scheduler.step()
-    run = train(of, Small)
-    told = [one for one in run.reports[0] if isinstance(one, StepReport)]
-    for one, expected in zip(told, rates, strict=True):
-        got = one.figures["lr"], one.figures["lr_group_0"]
-        assert got == pytest.approx(expected, rel=1e-9, abs=1e-15)
+    run = train(job, Small)
+    reports = [report for report in run.reports[0] if isinstance(report, StepReport)]
+    for report, expected in zip(reports, rates, strict=True):
+        reported = report.figures["lr"], report.figures["lr_group_0"]
+        assert reported == pytest.approx(expected, rel=1e-9, abs=1e-15)
     found = run.parameters()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)

@@ -1,4 +1,4 @@
-"""`ps-async` beside embedding tables: whatever fails, each task is in once, and everywhere."""
+"""`ps-async` with embedding tables: after any loss each task is applied exactly once."""
 
 import os
 import threading
@@ -29,104 +29,104 @@ from distplat.strategies.loop.loop import LeasedLoop
 from distplat.strategies.loop.session import CheckpointPorts
 
 RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "6"))
-"""`make test-all` draws many more."""
+"""`make test-all` runs many more."""
 EPOCHS = 3
 STEPS = EPOCHS * SAMPLES // BATCH
 
-ONE_TABLE = "only the first server of the tables has it"
-TABLES = "all servers of the tables have it, and no shard"
-ONE_SHARD = "and the first shard"
-SILENT = "everything has it, and the task scheduler is not told"
-MOMENTS = (ONE_TABLE, TABLES, ONE_SHARD, SILENT)
+ONE_TABLE = "the push is at the first embedding server only"
+TABLES = "the push is at all embedding servers and no shard"
+ONE_SHARD = "the push is at all embedding servers and the first shard"
+UNREPORTED = "the push is everywhere, the task scheduler is not notified"
+LOSS_POINTS = (ONE_TABLE, TABLES, ONE_SHARD, UNREPORTED)
 
 
-class Gone(DistplatError):
-    """As if a worker were lost at this moment."""
+class WorkerLost(DistplatError):
+    """Simulates the loss of a worker."""
 
 
 @dataclass
 class Fault:
-    """What happens to a rank in one attempt."""
+    """The fault of a rank in one attempt."""
 
-    at: int = -1
-    """It breaks off in its task of this number; -1: in none."""
-    moment: str = ""
-    made: int = 0
-    """Tasks that it has made."""
+    task: int = -1
+    """Number of the task in which the rank is lost; -1: none."""
+    point: str = ""
+    finished: int = 0
+    """Number of finished tasks."""
 
-    def here(self, moment: str) -> bool:
-        return self.made == self.at and self.moment == moment
+    def occurs(self, point: str) -> bool:
+        return self.finished == self.task and self.point == point
 
 
-class Unsent:
-    """A push that will not come to all servers."""
+class LostPush:
+    """A push that does not reach all servers."""
 
     def wait(self) -> None:
-        raise Gone("lost")
+        raise WorkerLost("lost")
 
 
-class Counted(LocalRun):
-    """A run of `Counting`, attempt by attempt."""
+class CountingRun(LocalRun):
+    """Runs `Counting` attempt by attempt."""
 
     def __init__(self, most: int = 1) -> None:
         super().__init__(make_job(counting(epochs=EPOCHS)), Counting, most=most)
         self.most = most
-        self.ranks.append(self._new_rank())  # one that joins the others
+        self.ranks.append(self._new_rank())  # a joining rank
         self.reports.append([])
         self.faults: dict[str, Fault] = {}  #: by worker
-        self.lost: set[int] = set()  #: ranks that are made anew in the next attempt
+        self.lost: set[int] = set()  #: ranks to replace in the next attempt
         for cluster in (self.servers.cluster, self.tables.cluster):
-            add_rule(cluster, self._twice_or_never)
-        self.attempt = BrokenOff(self)
+            add_rule(cluster, self._duplicate_or_lose)
+        self.attempt = FaultyAttempt(self)
 
-    def _twice_or_never(self, call: Call) -> LocalFault | None:
-        """Have all pushes come twice, and some not at all."""
+    def _duplicate_or_lose(self, call: Call) -> LocalFault | None:
+        """Duplicate all pushes, and lose some according to the faults."""
         if call.method != "push":
             return None
         fault = self.faults[call.process]
-        if fault.here(ONE_TABLE) and call.actor == "embedding-server-1":
+        if fault.occurs(ONE_TABLE) and call.actor == "embedding-server-1":
             return LocalFault(lose="request")
-        if call.actor == "server-0" and fault.here(TABLES):
-            raise Gone("lost")
-        if call.actor == "server-1" and fault.here(ONE_SHARD):
-            raise Gone("lost")
+        if call.actor == "server-0" and fault.occurs(TABLES):
+            raise WorkerLost("lost")
+        if call.actor == "server-1" and fault.occurs(ONE_SHARD):
+            raise WorkerLost("lost")
         return LocalFault(twice=True)
 
     def loop(self, rank: int, fault: Fault | None = None) -> LeasedLoop:
-        """Have a rank join the attempt."""
+        """Create the loop of a rank that joins the attempt."""
         self.faults[f"worker-{rank}"] = fault or Fault()
         loop = self.attempt.join(rank, CheckpointPorts())
         assert isinstance(loop, LeasedLoop)
         return loop
 
     def run(self, faults: dict[int, Fault]) -> None:
-        """Have these ranks work until each of them is lost, or nothing is left to do."""
+        """Run these ranks until each is lost or all tasks are finished."""
         order = sorted(faults)
         loops = [self.loop(rank, faults[rank]) for rank in order]
 
-        def body(place: int) -> None:
+        def body(index: int) -> None:
             try:
-                loops[place].run()
-            except Gone:
-                self.desk.call("die", order[place])
-                self.lost.add(order[place])
+                loops[index].run()
+            except WorkerLost:
+                self.desk.call("die", order[index])
+                self.lost.add(order[index])
 
         on_ranks(len(order), body)
         assert drain(self.servers.cluster, 10.0) and drain(self.tables.cluster, 10.0)
         self.servers.end_attempt()
 
     def next_attempt(self, *, with_scheduler: bool) -> None:
-        """Begin a later attempt, with new processes in the place of those that were lost."""
+        """Start the next attempt with new processes for the lost ones."""
         for rank in sorted(self.lost):
             self.renew(rank)
         self.lost.clear()
         if with_scheduler:
             self.desk.close()
             self.desk = desk_of(self.job, self.roles, self.most)
-        self.attempt = BrokenOff(self)
+        self.attempt = FaultyAttempt(self)
 
     def check(self) -> None:
-        """Each gradient of a sample is in once for each epoch, in its row and in the dense part."""
+        """Check that each sample counts once per epoch in its row and in the dense part."""
         for index, service in enumerate(self.tables.table_servers):
             assert (service.store.ledger.steps, service.store.ledger.updates) == (
                 STEPS,
@@ -135,8 +135,8 @@ class Counted(LocalRun):
         rows = np.zeros((SAMPLES, WIDTH), np.float32)
         for service in self.tables.table_servers:
             table = service.store.tables[0]
-            table.read(table.ids(), mine := np.empty((len(table), WIDTH), np.float32))
-            rows[table.ids()] = mine
+            table.read(table.ids(), shard_rows := np.empty((len(table), WIDTH), np.float32))
+            rows[table.ids()] = shard_rows
         assert (-rows).tolist() == [[EPOCHS] * WIDTH] * SAMPLES
         for index in range(2):
             shard = self.servers.shard_server(index).store
@@ -146,96 +146,102 @@ class Counted(LocalRun):
         self.close()
 
     def parts(self) -> list[tuple[int, int]]:
-        """Give what was reported."""
-        reports = [one for reports in self.reports for one in reports]
-        return sorted((one.step, one.rank) for one in reports if isinstance(one, StepReport))
+        """Return step and rank of each step report."""
+        reports = [report for reports in self.reports for report in reports]
+        return sorted((r.step, r.rank) for r in reports if isinstance(r, StepReport))
 
 
-class BrokenOff(Attempt):
-    """Ranks break off where their faults say."""
+class FaultyAttempt(Attempt):
+    """Ranks are lost according to their faults."""
 
-    run: Counted
+    run: CountingRun
 
-    def __init__(self, run: Counted) -> None:
+    def __init__(self, run: CountingRun) -> None:
         super().__init__(run, apart=True)
 
     def leases(self, rank: int) -> RemoteLeases:
-        """Give a way to the scheduler, which is told of nothing that comes after the end."""
-        way, fault = self.run.desk.leases(rank, attempt=self.number), self._fault(rank)
-        finish = way.finish
+        """Return a client of the scheduler that fails instead of finishing a task."""
+        client, fault = self.run.desk.leases(rank, attempt=self.number), self._fault(rank)
+        finish = client.finish
 
-        def told(tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()) -> None:
-            if fault.here(SILENT):
-                way.close()
-                raise Gone("lost")
+        def finish_or_fail(
+            tasks: Sequence[int], evaluations: Sequence[tuple[int, int]] = ()
+        ) -> None:
+            if fault.occurs(UNREPORTED):
+                client.close()
+                raise WorkerLost("lost")
             finish(tasks, evaluations)
-            fault.made += len(tasks)
+            fault.finished += len(tasks)
 
-        way.finish = told  # type: ignore[method-assign]
-        return way
+        client.finish = finish_or_fail  # type: ignore[method-assign]
+        return client
 
     def tables(self, rank: int) -> RemoteTables:
-        """Give a way to the tables; they have the rows before a rank breaks off."""
-        way, fault = self.run.tables.tables(rank, attempt=self.number), self._fault(rank)
-        push = way.push
+        """Return a client of the tables that waits for each push before the rank is lost."""
+        client, fault = self.run.tables.tables(rank, attempt=self.number), self._fault(rank)
+        push = client.push
 
-        def sent(*given: Any) -> Any:
-            sending = push(*given)
-            if fault.here(ONE_TABLE):
-                return Unsent()
+        def push_and_wait(*args: Any) -> Any:
+            sending = push(*args)
+            if fault.occurs(ONE_TABLE):
+                return LostPush()
             sending.wait()
             return sending
 
-        way.push = sent  # type: ignore[assignment,method-assign]
-        return way
+        client.push = push_and_wait  # type: ignore[assignment,method-assign]
+        return client
 
     def _fault(self, rank: int) -> Fault:
         return self.run.faults[f"worker-{rank}"]
 
 
-EVERYTHING = [(step, part) for step in range(STEPS) for part in range(PARTS)]
+ALL_TASKS = [(step, part) for step in range(STEPS) for part in range(PARTS)]
 
 
 @pytest.mark.parametrize("most", [1, 5])
-def test_some_ranks_make_everything_once(most: int) -> None:
-    run = Counted(most)
+def test_ranks_apply_each_task_once(most: int) -> None:
+    run = CountingRun(most)
     run.run({rank: Fault() for rank in range(3)})
     run.check()
-    assert run.parts() == EVERYTHING
+    assert run.parts() == ALL_TASKS
     final = [rank.prepared.flat.params.tolist() for rank in run.ranks]
     assert final[0] == final[1] == final[2]
     assert final[0][:SAMPLES] == [-EPOCHS] * SAMPLES
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_what_a_lost_rank_was_making_others_make(moment: str) -> None:
-    run = Counted(most=3)
-    run.run({0: Fault(), 1: Fault(1, moment), 2: Fault(0, moment)})
+@pytest.mark.parametrize("point", LOSS_POINTS)
+def test_tasks_of_lost_ranks_are_reassigned(point: str) -> None:
+    run = CountingRun(most=3)
+    run.run({0: Fault(), 1: Fault(1, point), 2: Fault(0, point)})
     run.check()
 
 
-def test_a_rank_that_was_not_heard_of_and_comes_back_counts_for_nothing() -> None:
-    run = Counted()
+def test_late_pushes_of_a_rank_declared_lost_are_dropped() -> None:
+    run = CountingRun()
     first, second = run.loop(0), run.loop(1)
-    gradients, silent, came = second.compute.gradients, threading.Event(), threading.Event()
+    gradients, is_lost, others_finished = (
+        second.compute.gradients,
+        threading.Event(),
+        threading.Event(),
+    )
 
-    def make(step: int, clock: Any) -> Any:
-        found = gradients(step, clock)
-        if not silent.is_set():
+    def pause_first(step: int, clock: Any) -> Any:
+        batch_gradients = gradients(step, clock)
+        if not is_lost.is_set():
             run.desk.call("lose", 1)
-            silent.set()
-            assert came.wait(60)
-        return found
+            is_lost.set()
+            assert others_finished.wait(60)
+        return batch_gradients
 
-    second.compute.gradients = make  # type: ignore[method-assign]
+    second.compute.gradients = pause_first  # type: ignore[method-assign]
 
     def body(rank: int) -> None:
         if rank == 1:
             second.run()
             return
-        assert silent.wait(60)
+        assert is_lost.wait(60)
         first.run()
-        came.set()
+        others_finished.set()
 
     on_ranks(2, body)
     run.check()
@@ -247,76 +253,76 @@ def test_a_rank_that_was_not_heard_of_and_comes_back_counts_for_nothing() -> Non
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("with_scheduler", [False, True])
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_all_are_lost(moment: str, with_scheduler: bool) -> None:
-    """Its only rank was alone, so the shards have a step of which the tables lack a task."""
-    run = Counted()
-    run.run({0: Fault(5, moment)})
-    assert run.servers.shard_server(0).store.steps == 3 - (moment == TABLES)
-    assert run.tables.table_servers[1].store.ledger.steps == 3 - (moment == ONE_TABLE)
+@pytest.mark.parametrize("point", LOSS_POINTS)
+def test_all_ranks_are_lost(point: str, with_scheduler: bool) -> None:
+    """With a single rank, shards may apply a step before the tables have all its tasks."""
+    run = CountingRun()
+    run.run({0: Fault(5, point)})
+    assert run.servers.shard_server(0).store.steps == 3 - (point == TABLES)
+    assert run.tables.table_servers[1].store.ledger.steps == 3 - (point == ONE_TABLE)
     run.next_attempt(with_scheduler=with_scheduler)
     run.run({0: Fault(), 1: Fault()})
     run.check()
 
 
 def test_ranks_join_and_leave() -> None:
-    run = Counted(most=2)
-    begun = [threading.Event() for _ in range(3)]
-    dismissed, gone = threading.Event(), threading.Event()
+    run = CountingRun(most=2)
+    trained = [threading.Event() for _ in range(3)]
+    dismissed, has_left = threading.Event(), threading.Event()
 
     def body(rank: int) -> None:
         if rank == 2:
             assert dismissed.wait(60)
         loop = run.loop(rank)
-        made, make = 0, loop._train_task
+        finished, train_task = 0, loop._train_task
 
-        def counted(task: int) -> None:
-            nonlocal made
-            make(task)
-            made += 1
-            begun[rank].set()
+        def train_and_count(task: int) -> None:
+            nonlocal finished
+            train_task(task)
+            finished += 1
+            trained[rank].set()
             if rank == 1:
                 assert dismissed.wait(60)
-            if rank == 0 and made == 4:
-                assert begun[1].wait(60)
+            if rank == 0 and finished == 4:
+                assert trained[1].wait(60)
                 run.desk.call("dismiss", (1,))
                 dismissed.set()
-            if rank == 0 and made == 6:  # the run is not over before
-                assert begun[2].wait(60)
-                assert gone.wait(60)
+            if rank == 0 and finished == 6:  # keep the run going until then
+                assert trained[2].wait(60)
+                assert has_left.wait(60)
 
-        loop._train_task = counted  # type: ignore[method-assign]
+        loop._train_task = train_and_count  # type: ignore[method-assign]
         loop.run()
         assert loop.progress.left == (rank == 1)
         if rank == 1:
-            gone.set()
+            has_left.set()
 
     on_ranks(3, body)
     run.check()
-    assert run.parts() == EVERYTHING
+    assert run.parts() == ALL_TASKS
     assert run.reports[2]
 
 
-def test_a_run_in_the_calling_process(tmp_path: Path) -> None:
+def test_run_in_the_calling_process(tmp_path: Path) -> None:
     spec = counting(0, checkpoint={"every_steps": 5}, storage_path=str(tmp_path))
     result = Trainer(spec, Counting).fit()
     assert [summary.step for summary in result.history] == list(range(1, STEPS + 1))
     assert result.checkpoint is not None
     assert load_file(result.checkpoint)["dense"].tolist() == [-EPOCHS] * SAMPLES
     files = [load_file(path) for path in result.path.glob("embeddings.*-rows.*")]
-    found = {
+    rows = {
         int(i): row.tolist()
-        for one in files
-        for i, row in zip(one["ids"], one["rows"], strict=True)
+        for file in files
+        for i, row in zip(file["ids"], file["rows"], strict=True)
     }
-    assert found == {i: [-EPOCHS] * WIDTH for i in range(SAMPLES)}
+    assert rows == {i: [-EPOCHS] * WIDTH for i in range(SAMPLES)}
     assert {path.name for path in (result.path / "checkpoints").iterdir()} >= {
         "step-000010",
         "step-000012",
     }
 
 
-FAULT = st.builds(Fault, st.integers(0, 4), st.sampled_from(MOMENTS))
+FAULT = st.builds(Fault, st.integers(0, 4), st.sampled_from(LOSS_POINTS))
 ATTEMPT = st.tuples(st.lists(FAULT, min_size=1, max_size=3), st.booleans(), st.booleans())
 
 
@@ -324,17 +330,17 @@ ATTEMPT = st.tuples(st.lists(FAULT, min_size=1, max_size=3), st.booleans(), st.b
 @given(st.lists(ATTEMPT, max_size=3), st.integers(1, 4))
 @pytest.mark.timeout(120 + 2 * RUNS)
 @settings(max_examples=RUNS, phases=UNSHRUNK)
-def test_one_attempt_after_the_other(
+def test_random_sequences_of_attempts(
     attempts: list[tuple[list[Fault], bool, bool]], most: int
 ) -> None:
-    """In each all ranks are lost, at moments of their own, and perhaps the scheduler with them."""
-    run = Counted(most)
-    for faults, with_scheduler, one_stays in attempts:
-        mine = {rank: Fault(one.at, one.moment) for rank, one in enumerate(faults)}
-        kept = run.ranks[0]
-        run.run(mine)
+    """Each attempt loses all ranks at random moments, and sometimes the scheduler."""
+    run = CountingRun(most)
+    for faults, with_scheduler, first_survives in attempts:
+        by_rank = {rank: Fault(fault.task, fault.point) for rank, fault in enumerate(faults)}
+        first_rank = run.ranks[0]
+        run.run(by_rank)
         run.next_attempt(with_scheduler=with_scheduler)
-        if one_stays:
-            run.ranks[0] = kept
+        if first_survives:
+            run.ranks[0] = first_rank
     run.run({0: Fault(), 1: Fault()})
     run.check()

@@ -1,4 +1,4 @@
-"""The example of a Llama: one model under every strategy, and the plain loop's."""
+"""The Llama example matches a plain loop under every strategy."""
 
 import importlib
 from pathlib import Path
@@ -22,32 +22,32 @@ BATCH, STEPS = 8, 5
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> type[Task]:
-    """The task with a small model in float64."""
+def small_task(monkeypatch: pytest.MonkeyPatch) -> type[Task]:
+    """Return the task with a small model in float64."""
     monkeypatch.syspath_prepend(FOLDER)
-    kind: Any = importlib.import_module("llama").Llama
+    cls: Any = importlib.import_module("llama").Llama
 
-    class Small(kind):  # type: ignore[misc]
+    class Small(cls):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__(**SMALL)
 
         def model(self) -> nn.Module:
-            made: nn.Module = super().model()
-            return made.double()
+            model: nn.Module = super().model()
+            return model.double()
 
     return Small
 
 
-def plain(kind: type[Task]) -> dict[str, Tensor]:
+def plain_loop(cls: type[Task]) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    task: Any = kind()
+    task: Any = cls()
     model, data = task.model(), task.train_data()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     sampler = Sampler(len(data), BATCH, 1, 0, True, False)
     for step in range(STEPS):
         inputs, targets = (
-            torch.stack(one)
-            for one in zip(*(data[int(i)] for i in sampler.batch_ids(step)), strict=True)
+            torch.stack(tensors)
+            for tensors in zip(*(data[int(i)] for i in sampler.batch_ids(step)), strict=True)
         )
         optimizer.zero_grad()
         torch.autograd.backward(task.loss(model(inputs), targets))
@@ -55,7 +55,7 @@ def plain(kind: type[Task]) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in model.state_dict().items()}
 
 
-def job(strategy: Any, workers: int) -> Job:
+def make_job(strategy: Any, workers: int) -> Job:
     return job_of(
         strategy,
         workers,
@@ -80,15 +80,15 @@ def job(strategy: Any, workers: int) -> Job:
     ],
     ids=str,
 )
-def test_it_trains_as_a_plain_loop_does(strategy: Any, workers: int, small: type[Task]) -> None:
-    run = train(job(strategy, workers), small)
+def test_matches_plain_loop(strategy: Any, workers: int, small_task: type[Task]) -> None:
+    run = train(make_job(strategy, workers), small_task)
     found = {name: value for part in run.trained for name, value in part.items()}
-    expected = plain(small)
+    expected = plain_loop(small_task)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)  # norms are float32
 
 
-def test_the_job_cuts_it_in_two() -> None:
-    made = load_job(FOLDER / "job.yaml")
-    assert (made.strategy.name, made.scaling.num_workers) == ("hybrid", 2)
+def test_job_file_uses_hybrid_with_two_workers() -> None:
+    job = load_job(FOLDER / "job.yaml")
+    assert (job.strategy.name, job.scaling.num_workers) == ("hybrid", 2)

@@ -1,4 +1,4 @@
-"""What shards tell of their load: figures, the queue before them, the rows of the final table."""
+"""Load of shards: figures in step reports, queues of pushes, rows of the final table."""
 
 import threading
 import time
@@ -24,14 +24,14 @@ from distplat.platform.spec import SYNCHRONOUS, Consistency
 from distplat.strategies.server import server
 from distplat.strategies.server.server import ServerLimits, ShardServer
 
-SIZE, LATE = 9, 0.25
+SIZE, DELAY_S = 9, 0.25
 
 RECORD = full_record()
 
 
-def test_figures_are_of_the_slowest_of_all_and_of_each() -> None:
-    found = load_figures([ShardLoad(8, 4, 0.1, 0.5, 3), ShardLoad(16, 0, 0.2, 0.25, 1)])
-    assert found == {
+def test_load_figures_of_the_slowest_and_of_each_shard() -> None:
+    figures = load_figures([ShardLoad(8, 4, 0.1, 0.5, 3), ShardLoad(16, 0, 0.2, 0.25, 1)])
+    assert figures == {
         "apply_s": 0.2,
         "queue_s": 0.5,
         "queue_depth": 3,
@@ -46,11 +46,11 @@ def test_figures_are_of_the_slowest_of_all_and_of_each() -> None:
 
 
 @pytest.mark.parametrize(("shards", "lines"), [(1, 5), (2, 15), (MAX_SHOWN_SHARDS + 1, 5)])
-def test_one_shard_and_very_many_are_told_together(shards: int, lines: int) -> None:
+def test_figures_of_one_or_many_shards_are_combined(shards: int, lines: int) -> None:
     assert len(load_figures([ShardLoad()] * shards)) == lines
 
 
-def test_a_queue_counts_the_pushes_that_wait() -> None:
+def test_queue_counts_waiting_pushes() -> None:
     queue = PushQueue()
     with queue.enter() as first, queue.enter() as second:
         assert (first.depth, second.depth) == (1, 2)
@@ -65,7 +65,7 @@ def test_a_queue_counts_the_pushes_that_wait() -> None:
 
 
 class Clock:
-    """Goes on by a little at each look, and as a test says."""
+    """Advances slightly at each reading, and as a test sets it."""
 
     def __init__(self) -> None:
         self.now, self.monotonic = 100.0, time.monotonic
@@ -77,71 +77,71 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    found = Clock()
+    fake = Clock()
     for module in (load, server):
-        monkeypatch.setattr(module, "time", found)
-    return found
+        monkeypatch.setattr(module, "time", fake)
+    return fake
 
 
-def wait_for_visitor(service: ShardServer) -> None:
-    """Return when a push is at the door."""
-    until = time.monotonic() + 10
+def wait_for_queued_push(service: ShardServer) -> None:
+    """Wait until a push is queued."""
+    deadline = time.monotonic() + 10
     while not service._queue.count(0):
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.001)
 
 
-def serve(consistency: Consistency, world: int = 2) -> ShardServer:
+def make_server(consistency: Consistency, world: int = 2) -> ShardServer:
     plan = async_plan(world, 4, consistency)
     service = ShardServer("server-0", plan, ServerLimits(10.0, 10.0), torch.zeros(SIZE))
     service.restore(0, lambda params: params.fill_(1.0))
     return service
 
 
-def nowhere(values: Any, version: int) -> None:
-    """Deliver nothing."""
+def discard(values: Any, version: int) -> None:
+    """Ignore the delivery."""
 
 
-def test_a_step_queues_for_its_last_gradient(clock: Clock) -> None:
-    service = serve(SYNCHRONOUS)
+def test_synchronous_push_waits_for_the_last_gradient(clock: Clock) -> None:
+    service = make_server(SYNCHRONOUS)
 
     def body(rank: int) -> ServerReply:
         if rank:
-            wait_for_visitor(service)
-            clock.now += LATE
-        return service.push(PushId("run", 1, rank, 0), noise(SIZE, rank, 0), RECORD, nowhere)
+            wait_for_queued_push(service)
+            clock.now += DELAY_S
+        return service.push(PushId("run", 1, rank, 0), noise(SIZE, rank, 0), RECORD, discard)
 
     first, last = on_ranks(2, body)
-    assert first.queue_s == pytest.approx(LATE, abs=1e-3)
+    assert first.queue_s == pytest.approx(DELAY_S, abs=1e-3)
     assert last.queue_s == pytest.approx(0.0, abs=1e-3)
     assert (first.queue_depth, last.queue_depth) == (1, 2)
     assert first.apply_s == last.apply_s > 0.0
 
 
-def test_asynchronous_pushes_queue_for_each_other(clock: Clock) -> None:
-    service = serve(Consistency(asynchronous=True))
+def test_asynchronous_push_waits_for_the_one_before(clock: Clock) -> None:
+    service = make_server(Consistency(asynchronous=True))
     inside = threading.Event()
 
-    def slow(values: Any, version: int) -> None:
+    def deliver_slowly(values: Any, version: int) -> None:
         inside.set()
-        wait_for_visitor(service)
-        clock.now += LATE  # the lock is held
+        wait_for_queued_push(service)
+        clock.now += DELAY_S  # while the lock is held
 
     def body(rank: int) -> ServerReply:
         if rank:
             assert inside.wait(60)
-        deliver: Callable[[Any, int], None] = nowhere if rank else slow
+        deliver: Callable[[Any, int], None] = discard if rank else deliver_slowly
         return service.push(PushId("run", 1, rank, 0, rank), noise(SIZE, rank, 0), RECORD, deliver)
 
     first, second = on_ranks(2, body)
     assert first.queue_s == pytest.approx(0.0, abs=1e-3)
-    assert second.queue_s == pytest.approx(LATE, abs=1e-3)
+    assert second.queue_s == pytest.approx(DELAY_S, abs=1e-3)
     assert (first.queue_depth, second.queue_depth) == (1, 1)  # the first was applied by then
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("strategy", ["ps-sync", "ps-async"])
-def test_a_run_tells_of_every_shard(strategy: str, clip: float | None) -> None:
+def test_step_reports_have_figures_of_each_shard(strategy: str, clip: float | None) -> None:
     class Dense(Words):
         def model(self) -> torch.nn.Module:
             embedding = torch.nn.Embedding(40, 6)
@@ -151,7 +151,7 @@ def test_a_run_tells_of_every_shard(strategy: str, clip: float | None) -> None:
     job = job_of(servers, 2, global_batch_size=9, steps=3, clip_norm=clip)
     run = train(job, Dense)
     size = 4 * run.ranks[0].prepared.flat.size
-    reports = [one for made in run.reports for one in made if isinstance(one, StepReport)]
+    reports = [r for reports in run.reports for r in reports if isinstance(r, StepReport)]
     assert len(reports) == 2 * 3
     for figures in (report.figures for report in reports):
         assert figures["in_bytes"] == size
@@ -161,7 +161,7 @@ def test_a_run_tells_of_every_shard(strategy: str, clip: float | None) -> None:
         assert 1 <= figures["queue_depth"] <= 2
 
 
-def test_a_servers_speed_is_that_of_its_middle_round() -> None:
+def test_server_speed_is_the_median_of_its_rounds() -> None:
     seconds = iter([0, 90, 100, 101, 200, 202, 300, 303, 400, 401, 500, 502, 600, 609])
     strategy = {"name": "ps-sync", "num_servers": 2, "split": "load"}
     optimizer = {"name": "Adam", "lr": 0.1}
@@ -175,7 +175,7 @@ def rows_of(shards: int) -> list[tuple[str, str]]:
     return figure_rows(load_figures(loads))
 
 
-def test_the_table_has_a_row_for_each_shard() -> None:
+def test_table_has_a_row_for_each_shard() -> None:
     assert rows_of(1) == [
         ("servers", "1 ms applying, 0.5 ms queue, 2 deep; 4 MB in, 0 B out per worker and step")
     ]

@@ -1,4 +1,4 @@
-"""Loader processes: they start at once, take a script's own classes, and leave nothing behind."""
+"""Loader processes: fast start, classes of scripts, and cleanup."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ from distplat.strategies.loop.loaders import LoaderContext, start_loader_server
 
 pytestmark = pytest.mark.usefixtures("loader_server")
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 SCRIPT = """
 import sys
 from multiprocessing import get_context
@@ -53,38 +53,38 @@ if __name__ == "__main__":
 """
 
 
-def test_a_loader_process_has_torch_from_the_start() -> None:
-    found = subprocess.run([sys.executable, "-c", SCRIPT], timeout=100, check=False)
-    assert found.returncode == 7
+def test_loader_process_has_torch_preloaded() -> None:
+    process = subprocess.run([sys.executable, "-c", SCRIPT], timeout=100, check=False)
+    assert process.returncode == 7
 
 
 @pytest.fixture
 def prefix(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Give the beginning of the names of this process's semaphores: other tests make some, too."""
+    """Give this test's semaphores a unique name prefix, and return it."""
     name, numbers = f"mp-test-{os.getpid()}", itertools.count()
     make_name = staticmethod(lambda: f"/{name}-{next(numbers)}")
     monkeypatch.setattr(synchronize.SemLock, "_make_name", make_name)
     return f"sem.{name}"
 
 
-def left_in_memory(prefix: str) -> list[str]:
+def semaphores_in_memory(prefix: str) -> list[str]:
     return [name for name in os.listdir("/dev/shm") if name.startswith(prefix)]
 
 
-def test_semaphores_of_loaders_have_no_names_while_they_are_used(prefix: str) -> None:
+def test_semaphores_of_loaders_are_unlinked(prefix: str) -> None:
     context = LoaderContext()
     lock = context.Lock()
     name = lock._semlock.name.removeprefix("/")  # type: ignore[attr-defined]
-    assert left_in_memory(prefix) == [f"sem.{name}"]
+    assert semaphores_in_memory(prefix) == [f"sem.{name}"]
     context.unlink_semaphores(1.0)
-    assert not left_in_memory(prefix)
+    assert not semaphores_in_memory(prefix)
     with lock:
         assert not lock.acquire(block=False)
     start_loader_server(job(loaders=2))()
     sampler = make_sampler(job(), Noise())
     batches = micro_batches(job(loaders=2), Noise(), sampler, 0, range(6), 1)
     next(batches)
-    assert not left_in_memory(prefix)
+    assert not semaphores_in_memory(prefix)
     assert len([*batches]) == 5
     del batches
     assert not active_children()
@@ -106,30 +106,30 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_worker_leaves_no_process_and_no_semaphore(tmp_path: Path) -> None:
+def test_killed_worker_leaves_no_process_or_semaphore(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
-    script.write_text(KILLED.format(path=[str(HERE.parent / "support")]))
+    script.write_text(KILLED.format(path=[str(FOLDER.parent / "support")]))
     child = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     pids = child.stdout.readline().split()
     assert child.wait(60) == -signal.SIGKILL
     assert len(pids) == 3
     deadline = time.monotonic() + 20
-    while left := [pid for pid in pids if alive(pid)]:
-        assert time.monotonic() < deadline, f"left behind: {left}"
+    while remaining := [pid for pid in pids if is_running(pid)]:
+        assert time.monotonic() < deadline, f"left behind: {remaining}"
         time.sleep(0.05)
-    assert not left_in_memory(f"sem.mp-killed-{child.pid}")
+    assert not semaphores_in_memory(f"sem.mp-killed-{child.pid}")
 
 
-def alive(pid: str) -> bool:
-    """Say whether a process runs; one that nobody has asked for its status does not."""
+def is_running(pid: str) -> bool:
+    """Return whether a process runs; a zombie does not."""
     try:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except FileNotFoundError:
         return False
 
 
-class Broken(Dataset[Any]):
+class FailingSamples(Dataset[Any]):
     def __len__(self) -> int:
         return 11
 
@@ -140,7 +140,7 @@ class Broken(Dataset[Any]):
 
 
 class Pids(Dataset[int]):
-    """Each sample is the process that reads it."""
+    """Each sample is the pid of the process that reads it."""
 
     def __len__(self) -> int:
         return 4
@@ -149,24 +149,24 @@ class Pids(Dataset[int]):
         return os.getpid()
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_evaluations_keep_their_loader_processes_if_they_are_to(kept: bool) -> None:
-    data = {"num_workers": 2, "persistent_workers": kept}
+@pytest.mark.parametrize("persistent", [False, True])
+def test_evaluation_keeps_persistent_loader_processes(persistent: bool) -> None:
+    data = {"num_workers": 2, "persistent_workers": persistent}
     samples, loader = Pids(), EvalLoader(job(data=data), Dropping())
-    found = [
+    pids = [
         {int(pid) for batch, _ in loader.batches(samples, range(4), 2) for pid in batch}
         for _ in range(2)
     ]
-    assert [len(one) for one in found] == [2] * 2
-    assert (found[0] == found[1]) == kept
-    children = {one.pid for one in active_children()}
-    assert found[1] <= children if kept else not found[1] & children
+    assert [len(processes) for processes in pids] == [2] * 2
+    assert (pids[0] == pids[1]) == persistent
+    children = {child.pid for child in active_children()}
+    assert pids[1] <= children if persistent else not pids[1] & children
     del loader
-    assert not found[1] & {one.pid for one in active_children()}, "it takes them with it"
+    assert not pids[1] & {child.pid for child in active_children()}, "they end with the loader"
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("data", "expected"),
     [
         ({}, False),
         ({"num_workers": 1}, True),
@@ -174,22 +174,22 @@ def test_evaluations_keep_their_loader_processes_if_they_are_to(kept: bool) -> N
         ({"num_workers": 1, "pin_memory": False}, False),
     ],
 )
-def test_batches_are_pinned_for_a_gpu(given: dict[str, Any], expected: bool) -> None:
-    """No GPU is needed to see what torch's loader is told."""
-    with_gpu = job(data=given, scaling={"num_workers": 1, "use_gpu": True})
-    for one, pinned in ((with_gpu, expected), (job(), False)):
-        assert Loader(one, Pids())._loader.pin_memory is pinned
+def test_memory_is_pinned_for_a_gpu(data: dict[str, Any], expected: bool) -> None:
+    """Checks the argument of torch's loader, which needs no GPU."""
+    with_gpu = job(data=data, scaling={"num_workers": 1, "use_gpu": True})
+    for spec, pinned in ((with_gpu, expected), (job(), False)):
+        assert Loader(spec, Pids())._loader.pin_memory is pinned
 
 
-def test_an_exception_in_a_loader_comes_out() -> None:
+def test_exception_in_a_loader_is_raised() -> None:
     plan = [SampleRun(0, 0, [1, 2]), SampleRun(0, 2, [4, 5])]
-    batches = Loader(job(loaders=1), Broken()).batches(plan)
+    batches = Loader(job(loaders=1), FailingSamples()).batches(plan)
     next(batches)
     with pytest.raises(LookupError, match="sample 5 is gone"):
         next(batches)
 
 
-def test_classes_and_functions_of_a_function_go_to_loaders() -> None:
+def test_local_classes_and_functions_are_sent_to_loaders() -> None:
     class Local(Dataset[Any]):
         def __init__(self) -> None:
             self.transform: Any = lambda value: value + 1
@@ -272,10 +272,10 @@ except Exception as error:
 
 
 @pytest.mark.parametrize("name", [slow("bare.py"), "-"])
-def test_a_script_trains_with_loaders_and_is_run_once(tmp_path: Path, name: str) -> None:
-    """From a file, and as `python -` reads it, which leaves no file to run again."""
+def test_script_trains_with_loaders_and_runs_once(tmp_path: Path, name: str) -> None:
+    """Runs a file, and `python -`, for which loaders have no file to import."""
     (tmp_path / "bare.py").write_text(BARE)
-    found = subprocess.run(
+    process = subprocess.run(
         [sys.executable, name],
         cwd=tmp_path,
         timeout=100,
@@ -283,16 +283,16 @@ def test_a_script_trains_with_loaders_and_is_run_once(tmp_path: Path, name: str)
         text=True,
         input=BARE if name == "-" else None,
     )
-    lines = found.stdout.splitlines()
-    assert lines[0] == "RAN", found.stderr
+    lines = process.stdout.splitlines()
+    assert lines[0] == "RAN", process.stderr
     assert lines.count("RAN") == 1
     without, with_loaders = json.loads(lines[1])
     assert len(without) == 6
     assert without == with_loaders
     assert lines[2].startswith("UserCodeError")
     assert "Gone: sample 7" in lines[2]
-    assert found.returncode == 0
-    assert "Traceback" not in found.stderr
+    assert process.returncode == 0
+    assert "Traceback" not in process.stderr
 
 
 class Stream(IterableDataset[Any]):
@@ -301,17 +301,17 @@ class Stream(IterableDataset[Any]):
 
 
 @pytest.mark.parametrize("data", [range(8), Stream()], ids=["numbered", "stream"])
-def test_a_train_functions_loader_gives_batches_of_classes_that_no_module_has(data: Any) -> None:
+def test_prepared_loader_returns_batches_of_local_classes(data: Any) -> None:
     class Local:
         def __init__(self, samples: list[int]) -> None:
             self.samples = samples
 
-    found: list[Any] = []
+    batches: list[Any] = []
 
     def train(config: Any) -> None:
         loader = DataLoader(data, batch_size=4, collate_fn=Local, num_workers=1, timeout=30)
-        found.extend(distplat.prepare(loader))
+        batches.extend(distplat.prepare(loader))
 
     call_on_ranks(train)
-    assert [one.samples for one in found] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert {type(one) for one in found} == {Local}
+    assert [batch.samples for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert {type(batch) for batch in batches} == {Local}

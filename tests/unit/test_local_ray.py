@@ -1,4 +1,4 @@
-"""A Ray of the run's own that does not start is told with what to do about it."""
+"""A run's own local Ray: errors of its start, its logs and its files."""
 
 import errno
 import os
@@ -18,45 +18,45 @@ from distplat.actors.stopping import Stopping
 from distplat.platform.errors import ActorLost, InfrastructureError, Interrupted, UserCodeError
 from distplat.platform.spec import Scaling
 
-ITS_WORDS = "The current node timed out during startup. This\ncould happen because"
+STARTUP_ERROR = "The current node timed out during startup. This\ncould happen because"
 
 
-def start(error: BaseException, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    """Have a Ray fail to start; what there is of it is ended, for a notebook goes on."""
-    ended: list[bool] = []
+def fail_to_start(error: BaseException, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """Let the start of Ray fail with `error`, and check that it is shut down and cleaned up."""
+    shutdowns: list[bool] = []
 
     def fail(**settings: Any) -> None:
         if not isinstance(error, Exception):
-            Path(settings["_temp_dir"]).mkdir()  # it was under way
+            Path(settings["_temp_dir"]).mkdir()  # created before the interrupt
         raise error
 
     monkeypatch.setattr("ray.init", fail)
-    monkeypatch.setattr("ray.shutdown", lambda: ended.append(True))
-    files = at_home(monkeypatch, home)
+    monkeypatch.setattr("ray.shutdown", lambda: shutdowns.append(True))
+    files = use_home(monkeypatch, home)
     try:
         with local_ray(Scaling(num_workers=1)):
             pass
     finally:
-        assert ended == [True] and list(files.iterdir()) == []
+        assert shutdowns == [True] and list(files.iterdir()) == []
 
 
-def at_home(monkeypatch: pytest.MonkeyPatch, home: Path) -> Path:
-    """Have Ray's files and its token lie in a directory of the test's; give where the files are."""
+def use_home(monkeypatch: pytest.MonkeyPatch, home: Path) -> Path:
+    """Place Ray's files and token below `home`; return the folder of the files."""
     monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv(ray_token.MODE, "token")  # as Ray would set it for this whole process
+    monkeypatch.setenv(ray_token.MODE, "token")  # as Ray sets it for the whole process
     monkeypatch.setattr(launch, "RayFolder", lambda base: RayFolder(home / "ray"))
     return home / "ray"
 
 
-def lines_of(folder: str, name: str, text: str) -> None:
-    """Log as Ray does."""
+def write_log(folder: str, name: str, text: str) -> None:
+    """Write a log file into Ray's folder."""
     logs = Path(folder, "session_2026-01-01_00-00-00_000000_17", "logs")
     logs.mkdir(parents=True, exist_ok=True)
     (logs / name).write_text(text)
 
 
 @pytest.mark.parametrize(
-    ("error", "kept"),
+    ("error", "is_kept"),
     [
         (ActorLost("worker-1", 3, "killed"), True),
         (KeyError("inside distplat"), True),
@@ -64,46 +64,46 @@ def lines_of(folder: str, name: str, text: str) -> None:
         (Interrupted(2), False),
     ],
 )
-def test_what_ray_logged_is_kept_where_the_cluster_failed_or_distplat(
+def test_ray_logs_are_kept_after_infrastructure_errors(
     error: Exception,
-    kept: bool,
+    is_kept: bool,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def init(**settings: Any) -> None:
         token = (tmp_path / ".ray/auth_token").read_text()
-        lines_of(settings["_temp_dir"], "worker-17.out", "printed by the task")
+        write_log(settings["_temp_dir"], "worker-17.out", "printed by the task")
         for name in ("runtime_env_agent.log", "runtime_env_setup-01000000.log"):
-            lines_of(settings["_temp_dir"], name, "env_vars: {'SOME_KEY': 'secret'}")
-        lines_of(settings["_temp_dir"], "log_monitor.log", f"token {token}")
-        lines_of(settings["_temp_dir"], "raylet.out", "x" * 100_000 + "killed")
+            write_log(settings["_temp_dir"], name, "env_vars: {'SOME_KEY': 'secret'}")
+        write_log(settings["_temp_dir"], "log_monitor.log", f"token {token}")
+        write_log(settings["_temp_dir"], "raylet.out", "x" * 100_000 + "killed")
 
     monkeypatch.setattr("ray.init", init)
     monkeypatch.setattr("ray.shutdown", lambda: None)
     for name in (ray_token.TOKEN, ray_token.TOKEN_PATH):
         monkeypatch.delenv(name, raising=False)
-    files = at_home(monkeypatch, tmp_path)
+    files = use_home(monkeypatch, tmp_path)
     (run := tmp_path / "run").mkdir()
     with pytest.raises(type(error)), local_ray(Scaling(num_workers=1), keep_in=run):
         raise error
     assert list(files.iterdir()) == []
-    told = [one.message for one in caplog.records if str(run) in one.message]
-    assert told == kept * [f"what Ray logged at the end is in {run}/ray.log"]
-    if kept:
-        logged = (run / "ray.log").read_text()
-        first, second = logged.split("\n\n")[:2]
+    messages = [record.message for record in caplog.records if str(run) in record.message]
+    assert messages == is_kept * [f"what Ray logged at the end is in {run}/ray.log"]
+    if is_kept:
+        log_text = (run / "ray.log").read_text()
+        first, second = log_text.split("\n\n")[:2]
         assert first.startswith("==> raylet.out <==\nxxx") and first.endswith("xkilled")
         assert second == "==> log_monitor.log <==\ntoken ***"
-        assert len(logged) < 20_000 and "secret" not in logged
+        assert len(log_text) < 20_000 and "secret" not in log_text
 
 
 @pytest.mark.parametrize(
-    ("error", "said"), [(ActorLost("worker-1", 3, "killed"), True), (Interrupted(2), False)]
+    ("error", "is_logged"), [(ActorLost("worker-1", 3, "killed"), True), (Interrupted(2), False)]
 )
-def test_where_another_ray_logs_is_said(
+def test_log_folder_of_an_existing_ray_is_named(
     error: Exception,
-    said: bool,
+    is_logged: bool,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
@@ -112,37 +112,39 @@ def test_where_another_ray_logs_is_said(
     monkeypatch.setattr("distplat.actors.ray_compat.log_folder", lambda: "/there/logs")
     with pytest.raises(type(error)), local_ray(Scaling(num_workers=1), keep_in=tmp_path):
         raise error
-    assert caplog.messages == said * ["Ray's own logs are in /there/logs of each node"]
+    assert caplog.messages == is_logged * ["Ray's own logs are in /there/logs of each node"]
 
 
-def test_what_ray_logged_before_it_did_not_start_is_kept(
+def test_ray_logs_are_kept_after_a_failed_start(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def fail(**settings: Any) -> None:
-        lines_of(settings["_temp_dir"], "gcs_server.out", "no such port")
-        raise RuntimeError(ITS_WORDS)
+        write_log(settings["_temp_dir"], "gcs_server.out", "no such port")
+        raise RuntimeError(STARTUP_ERROR)
 
     monkeypatch.setattr("ray.init", fail)
     monkeypatch.setattr("ray.shutdown", lambda: None)
-    files = at_home(monkeypatch, tmp_path)
+    files = use_home(monkeypatch, tmp_path)
     with pytest.raises(InfrastructureError), local_ray(Scaling(num_workers=1), keep_in=tmp_path):
         pass
     assert (tmp_path / "ray.log").read_text() == "==> gcs_server.out <==\nno such port\n\n"
-    [left] = files.iterdir()  # Ray's words for why name files
+    [remaining] = files.iterdir()  # kept, since the error names files in it
     RayFolder(files).remove()
-    assert not left.exists()
+    assert not remaining.exists()
 
 
-def test_ray_that_does_not_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_failed_start_is_an_infrastructure_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(os, "getloadavg", lambda: (23.4, 0.0, 0.0))
     with pytest.raises(InfrastructureError, match="local Ray could not be started") as raised:
-        start(Exception(ITS_WORDS), monkeypatch, tmp_path)
+        fail_to_start(Exception(STARTUP_ERROR), monkeypatch, tmp_path)
     assert raised.value.exit_code == 4
     assert f"(23 processes want the {os.cpu_count()} cores of this machine)" in str(raised.value)
     assert "during startup. This could happen because; try again, or" in str(raised.value)
 
 
-def test_what_ray_may_have_too_little_of_is_named(
+def test_failed_start_names_scarce_resources(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("RAY_TMPDIR", "/there")
@@ -150,41 +152,39 @@ def test_what_ray_may_have_too_little_of_is_named(
     monkeypatch.setattr(shutil, "disk_usage", disk.__getitem__)
     monkeypatch.setattr(resource, "getrlimit", lambda which: (2**31, 2**31))
     with pytest.raises(InfrastructureError) as raised:
-        start(Exception(ITS_WORDS), monkeypatch, tmp_path)
+        fail_to_start(Exception(STARTUP_ERROR), monkeypatch, tmp_path)
     assert "`ulimit -v` allows 2.0 GiB of addresses; /there has 3 MiB free" in str(raised.value)
 
 
-def test_without_any_room_ray_is_not_even_started(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """It would try for half a minute."""
+def test_ray_is_not_started_on_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Ray would retry for half a minute."""
 
-    def full(file: int, start: int, size: int) -> None:
+    def fail_allocation(file: int, start: int, size: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, "posix_fallocate", fail_allocation)
     with pytest.raises(
         InfrastructureError, match=rf"{tmp_path}/ray/\S+: No space left.*RAY_TMPDIR"
     ):
-        start(AssertionError("it was started"), monkeypatch, tmp_path)
+        fail_to_start(AssertionError("Ray was started"), monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("error", [Interrupted(2), KeyboardInterrupt()])
-def test_who_is_interrupted_is_told_so(
+def test_interrupt_during_start_is_raised(
     error: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with pytest.raises(type(error)):
-        start(error, monkeypatch, tmp_path)
+        fail_to_start(error, monkeypatch, tmp_path)
 
 
-def test_a_second_signal_while_ray_starts_ends_the_run_as_the_first_one_would(
+def test_second_signal_during_start_interrupts_the_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def interrupted(**settings: object) -> None:
+    def send_two_signals(**settings: object) -> None:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr("ray.init", interrupted)
+    monkeypatch.setattr("ray.init", send_two_signals)
     monkeypatch.setattr("ray.shutdown", lambda: None)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(Interrupted) as raised, Stopping() as stopping:
@@ -193,12 +193,12 @@ def test_a_second_signal_while_ray_starts_ends_the_run_as_the_first_one_would(
     assert raised.value.exit_code == 143
 
 
-def test_it_is_said_where_files_lie_that_cannot_lie_where_they_should(
+def test_too_long_tmpdir_is_logged(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    wanted = "/" + "x" * ray_compat.FOLDER_BYTES
-    monkeypatch.setenv("RAY_TMPDIR", wanted)
+    configured = "/" + "x" * ray_compat.FOLDER_BYTES
+    monkeypatch.setenv("RAY_TMPDIR", configured)
     with pytest.raises(KeyboardInterrupt):
-        start(KeyboardInterrupt(), monkeypatch, tmp_path)
-    [line] = [one.message for one in caplog.records if "sockets" in one.message]
-    assert line.startswith(f"the files of this run's Ray lie in /tmp, not in {wanted}: ")
+        fail_to_start(KeyboardInterrupt(), monkeypatch, tmp_path)
+    [line] = [record.message for record in caplog.records if "sockets" in record.message]
+    assert line.startswith(f"the files of this run's Ray lie in /tmp, not in {configured}: ")

@@ -1,8 +1,8 @@
 """
-Parameter servers and their clients, the real ones, between threads: both roads, and every fault.
+Real parameter servers and clients in threads, on one node and on two, with every fault.
 
-Each gradient counts once, whatever gets lost, is late or comes twice. Who is missing is named, and
-a server that is gone is, too.
+Each gradient counts once, even if calls are lost, late or duplicated. Errors name missing workers
+and lost servers.
 """
 
 import threading
@@ -33,63 +33,63 @@ from distplat.strategies.catalog import make_strategy
 from distplat.strategies.model.flat import FlatModel
 from distplat.strategies.server.server import ServerLimits
 
-SOON = 1.0
-"""Deadline where one is meant to pass, seconds; until then the others make their part."""
+SHORT_S = 1.0
+"""Deadline that should expire, in seconds, after the other ranks have pushed."""
 STEPS = 3
-ROADS = [pytest.param(HERE, id="near"), pytest.param(ELSEWHERE, id="far")]
-Made = Callable[..., Servers]
+NODES = [pytest.param(HERE, id="near"), pytest.param(ELSEWHERE, id="far")]
+ServersFactory = Callable[..., Servers]
 
 
 def job(
-    world: int, servers: int, strategy: str = "ps-sync", replication: int = 1, **more: Any
+    world: int, servers: int, strategy: str = "ps-sync", replication: int = 1, **fields: Any
 ) -> Job:
     options = {"num_servers": servers, "replication": replication}
     fields = {
         "optimizer": {"name": "SGD", "lr": 0.5, "momentum": 0.9},
         "steps": STEPS,
         "clip_norm": 1000.0,
-        **more,
+        **fields,
     }
     return job_of({"name": strategy, **options}, world, **fields)
 
 
 @pytest.fixture
-def make() -> Iterator[Made]:
-    """Make servers, which end with the test."""
-    made = []
+def make_servers() -> Iterator[ServersFactory]:
+    """Return a factory of servers, which are closed after the test."""
+    created = []
 
-    def new(
-        world: int, servers: int, limit_s: float = 10.0, backups: str = HERE, **more: Any
+    def create(
+        world: int, servers: int, limit_s: float = 10.0, backups: str = HERE, **fields: Any
     ) -> Servers:
-        of = job(world, servers, **more)
-        roles = make_strategy(of).roles(of)
-        made.append(Servers(impatient(of, limit_s), roles, backups=backups))
-        return made[-1]
+        spec = job(world, servers, **fields)
+        roles = make_strategy(spec).roles(spec)
+        created.append(Servers(impatient(spec, limit_s), roles, backups=backups))
+        return created[-1]
 
-    yield new
-    for servers in made:
+    yield create
+    for servers in created:
         servers.close()
 
 
-def connected(
-    servers: Servers, rank: int, node: str = HERE, *, value: float = 1.0, **more: Any
+def connect(
+    servers: Servers, rank: int, node: str = HERE, *, value: float = 1.0, **options: Any
 ) -> tuple[RemoteShards, FlatModel]:
     model = nn.Linear(10, 7, bias=False)
     nn.init.constant_(model.weight, value)
-    flat, shards = FlatModel(model), servers.shards(rank, STEPS, node=node, **more)
+    flat, shards = FlatModel(model), servers.shards(rank, STEPS, node=node, **options)
     shards.connect(flat)
     return shards, flat
 
 
-def all_connected(
+def connect_all(
     servers: Servers, world: int, node: str = HERE
 ) -> list[tuple[RemoteShards, FlatModel]]:
-    return [connected(servers, rank, node) for rank in range(world)]
+    return [connect(servers, rank, node) for rank in range(world)]
 
 
-def steps_of(end: tuple[RemoteShards, FlatModel], rank: int) -> float | None:
-    """Make all steps; give the norm of the last one."""
-    shards, flat = end
+def run_steps(client: tuple[RemoteShards, FlatModel], rank: int) -> float | None:
+    """Run all steps; return the norm of the last one."""
+    shards, flat = client
     norm = None
     for step in range(STEPS):
         flat.grads.fill_(rank + 1.0)
@@ -99,8 +99,8 @@ def steps_of(end: tuple[RemoteShards, FlatModel], rank: int) -> float | None:
     return norm
 
 
-def expected(world: int) -> torch.Tensor:
-    """What torch makes of the sum of all ranks' gradients."""
+def expected_params(world: int) -> torch.Tensor:
+    """Return the parameters after torch's updates with the summed gradients of all ranks."""
     weight = nn.Parameter(torch.ones(70))
     optimizer = torch.optim.SGD([weight], lr=0.5, momentum=0.9)
     for _ in range(STEPS):
@@ -109,50 +109,52 @@ def expected(world: int) -> torch.Tensor:
     return weight.detach()
 
 
-@pytest.mark.parametrize("node", ROADS)
+@pytest.mark.parametrize("node", NODES)
 @pytest.mark.parametrize("servers", [1, 2, 3])
-def test_shards_sum_and_update(make: Made, servers: int, node: str) -> None:
-    ends = all_connected(make(2, servers), 2, node)
-    norms = on_ranks(2, lambda rank: steps_of(ends[rank], rank))
-    if servers > 1:  # a single one knows the norm by itself
+def test_shards_sum_and_update(make_servers: ServersFactory, servers: int, node: str) -> None:
+    clients = connect_all(make_servers(2, servers), 2, node)
+    norms = on_ranks(2, lambda rank: run_steps(clients[rank], rank))
+    if servers > 1:  # a single server computes the norm itself
         assert norms == [pytest.approx(3.0 * 70**0.5)] * 2
     else:
         assert norms == [None, None]
-    for _, flat in ends:
-        torch.testing.assert_close(flat.params, expected(2))
+    for _, flat in clients:
+        torch.testing.assert_close(flat.params, expected_params(2))
 
 
-@pytest.mark.parametrize("node", ROADS)
-def test_all_ranks_start_from_rank_0s_parameters(make: Made, node: str) -> None:
-    servers = make(2, 2)
-    flats = on_ranks(2, lambda rank: connected(servers, rank, node, value=1.0 + 4 * rank)[1])
+@pytest.mark.parametrize("node", NODES)
+def test_all_ranks_start_from_rank_0s_parameters(make_servers: ServersFactory, node: str) -> None:
+    servers = make_servers(2, 2)
+    flats = on_ranks(2, lambda rank: connect(servers, rank, node, value=1.0 + 4 * rank)[1])
     for flat in flats:
         assert torch.equal(flat.params, torch.ones(70))
 
 
-def test_where_a_worker_computes(make: Made) -> None:
-    """Near servers' vector is the worker's own; far ones' is not, nor that of asynchronous ones."""
-    for strategy, node, same in [
+def test_worker_shares_the_vector_of_local_synchronous_servers(
+    make_servers: ServersFactory,
+) -> None:
+    """A worker shares the vector of synchronous servers on its node, and no other."""
+    for strategy, node, is_shared in [
         ("ps-sync", HERE, True),
         ("ps-sync", ELSEWHERE, False),
         ("ps-async", HERE, False),
     ]:
-        servers = make(1, 1, strategy=strategy, clip_norm=None)
-        _, flat = connected(servers, 0, node)
+        servers = make_servers(1, 1, strategy=strategy, clip_norm=None)
+        _, flat = connect(servers, 0, node)
         servers.shard_server(0).params.fill_(5.0)
-        assert (float(flat.params[0]) == 5.0) is same
+        assert (float(flat.params[0]) == 5.0) is is_shared
 
 
-@pytest.mark.parametrize("node", ROADS)
-def test_a_missing_pusher_is_named(make: Made, node: str) -> None:
-    servers = make(3, 2)
-    ends = all_connected(servers, 3, node)
+@pytest.mark.parametrize("node", NODES)
+def test_missing_push_names_the_worker(make_servers: ServersFactory, node: str) -> None:
+    servers = make_servers(3, 2)
+    clients = connect_all(servers, 3, node)
     for server in servers.shard_servers():
-        server._limits = ServerLimits(SOON, SOON)
+        server._limits = ServerLimits(SHORT_S, SHORT_S)
 
     def body(rank: int) -> Exception | None:
         try:
-            ends[rank][0].push(0, full_record()) if rank != 1 else None
+            clients[rank][0].push(0, full_record()) if rank != 1 else None
         except Exception as error:
             return error
         return None
@@ -163,19 +165,21 @@ def test_a_missing_pusher_is_named(make: Made, node: str) -> None:
         assert isinstance(error, DeadlineExceeded)
         assert error.what.startswith("push 0 to server-")
         assert error.missing == ("worker-1",)
-        assert error.setting == "failure.start_timeout_s", "the first step belongs to the start"
+        assert error.setting == "failure.start_timeout_s", (
+            "the start timeout applies to the first step"
+        )
 
 
-@pytest.mark.parametrize("node", ROADS)
-def test_a_late_pusher_is_waited_for(make: Made, node: str) -> None:
-    ends = all_connected(make(2, 1), 2, node)
+@pytest.mark.parametrize("node", NODES)
+def test_push_waits_for_a_late_worker(make_servers: ServersFactory, node: str) -> None:
+    clients = connect_all(make_servers(2, 1), 2, node)
     pushed = threading.Event()
 
     def body(rank: int) -> None:
         if rank == 1:
             time.sleep(0.2)
             pushed.set()
-        ends[rank][0].push(0, full_record())
+        clients[rank][0].push(0, full_record())
         assert pushed.is_set()
 
     on_ranks(2, body)
@@ -194,44 +198,48 @@ def test_a_late_pusher_is_waited_for(make: Made, node: str) -> None:
 @pytest.mark.parametrize("method", ["push", "commit", "pull", "attach", "restore", "join"])
 @pytest.mark.parametrize("strategy", ["ps-sync", "ps-async"])
 def test_every_gradient_counts_once(
-    make: Made, monkeypatch: pytest.MonkeyPatch, strategy: str, method: str, fault: Fault
+    make_servers: ServersFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: str,
+    method: str,
+    fault: Fault,
 ) -> None:
-    """Whatever is lost, late or doubled; three of each call are hit."""
+    """The fault affects three calls of each method."""
     monkeypatch.setattr(retrying_calls, "RETRY_PAUSE_S", 0.0)
-    servers = make(1, 2, strategy=strategy)
+    servers = make_servers(1, 2, strategy=strategy)
     inject(servers.cluster, method, fault, times=3)
-    shards, flat = connected(servers, 0, ELSEWHERE)
-    steps_of((shards, flat), 0)
-    torch.testing.assert_close(flat.params, expected(1))
+    shards, flat = connect(servers, 0, ELSEWHERE)
+    run_steps((shards, flat), 0)
+    torch.testing.assert_close(flat.params, expected_params(1))
     assert [service.store.version for service in servers.shard_servers()] == [STEPS, STEPS]
 
 
-def test_a_lost_standing_call_is_made_again(make: Made) -> None:
-    servers = make(1, 2)
+def test_lost_listen_call_is_repeated(make_servers: ServersFactory) -> None:
+    servers = make_servers(1, 2)
     inject(servers.cluster, "listen", Fault(lose="request"), times=2)
-    ends = all_connected(servers, 1)
-    steps_of(ends[0], 0)
-    torch.testing.assert_close(ends[0][1].params, expected(1))
+    clients = connect_all(servers, 1)
+    run_steps(clients[0], 0)
+    torch.testing.assert_close(clients[0][1].params, expected_params(1))
 
 
-def test_a_frozen_server_is_named_with_the_setting(
-    make: Made, monkeypatch: pytest.MonkeyPatch
+def test_frozen_server_is_named_with_the_setting(
+    make_servers: ServersFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    servers = make(1, 2, 60.0)
-    shards, flat = connected(servers, 0, ELSEWHERE)
-    monkeypatch.setattr(fan_out, "ANSWER_GRACE_S", SOON - 60.0)
+    servers = make_servers(1, 2, 60.0)
+    shards, flat = connect(servers, 0, ELSEWHERE)
+    monkeypatch.setattr(fan_out, "ANSWER_GRACE_S", SHORT_S - 60.0)
     inject(servers.cluster, "push", Fault(delay_s=1e6), actor="server-1")
     with pytest.raises(DeadlineExceeded) as caught:
-        steps_of((shards, flat), 0)
+        run_steps((shards, flat), 0)
     assert (caught.value.what, caught.value.missing) == ("push 0", ("server-1",))
     assert caught.value.setting == "failure.start_timeout_s"
 
 
-@pytest.mark.parametrize("node", ROADS)
+@pytest.mark.parametrize("node", NODES)
 @pytest.mark.parametrize("call", ["push", "commit"])
-def test_a_lost_server_is_named(make: Made, call: str, node: str) -> None:
-    servers = make(1, 2)
-    shards, _ = connected(servers, 0, node)
+def test_lost_server_is_named(make_servers: ServersFactory, call: str, node: str) -> None:
+    servers = make_servers(1, 2)
+    shards, _ = connect(servers, 0, node)
     norm = shards.push(0, full_record()).norm
     assert norm is not None
     if call == "push":
@@ -245,99 +253,104 @@ def test_a_lost_server_is_named(make: Made, call: str, node: str) -> None:
         calls[call]()
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_server_that_dies_in_a_push_is_named(make: Made, moment: Any) -> None:
-    servers = make(1, 2)
-    shards, _ = connected(servers, 0, ELSEWHERE)
-    inject(servers.cluster, "push", Fault(kill=moment), actor="server-0")
-    with pytest.raises(ActorLost, match=f"server-0 was lost.*{moment} push"):
+@pytest.mark.parametrize("point", ["before", "after"])
+def test_server_that_dies_in_a_push_is_named(make_servers: ServersFactory, point: Any) -> None:
+    servers = make_servers(1, 2)
+    shards, _ = connect(servers, 0, ELSEWHERE)
+    inject(servers.cluster, "push", Fault(kill=point), actor="server-0")
+    with pytest.raises(ActorLost, match=f"server-0 was lost.*{point} push"):
         shards.push(0, full_record())
 
 
-def test_another_model_is_refused(make: Made) -> None:
-    servers = make(2, 1)
-    connected(servers, 0)
+def test_different_model_is_refused(make_servers: ServersFactory) -> None:
+    servers = make_servers(2, 1)
+    connect(servers, 0)
     flat, shards = FlatModel(nn.Linear(3, 3)), servers.shards(1, STEPS)
     with pytest.raises(ProtocolError, match="rank 1 built another model"):
         shards.connect(flat)
-    shards.close()  # as the worker does, whatever happened before
+    shards.close()  # as the worker does after any error
 
 
-@pytest.mark.parametrize("node", ROADS)
-def test_a_wait_ends_when_the_attempt_is_given_up(make: Made, node: str) -> None:
-    servers, abandoned = make(2, 1), threading.Event()
-    shards, _ = connected(servers, 0, node, abandoned=abandoned)
+@pytest.mark.parametrize("node", NODES)
+def test_push_ends_when_the_attempt_is_abandoned(make_servers: ServersFactory, node: str) -> None:
+    servers, abandoned = make_servers(2, 1), threading.Event()
+    shards, _ = connect(servers, 0, node, abandoned=abandoned)
     threading.Timer(0.2, abandoned.set).start()
     with pytest.raises(Abandoned):
         shards.push(0, full_record())
 
 
-def test_listening_ends_when_the_worker_leaves(make: Made) -> None:
-    servers = make(1, 2)
-    shards, flat = connected(servers, 0)
-    steps_of((shards, flat), 0)
+def test_listen_call_ends_when_the_worker_closes(make_servers: ServersFactory) -> None:
+    servers = make_servers(1, 2)
+    shards, flat = connect(servers, 0)
+    run_steps((shards, flat), 0)
     shards.close()
     assert drain(servers.cluster, 5.0)
 
 
-def test_nobody_waits_for_news_of_servers_that_have_ended(make: Made) -> None:
-    """Such a wait would keep their memory, ten seconds long."""
-    earlier = threading.enumerate()  # other tests' may be among them still
-    servers = make(1, 2, replication=2)
-    connected(servers, 0)
+def test_closed_manager_stops_the_follower_thread(make_servers: ServersFactory) -> None:
+    """A thread that still waits for the manager would keep its memory for ten seconds."""
+    earlier = threading.enumerate()  # may include threads of other tests
+    servers = make_servers(1, 2, replication=2)
+    connect(servers, 0)
     manager = servers.manager.body
-    follow = [one for one in threading.enumerate() if one.name == "follow"]
-    [held] = [one for one in follow if one not in earlier]
+    followers = [thread for thread in threading.enumerate() if thread.name == "follow"]
+    [follower] = [thread for thread in followers if thread not in earlier]
     manager.close()
-    held.join(5.0)  # less than the ten
-    assert not held.is_alive()
+    follower.join(5.0)  # less than the ten seconds
+    assert not follower.is_alive()
 
 
-UPDATE_MOMENTS = ["before the update is sent", "after the backup has made it"]
+DEATH_POINTS = ["before the update is sent", "after the backup has applied it"]
 
 
-@pytest.mark.parametrize("backups", ROADS)
-@pytest.mark.parametrize("moment", UPDATE_MOMENTS)
-@pytest.mark.parametrize("node", ROADS)
+@pytest.mark.parametrize("backups", NODES)
+@pytest.mark.parametrize("point", DEATH_POINTS)
+@pytest.mark.parametrize("node", NODES)
 @pytest.mark.parametrize("strategy", ["ps-sync", "ps-async"])
-def test_a_promoted_backup_has_every_update_once(
-    make: Made, monkeypatch: pytest.MonkeyPatch, strategy: str, node: str, moment: str, backups: str
+def test_promoted_backup_has_every_update_once(
+    make_servers: ServersFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    strategy: str,
+    node: str,
+    point: str,
+    backups: str,
 ) -> None:
-    """The primary of one shard dies in the middle of a step, and the worker follows its backup."""
-    servers = make(1, 2, strategy=strategy, replication=2, backups=backups)
-    shards, flat = connected(servers, 0, node)
+    """The primary of one shard dies during a step; the worker switches to its backup."""
+    servers = make_servers(1, 2, strategy=strategy, replication=2, backups=backups)
+    shards, flat = connect(servers, 0, node)
     wait_for_backups(servers)
-    primary, counted = servers.nodes["server-0"], []
+    primary, updates = servers.nodes["server-0"], []
 
-    def dies(call: Call) -> Fault | None:
+    def kill_primary(call: Call) -> Fault | None:
         if (call.process, call.method) != ("server-0", "update"):
             return None
-        counted.append(call)
-        if len(counted) != 2:
+        updates.append(call)
+        if len(updates) != 2:
             return None
-        if moment == UPDATE_MOMENTS[0]:
-            primary.die(moment)
+        if point == DEATH_POINTS[0]:
+            primary.die(point)
             return Fault(lose="request")
-        return Fault(then=partial(primary.die, moment))
+        return Fault(then=partial(primary.die, point))
 
-    add_rule(servers.cluster, dies)
-    steps_of((shards, flat), 0)
-    assert len(counted) >= 2 and primary.died
-    torch.testing.assert_close(flat.params, expected(1))
+    add_rule(servers.cluster, kill_primary)
+    run_steps((shards, flat), 0)
+    assert len(updates) >= 2 and primary.died
+    torch.testing.assert_close(flat.params, expected_params(1))
 
 
-def test_a_dead_process_reaches_nobody_though_another_has_its_name() -> None:
+def test_dead_process_cannot_call_though_its_name_is_reused() -> None:
     cluster = LocalCluster()
-    ways: list[LocalTransport] = []
+    transports: list[LocalTransport] = []
 
-    def make(transport: LocalTransport) -> str:
-        ways.append(transport)
+    def create(transport: LocalTransport) -> str:
+        transports.append(transport)
         return "body"
 
-    first = cluster.spawn("manager", HERE, make)
+    first = cluster.spawn("manager", HERE, create)
     first.die("killed by the test")
-    second = cluster.spawn("manager", HERE, make)
+    second = cluster.spawn("manager", HERE, create)
     with pytest.raises(ActorDied, match="killed by the test"):
-        ways[0].get(ways[0].call(second, "upper"), 5.0)
-    assert ways[1].get(ways[1].call(second, "upper"), 5.0) == "BODY"
+        transports[0].get(transports[0].call(second, "upper"), 5.0)
+    assert transports[1].get(transports[1].call(second, "upper"), 5.0) == "BODY"
     cluster.close()

@@ -1,4 +1,4 @@
-"""The example of adapters over a frozen base: a plain loop that begins from the base's file."""
+"""The LoRA example matches a plain loop that starts from the file of the base model."""
 
 import importlib
 from pathlib import Path
@@ -28,7 +28,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 class Layers(nn.Module):
-    """Stands for GPT-2 where that is not installed: the same names, and the loss."""
+    """Replaces GPT-2 if transformers is not installed: same names, same loss."""
 
     def __init__(self, words: int, width: int) -> None:
         super().__init__()
@@ -38,70 +38,70 @@ class Layers(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
         logits = self.head(self.attn["c_attn"](self.wte(input_ids)).tanh())
-        told, meant = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
-        return {"loss": nn.functional.cross_entropy(told, meant), "logits": logits}
+        predictions, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+        return {"loss": nn.functional.cross_entropy(predictions, targets), "logits": logits}
 
 
-def small(example: Any, name: str, *, gpt2: bool) -> Any:
-    """Give one of the tasks with a small model."""
+def small_task(example: Any, name: str, *, gpt2: bool) -> Any:
+    """Return a task of the example with a small model."""
 
     class Base(example.Base):  # type: ignore[misc]
         def model(self) -> nn.Module:
             if gpt2:
-                found: nn.Module = super().model()
-                return found
+                model: nn.Module = super().model()
+                return model
             return Layers(example.VOCABULARY, self.width)
 
     class Lora(example.Lora, Base):  # type: ignore[misc]
         pass
 
-    kind: Any = Base if name == "Base" else Lora
+    task_type: Any = Base if name == "Base" else Lora
 
-    class Small(kind):  # type: ignore[misc]
+    class Small(task_type):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__(**SMALL)
 
     return Small
 
 
-def plain(kind: type[Task], base: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Train the adapters as a script would, from the base's weights."""
+def plain_loop(task_type: type[Task], base: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Train the adapters in a plain loop from the weights of the base."""
     torch.manual_seed(0)
-    task = kind()
+    task = task_type()
     model, data = task.model(), task.train_data()
     model.load_state_dict(base, strict=False)
-    named = {name: one for name, one in model.named_parameters() if one.requires_grad}
-    optimizer = torch.optim.SGD(named.values(), lr=0.5)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.SGD(trainable.values(), lr=0.5)
     sampler = Sampler(len(data), BATCH, 1, 0, True, False)  # type: ignore[arg-type]
     for step in range(STEPS):
         batch = torch.stack([data[int(i)] for i in sampler.batch_ids(step)])
         optimizer.zero_grad()
         torch.autograd.backward(model(input_ids=batch, labels=batch)["loss"])
         optimizer.step()
-    return {name: one.detach().clone() for name, one in named.items()}
+    return {name: p.detach().clone() for name, p in trainable.items()}
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 @pytest.mark.parametrize("gpt2", [False, True])
-def test_adapters_are_trained_over_the_bases_file(
+def test_adapters_match_plain_loop_from_the_base_file(
     example: Any, strategy: str, gpt2: bool, tmp_path: Path
 ) -> None:
     if gpt2:
         pytest.importorskip("transformers")
-    base = train(job_of(steps=2), small(example, "Base", gpt2=gpt2)).trained[0]
+    base = train(job_of(steps=2), small_task(example, "Base", gpt2=gpt2)).trained[0]
     torch.save(base, tmp_path / "base.pt")
-    lora = small(example, "Lora", gpt2=gpt2)
+    lora = small_task(example, "Lora", gpt2=gpt2)
     fields: dict[str, Any] = {
         "optimizer": {"name": "SGD", "lr": 0.5},
         "initial_weights": {"path": str(tmp_path / "base.pt"), "strict": False},
         "checkpoint": {"trained_only": True},
     }
     run = train(job_of(strategy, 2, global_batch_size=BATCH, steps=STEPS, **fields), lora)
-    found, expected = run.trained[0], plain(lora, base)
+    found, expected = run.trained[0], plain_loop(lora, base)
     assert found.keys() == expected.keys()
     assert {name.rpartition(".")[2] for name in found} == {"lora_a", "lora_b"}
-    moved = [one.abs().max() for name, one in found.items() if name.endswith("lora_b")]
-    assert min(moved) > 0
+    largest = [value.abs().max() for name, value in found.items() if name.endswith("lora_b")]
+    assert min(largest) > 0
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0.02, atol=2e-3)
     trained = run.parameters()
@@ -109,21 +109,21 @@ def test_adapters_are_trained_over_the_bases_file(
         assert torch.equal(trained[name], value.bfloat16()), name
 
 
-def test_an_adapter_is_a_product_beside_the_layer(example: Any) -> None:
+def test_adapter_adds_a_low_rank_product(example: Any) -> None:
     model = example.adapted(Layers(5, 4).requires_grad_(False), ["*.c_attn"], rank=2, scale=3.0)
     layer = model.attn["c_attn"]
     inputs = torch.randn(7, 4)
-    before = layer(inputs)
+    base_outputs = layer(inputs)
     nn.init.normal_(layer.lora_b)
     product = 3.0 * layer.lora_a @ layer.lora_b
-    torch.testing.assert_close(layer(inputs), before + inputs @ product)
+    torch.testing.assert_close(layer(inputs), base_outputs + inputs @ product)
 
 
-def test_the_jobs_name_what_the_example_has(example: Any) -> None:
-    for file, kind in (("base.yaml", example.Base), ("job.yaml", example.Lora)):
+def test_job_files_match_the_tasks(example: Any) -> None:
+    for file, task_type in (("base.yaml", example.Base), ("job.yaml", example.Lora)):
         job = Job.model_validate(yaml.safe_load((FOLDER / file).read_text()))
-        assert job.task == f"lora:{kind.__name__}" and uncalled_hooks(kind) == []
-        task = kind()
+        assert job.task == f"lora:{task_type.__name__}" and uncalled_hooks(task_type) == []
+        task = task_type()
         data = task.train_data()
         assert len(data) + len(task.eval_data()) == task.samples > 2 * job.global_batch_size
         assert data[0].shape == (task.length,)

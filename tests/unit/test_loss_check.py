@@ -1,4 +1,4 @@
-"""The warning for losses that are no mean over samples: said where it is true, and nowhere else."""
+"""The warning for losses that are not a mean over samples: no false positives or negatives."""
 
 import importlib
 import random
@@ -28,19 +28,19 @@ SIZES = [2, 3, 7, 16]
 Loss = Callable[[Any, Any], Any]
 
 
-def asked(loss: Loss, outputs: Any, targets: Any, samples: int | None = None) -> str | None:
+def warning_of(loss: Loss, outputs: Any, targets: Any, samples: int | None = None) -> str | None:
     size = samples or len(targets)
     return loss_warning(loss, outputs, targets, loss(outputs, targets), samples=size)
 
 
-def classes(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def classification_batch(size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(size)
     outputs = torch.randn(size, 5, generator=generator).to(dtype).requires_grad_()
     return outputs, torch.randint(0, 5, (size,), generator=generator)
 
 
-def tokens(size: int) -> tuple[Tensor, Tensor]:
-    """Sequences of 6 places with ever more padding, class 0."""
+def token_batch(size: int) -> tuple[Tensor, Tensor]:
+    """Return sequences of 6 tokens with increasing padding, class 0."""
     generator = torch.Generator().manual_seed(size)
     targets = torch.randint(1, 5, (size, 6), generator=generator)
     for sample in range(size):
@@ -57,56 +57,61 @@ def token_sums(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(*flat, ignore_index=0, reduction="sum"), (targets > 0).sum()
 
 
-def negatives(outputs: Tensor, targets: Tensor) -> Tensor:
+def in_batch_negatives(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", SIZES)
-def test_means_pass(size: int, dtype: torch.dtype) -> None:
-    outputs, targets = classes(size, dtype)
-    assert asked(F.cross_entropy, outputs, targets) is None
-    assert asked(lambda o, t: (o**2).mean(), outputs, targets) is None
-    assert asked(lambda o, t: (o.sum(1) - t).mean() + 3, outputs, targets) is None
-    ragged = tokens(size)
-    assert asked(token_sums, *ragged) is None
+def test_means_give_no_warning(size: int, dtype: torch.dtype) -> None:
+    outputs, targets = classification_batch(size, dtype)
+    assert warning_of(F.cross_entropy, outputs, targets) is None
+    assert warning_of(lambda o, t: (o**2).mean(), outputs, targets) is None
+    assert warning_of(lambda o, t: (o.sum(1) - t).mean() + 3, outputs, targets) is None
+    ragged = token_batch(size)
+    assert warning_of(token_sums, *ragged) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", SIZES)
-def test_sums_are_named(size: int, dtype: torch.dtype) -> None:
-    outputs, targets = classes(size, dtype)
-    said = asked(lambda o, t: F.cross_entropy(o, t, reduction="sum"), outputs, targets)
-    assert said is not None and "It is a sum" in said
+def test_sum_is_named(size: int, dtype: torch.dtype) -> None:
+    outputs, targets = classification_batch(size, dtype)
+    warning = warning_of(lambda o, t: F.cross_entropy(o, t, reduction="sum"), outputs, targets)
+    assert warning is not None and "It is a sum" in warning
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_mean_over_tokens_is_told_of_sums_and_weights(size: int) -> None:
-    outputs, targets = tokens(size)
-    said = asked(token_mean, outputs, targets)
-    cut = size // 2
-    values = [token_mean(outputs[:cut], targets[:cut]), token_mean(outputs[cut:], targets[cut:])]
-    halves, whole = [f"{value:.6g}" for value in values], token_mean(outputs, targets)
-    assert said is not None
-    assert f"halves give {halves[0]} and {halves[1]}, the whole gives {whole:.6g};" in said
-    assert "return (sum, weight)" in said
+def test_mean_over_tokens_suggests_sum_and_weight(size: int) -> None:
+    outputs, targets = token_batch(size)
+    warning = warning_of(token_mean, outputs, targets)
+    middle = size // 2
+    values = [
+        token_mean(outputs[:middle], targets[:middle]),
+        token_mean(outputs[middle:], targets[middle:]),
+    ]
+    halves, loss = [f"{value:.6g}" for value in values], token_mean(outputs, targets)
+    assert warning is not None
+    assert f"halves give {halves[0]} and {halves[1]}, the whole gives {loss:.6g};" in warning
+    assert "return (sum, weight)" in warning
 
 
-def test_a_half_without_a_token_is_no_mean_either() -> None:
-    outputs, targets = tokens(6)
+def test_half_without_tokens_gives_a_warning() -> None:
+    outputs, targets = token_batch(6)
     targets[:3] = 0
-    said = asked(token_mean, outputs, targets)
-    assert said is not None and "halves give nan and" in said
+    warning = warning_of(token_mean, outputs, targets)
+    assert warning is not None and "halves give nan and" in warning
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_negatives_of_the_batch_have_no_weights(size: int) -> None:
-    outputs = F.normalize(classes(size)[0], dim=1)
-    said = asked(negatives, outputs, torch.zeros(size))
-    assert said is not None and "gather the outputs" in said
-    assert "return (sum, weight)" not in said
-    said = asked(lambda o, t: (negatives(o, t) * len(o), len(o)), outputs, torch.zeros(size))
-    assert said is not None and "do not add up" in said and "gather the outputs" in said
+def test_in_batch_negatives_suggest_gathering_outputs(size: int) -> None:
+    outputs = F.normalize(classification_batch(size)[0], dim=1)
+    warning = warning_of(in_batch_negatives, outputs, torch.zeros(size))
+    assert warning is not None and "gather the outputs" in warning
+    assert "return (sum, weight)" not in warning
+    warning = warning_of(
+        lambda o, t: (in_batch_negatives(o, t) * len(o), len(o)), outputs, torch.zeros(size)
+    )
+    assert warning is not None and "do not add up" in warning and "gather the outputs" in warning
 
 
 @dataclass
@@ -119,7 +124,7 @@ class Pair:
 
 @dataclass
 class Result(OrderedDict[str, Any]):
-    """As Hugging Face's `ModelOutput`: a dataclass that is a dictionary of what is not None."""
+    """Like Hugging Face's `ModelOutput`: a dataclass and a dict of the fields that are not None."""
 
     loss: Any = None
     logits: Any = None
@@ -148,23 +153,23 @@ Named = namedtuple("Named", ["logits", "scale"])
     ],
 )
 @pytest.mark.parametrize("size", [2, 7, 8])
-def test_batches_of_many_forms(size: int, pack: Any, unpack: Any) -> None:
-    outputs, targets = classes(size)
+def test_nested_batches(size: int, pack: Any, unpack: Any) -> None:
+    outputs, targets = classification_batch(size)
     packed = pack(outputs)
-    for turned in (False, True):
-        left, right = (targets, packed) if turned else (packed, targets)
+    for swapped in (False, True):
+        left, right = (targets, packed) if swapped else (packed, targets)
 
-        def mean(one: Any, other: Any, turned: bool = turned) -> Tensor:
-            found, wanted = (other, one) if turned else (one, other)
-            return F.cross_entropy(unpack(found), wanted)
+        def mean(left: Any, right: Any, swapped: bool = swapped) -> Tensor:
+            outputs, targets = (right, left) if swapped else (left, right)
+            return F.cross_entropy(unpack(outputs), targets)
 
-        def total(one: Any, other: Any, mean: Loss = mean, size: int = size) -> Tensor:
-            found: Tensor = mean(one, other) * len(one if isinstance(one, Tensor) else other)
-            return found
+        def total(left: Any, right: Any, mean: Loss = mean, size: int = size) -> Tensor:
+            loss: Tensor = mean(left, right) * len(left if isinstance(left, Tensor) else right)
+            return loss
 
-        assert asked(mean, left, right, size) is None
-        said = asked(total, left, right, size)
-        assert said is not None and "It is a sum" in said
+        assert warning_of(mean, left, right, size) is None
+        warning = warning_of(total, left, right, size)
+        assert warning is not None and "It is a sum" in warning
 
 
 @pytest.mark.parametrize(
@@ -175,39 +180,41 @@ def test_batches_of_many_forms(size: int, pack: Any, unpack: Any) -> None:
         (object(), torch.zeros(4), 4),
         (torch.randn(1, 3), torch.zeros(1), 1),
     ],
-    ids=["time-first", "packed", "unknown", "one"],
+    ids=["time-first", "packed", "unknown", "one sample"],
 )
-def test_what_cannot_be_cut_is_passed_over(outputs: Any, targets: Any, samples: int) -> None:
-    given = outputs, targets, torch.ones(())
+def test_batches_that_cannot_be_split_are_skipped(outputs: Any, targets: Any, samples: int) -> None:
+    arguments = outputs, targets, torch.ones(())
     loss = lambda o, t: torch.tensor(9.0)  # noqa: E731
-    assert loss_warning(loss, *given, samples=samples) is None
+    assert loss_warning(loss, *arguments, samples=samples) is None
 
 
-class Inside(WrappedMapping):
-    """A mapping of the user's own, whose copy shares what it holds."""
+class SharedMapping(WrappedMapping):
+    """A user's mapping whose copy shares its items."""
 
     def __init__(self, **items: Any) -> None:
         super().__init__(items)
 
 
-@pytest.mark.parametrize("kind", [Inside, UserDict, OrderedDict, dict])
-def test_a_batch_stays_whole(kind: Any) -> None:
-    outputs, targets = classes(8)
-    batch = kind(x=outputs, y=targets)
-    said = asked(lambda o, b: F.cross_entropy(b["x"], b["y"], reduction="sum"), outputs, batch, 8)
-    assert (said is None) == (kind is Inside)
+@pytest.mark.parametrize("cls", [SharedMapping, UserDict, OrderedDict, dict])
+def test_batch_is_not_changed(cls: Any) -> None:
+    outputs, targets = classification_batch(8)
+    batch = cls(x=outputs, y=targets)
+    warning = warning_of(
+        lambda o, b: F.cross_entropy(b["x"], b["y"], reduction="sum"), outputs, batch, 8
+    )
+    assert (warning is None) == (cls is SharedMapping)
     assert batch["x"] is outputs and batch["y"] is targets
 
 
-def test_a_loss_that_fails_or_gives_something_else_is_passed_over() -> None:
-    outputs, targets = classes(8)
+def test_failing_or_invalid_losses_are_skipped() -> None:
+    outputs, targets = classification_batch(8)
 
     def small(outputs: Tensor, targets: Tensor) -> Tensor:
         if len(outputs) < 8:
             raise RuntimeError("too small")
         return outputs.sum()
 
-    def other(outputs: Tensor, targets: Tensor) -> Any:
+    def none(outputs: Tensor, targets: Tensor) -> Any:
         return outputs.sum() if len(outputs) == 8 else None
 
     def backward(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -215,30 +222,30 @@ def test_a_loss_that_fails_or_gives_something_else_is_passed_over() -> None:
         torch.autograd.backward(loss, retain_graph=True)
         return loss
 
-    for loss in (small, other, backward):
-        assert asked(loss, outputs, targets) is None
-    for given in (1.0, None, {"loss": 1}, outputs, torch.tensor(float("nan"))):
-        assert loss_warning(small, outputs, targets, given, samples=8) is None
+    for loss in (small, none, backward):
+        assert warning_of(loss, outputs, targets) is None
+    for value in (1.0, None, {"loss": 1}, outputs, torch.tensor(float("nan"))):
+        assert loss_warning(small, outputs, targets, value, samples=8) is None
 
 
 @pytest.mark.parametrize(
     "draw", [torch.rand, lambda _: random.random(), lambda _: np.random.rand()]
 )
-def test_random_losses_are_passed_over_and_generators_put_back(draw: Any) -> None:
-    outputs, targets = classes(8)
+def test_random_losses_are_skipped_and_generators_restored(draw: Any) -> None:
+    outputs, targets = classification_batch(8)
     loss = (outputs.sum() * draw(())).detach()
-    numpy: Any = np.random.get_state()
+    numpy_before: Any = np.random.get_state()
     states = torch.get_rng_state(), random.getstate()
-    drawn = lambda o, t: o.sum() * draw(())  # noqa: E731
-    assert loss_warning(drawn, outputs, targets, loss, samples=8) is None
+    random_loss = lambda o, t: o.sum() * draw(())  # noqa: E731
+    assert loss_warning(random_loss, outputs, targets, loss, samples=8) is None
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
-    now: Any = np.random.get_state()
-    assert np.array_equal(now[1], numpy[1]) and now[2:] == numpy[2:]
+    numpy_after: Any = np.random.get_state()
+    assert np.array_equal(numpy_after[1], numpy_before[1]) and numpy_after[2:] == numpy_before[2:]
 
 
-class Keeping(Task):
-    """A loss that counts, writes into its arguments, and moves figures and buffers."""
+class StatefulLoss(Task):
+    """Its loss counts calls, writes into its arguments, and updates tensors and buffers."""
 
     def __init__(self) -> None:
         self.calls, self.losses, self.center = 0, list[float](), torch.zeros(5)
@@ -265,27 +272,27 @@ class Keeping(Task):
         return loss
 
 
-def test_nothing_is_changed() -> None:
-    task = Keeping()
-    outputs, targets = classes(8)
+def test_check_restores_task_and_arguments() -> None:
+    task = StatefulLoss()
+    outputs, targets = classification_batch(8)
     leaf, outputs = outputs, outputs * 1
     loss = task.loss(outputs, targets)
     outputs, targets = leaf * 1, targets + 1
-    kept = [task.norm, *task.teachers]
-    figures = [task.center, *(t for m in kept for t in m.state_dict().values())]
-    figures += [outputs.detach(), targets]
-    before = [figure.clone() for figure in figures]
+    modules = [task.norm, *task.teachers]
+    tensors = [task.center, *(t for m in modules for t in m.state_dict().values())]
+    tensors += [outputs.detach(), targets]
+    before = [tensor.clone() for tensor in tensors]
     states = states_of(task, task.model())
     assert loss_warning(task.loss, outputs, targets, loss * 8, samples=8, states=states)
     assert task.calls == len(task.losses) == len(task.seen) == 1
-    for figure, old in zip(figures, before, strict=True):
-        assert torch.equal(figure, old)
+    for tensor, old in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, old)
     torch.autograd.backward(F.cross_entropy(outputs, targets * 0))
     assert leaf.grad is not None
 
 
 @pytest.mark.parametrize(
-    "kept",
+    "attribute",
     [
         torch.Generator(),
         np.random.default_rng(0),
@@ -295,9 +302,9 @@ def test_nothing_is_changed() -> None:
     ],
     ids=["torch", "numpy", "python", "queue", "iterator"],
 )
-def test_a_task_that_keeps_what_cannot_be_copied_is_passed_over(kept: Any) -> None:
-    task, calls = Keeping(), list[Tensor]()
-    outputs, targets = classes(8)
+def test_task_with_uncopyable_attribute_is_skipped(attribute: Any) -> None:
+    task, calls = StatefulLoss(), list[Tensor]()
+    outputs, targets = classification_batch(8)
 
     def total(self: Task, outputs: Tensor, targets: Tensor) -> Tensor:
         calls.append(outputs)
@@ -306,19 +313,19 @@ def test_a_task_that_keeps_what_cannot_be_copied_is_passed_over(kept: Any) -> No
     bound = MethodType(total, task)
     assert loss_warning(bound, outputs, targets, outputs.sum() * 9, samples=8) is not None
     assert len(calls) == 2
-    vars(task)["kept"] = kept
+    vars(task)["kept"] = attribute
     assert loss_warning(bound, outputs, targets, outputs.sum() * 9, samples=8) is None
     assert len(calls) == 2
 
 
-def test_buffers_of_the_model_are_put_back() -> None:
+def test_buffers_of_the_model_are_restored() -> None:
     norm = nn.BatchNorm1d(5)
-    outputs, targets = classes(8)
+    outputs, targets = classification_batch(8)
     loss = F.cross_entropy(norm(outputs), targets)
     before = [buffer.clone() for buffer in norm.buffers()]
     normed = lambda o, t: F.cross_entropy(norm(o), t)  # noqa: E731
-    given, states = (outputs, targets, loss), states_of(Keeping(), norm)
-    assert loss_warning(normed, *given, samples=8, states=states) is not None
+    arguments, states = (outputs, targets, loss), states_of(StatefulLoss(), norm)
+    assert loss_warning(normed, *arguments, samples=8, states=states) is not None
     for buffer, old in zip(norm.buffers(), before, strict=True):
         assert torch.equal(buffer, old)
     torch.autograd.backward(loss)
@@ -334,7 +341,7 @@ def test_buffers_of_the_model_are_put_back() -> None:
     ],
 )
 @pytest.mark.parametrize("size", [2, 7, 32])
-def test_the_examples_pass(
+def test_examples_give_no_warning(
     monkeypatch: pytest.MonkeyPatch, folder: str, name: str, arguments: dict[str, Any], size: int
 ) -> None:
     monkeypatch.syspath_prepend(EXAMPLES / folder)
@@ -344,13 +351,15 @@ def test_the_examples_pass(
     connect(model)
     inputs, targets = default_collate([data[index] for index in range(size)])
     with torch.autocast("cpu", torch.bfloat16, enabled=size == 32):
-        assert asked(task.loss, model(inputs), targets, samples=size) is None
-        wrong = asked(lambda o, t: task.loss(o, t) * len(t), model(inputs), targets, samples=size)
-        assert wrong is not None and "It is a sum" in wrong
+        assert warning_of(task.loss, model(inputs), targets, samples=size) is None
+        warning = warning_of(
+            lambda o, t: task.loss(o, t) * len(t), model(inputs), targets, samples=size
+        )
+        assert warning is not None and "It is a sum" in warning
 
 
-class Figures(Task):
-    """Metrics of which some are means over samples; `drawn` and `counted` change with each call."""
+class SomeMeans(Task):
+    """Some of its metrics are means over samples; counts calls."""
 
     def __init__(self) -> None:
         self.counted = 0
@@ -375,27 +384,27 @@ class Figures(Task):
         }
 
 
-class Means(Figures):
+class OnlyMeans(SomeMeans):
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
-        found = super().metrics(outputs, targets)
-        return {name: found[name] for name in ("accuracy", "constant", "nothing")}
+        all_metrics = super().metrics(outputs, targets)
+        return {name: all_metrics[name] for name in ("accuracy", "constant", "nothing")}
 
 
-class Drawn(Figures):
+class RandomMetric(SomeMeans):
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, Any]:
         return {"rmse": torch.rand(())}
 
 
-class Kept(Figures):
-    """A metric with state is among what the task keeps, so calls would count."""
+class MetricWithState(SomeMeans):
+    """Has a metric with state, which a check of halves would update."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kept = {"auc": Counter()}
 
 
-class Given(Figures):
-    """Each call takes one more of what is there."""
+class IteratorMetric(SomeMeans):
+    """Each call consumes a value of an iterator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -412,37 +421,37 @@ class Counter:
         return 1.0
 
 
-def judged_by(task: Task, check: MeanCheck, size: int) -> None:
-    outputs, targets = classes(size, torch.float64)
+def evaluate_with(task: Task, check: MeanCheck, size: int) -> None:
+    outputs, targets = classification_batch(size, torch.float64)
     outputs = outputs.detach()
-    made = BatchResult(outputs, targets, LossTerm(torch.zeros(()), float(size), float(size)))
-    check.look_at_metrics(made, evaluate_batch(task, made, size), size)
+    result = BatchResult(outputs, targets, LossTerm(torch.zeros(()), float(size), float(size)))
+    check.look_at_metrics(result, evaluate_batch(task, result, size), size)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_metrics_that_are_no_means_are_named_once(
+def test_metrics_that_are_not_means_are_named_once(
     size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    task = Figures()
+    task = SomeMeans()
     check = MeanCheck(task, task.model())
     for _ in range(3):
-        judged_by(task, check, size)
+        evaluate_with(task, check, size)
     (record,) = caplog.records
     assert "'rmse'" in record.message and "metric with state" in record.message
     assert not any(f"'{name}'" in record.message for name in ("accuracy", "constant", "nothing"))
-    assert task.counted == 3, "halves are shown to a copy of the task"
+    assert task.counted == 3, "halves are evaluated by a copy of the task"
 
 
-@pytest.mark.parametrize("kind", [Means, Drawn, Kept, Given])
-def test_other_metrics_are_left_alone(kind: type[Task], caplog: pytest.LogCaptureFixture) -> None:
-    task = kind()
+@pytest.mark.parametrize("cls", [OnlyMeans, RandomMetric, MetricWithState, IteratorMetric])
+def test_other_metrics_give_no_warning(cls: type[Task], caplog: pytest.LogCaptureFixture) -> None:
+    task = cls()
     check = MeanCheck(task, task.model())
     for size in SIZES:
-        judged_by(task, check, size)
+        evaluate_with(task, check, size)
     assert not caplog.records
 
 
-class Stepping(Task):
+class StepTask(Task):
     def model(self) -> nn.Module:
         return nn.Linear(3, 3)
 
@@ -452,7 +461,7 @@ class Stepping(Task):
 
 
 @pytest.mark.parametrize(
-    ("weight", "weighted", "samples", "told"),
+    ("weight", "weighted", "samples", "count"),
     [
         (0.375, True, 8, 1),
         (1.0, True, 8, 0),
@@ -462,13 +471,13 @@ class Stepping(Task):
         (0.0, True, 8, 0),
     ],
 )
-def test_a_figure_beside_the_loss_of_a_step_is_told(
-    weight: float, weighted: bool, samples: int, told: int, caplog: pytest.LogCaptureFixture
+def test_second_value_of_step_is_warned_of_if_taken_as_weight(
+    weight: float, weighted: bool, samples: int, count: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    task = Stepping()
+    task = StepTask()
     check = MeanCheck(task, task.model())
     term = LossTerm(torch.zeros(()), 1.0, weight, weighted)
     for step in range(3):
         check.begin(step)
         check.look(step, BatchResult(None, torch.zeros(samples), term), samples)
-    assert caplog.text.count("taken as (sum, weight): the loss is divided by it") == told
+    assert caplog.text.count("taken as (sum, weight): the loss is divided by it") == count

@@ -1,4 +1,4 @@
-"""What a loss counts in is told by name, and is no reason to call it no mean."""
+"""State that a loss changes is named in a warning, and the loss still counts as a mean."""
 
 import copy
 from typing import Any
@@ -20,9 +20,9 @@ class Small(Task):
         return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 
     def train_data(self) -> Dataset[Any]:
-        draw = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(1)
         sizes = (4, 3)
-        tensors = (torch.randn(16, n, generator=draw, dtype=torch.float64) for n in sizes)
+        tensors = (torch.randn(16, n, generator=generator, dtype=torch.float64) for n in sizes)
         return TensorDataset(*tensors)
 
 
@@ -31,8 +31,8 @@ class Plain(Small):
         return F.mse_loss(outputs, targets)
 
 
-class Counts(Plain):
-    """Warms up by a number of its own."""
+class CountsCalls(Plain):
+    """Scales the loss by its number of calls."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -42,20 +42,20 @@ class Counts(Plain):
         return super().loss(outputs, targets) * min(1.0, self.calls / 9)
 
 
-class Centers(Plain):
-    """Keeps a moving average in a tensor."""
+class KeepsCenter(Plain):
+    """Keeps a moving average in a tensor attribute."""
 
     def __init__(self) -> None:
         self.center = torch.zeros(3, dtype=torch.float64)
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        found = super().loss(outputs - self.center, targets)
+        loss = super().loss(outputs - self.center, targets)
         self.center = 0.9 * self.center + outputs.detach().mean(0)
-        return found
+        return loss
 
 
 class Centered(nn.Module):
-    """A loss as self-supervised learning has it: with a buffer, and a number."""
+    """A loss of self-supervised learning with a buffer and a counter."""
 
     center: Tensor
 
@@ -65,10 +65,10 @@ class Centered(nn.Module):
         self.seen = 0
 
     def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        found = F.mse_loss(outputs - self.center, targets) / (1 + self.seen)
+        loss = F.mse_loss(outputs - self.center, targets) / (1 + self.seen)
         self.seen += len(outputs)
         self.center.lerp_(outputs.detach().mean(0), 0.9)
-        return found
+        return loss
 
 
 class Criterion(Plain):
@@ -76,12 +76,12 @@ class Criterion(Plain):
         self.parts = {"criterion": Centered()}
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        found: Tensor = self.parts["criterion"](outputs, targets)
-        return found
+        loss: Tensor = self.parts["criterion"](outputs, targets)
+        return loss
 
 
-class Teacher(Plain):
-    """Has a momentum teacher of its own, which it writes through `.data`."""
+class DataTeacher(Plain):
+    """Updates a momentum teacher through `.data`."""
 
     def __init__(self) -> None:
         self.student = self.model()
@@ -93,7 +93,7 @@ class Teacher(Plain):
         return super().loss(outputs, targets)
 
 
-class Stepping(nn.Module):
+class CountingModule(nn.Module):
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.body, self.calls = body, 0
@@ -103,12 +103,12 @@ class Stepping(nn.Module):
         return self.body(x)
 
 
-class Counted(Plain):
+class CountingModel(Plain):
     def model(self) -> nn.Module:
-        return Stepping(super().model())
+        return CountingModule(super().model())
 
 
-class SumThatCounts(Counts):
+class CountingSum(CountsCalls):
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         return super().loss(outputs, targets) * len(targets)
 
@@ -124,7 +124,7 @@ class Metric:
         return float(self.seen)
 
 
-class KeptMetric(nn.Module):
+class ModuleMetric(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros(()))
@@ -136,12 +136,12 @@ class KeptMetric(nn.Module):
         return float(self.get_buffer("seen"))
 
 
-class Watching(Plain):
-    """Keeps what nothing depends on: a metric, the last outputs."""
+class KeepsMetrics(Plain):
+    """Keeps state without an effect on the loss: metrics and the last outputs."""
 
     def __init__(self) -> None:
         self.last: Tensor | None = None
-        self.metric, self.metrics_of, self.name = Metric(), [KeptMetric()], "run"
+        self.metric, self.metrics_of, self.name = Metric(), [ModuleMetric()], "run"
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
         self.last = outputs.detach()
@@ -150,7 +150,7 @@ class Watching(Plain):
         return super().loss(outputs, targets)
 
 
-def told(task: type[Task], caplog: pytest.LogCaptureFixture) -> list[str]:
+def warnings_of(task: type[Task], caplog: pytest.LogCaptureFixture) -> list[str]:
     job = job_of("ring", 1, steps=4, global_batch_size=6, gradient_accumulation=2)
     train(job, task)
     return [record.getMessage() for record in caplog.records]
@@ -159,17 +159,17 @@ def told(task: type[Task], caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.parametrize(
     ("task", "names"),
     [
-        (Counts, "a micro-batch changes self.calls: no checkpoint has it"),
-        (Centers, "a micro-batch changes self.center: "),
+        (CountsCalls, "a micro-batch changes self.calls: no checkpoint has it"),
+        (KeepsCenter, "a micro-batch changes self.center: "),
         (Criterion, "self.parts.criterion.seen, self.parts.criterion.center: no checkpoint has "),
-        (Teacher, "micro-batches change self.teacher.0.weight, "),
-        (Counted, "a micro-batch changes the model's calls: "),
+        (DataTeacher, "micro-batches change self.teacher.0.weight, "),
+        (CountingModel, "a micro-batch changes the model's calls: "),
     ],
 )
-def test_it_is_told_once_and_the_loss_is_a_mean_all_the_same(
+def test_changing_state_gives_one_warning(
     task: type[Task], names: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (text,) = told(task, caplog)
+    (text,) = warnings_of(task, caplog)
     assert names in text
     assert "buffer of what model() returns" in text
 
@@ -184,7 +184,7 @@ class CountsInStep(Small):
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async", "hybrid"])
-def test_under_every_strategy_a_step_is_looked_at(
+def test_step_is_checked_under_every_strategy(
     strategy: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     sizes = {"pipeline": 1} if strategy == "hybrid" else {}
@@ -194,33 +194,33 @@ def test_under_every_strategy_a_step_is_looked_at(
     assert "changes self.calls: " in text
 
 
-def test_a_sum_that_counts_is_told_of_both(caplog: pytest.LogCaptureFixture) -> None:
-    state, mean = told(SumThatCounts, caplog)
+def test_counting_sum_gives_both_warnings(caplog: pytest.LogCaptureFixture) -> None:
+    state, mean = warnings_of(CountingSum, caplog)
     assert "self.calls" in state
     assert "It is a sum" in mean
 
 
-def test_what_nothing_depends_on_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
-    assert told(Watching, caplog) == []
+def test_state_without_effect_gives_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    assert warnings_of(KeepsMetrics, caplog) == []
 
 
-def test_the_look_leaves_it_as_it_is() -> None:
-    counts, found = [], {}
-    for looks in (True, False):
+def test_check_does_not_change_the_state() -> None:
+    counts, weights = [], {}
+    for is_checked in (True, False):
         with pytest.MonkeyPatch.context() as patched:
-            if not looks:
+            if not is_checked:
                 patched.setattr(MeanCheck, "begin", lambda self, step: None)
-                patched.setattr(MeanCheck, "look", lambda self, step, made, size: None)
+                patched.setattr(MeanCheck, "look", lambda self, step, result, size: None)
             run = train(job_of("ring", 1, steps=4, global_batch_size=6), Criterion)
         task: Any = run.ranks[0].prepared.task
         counts.append((task.parts["criterion"].seen, task.parts["criterion"].center.sum().item()))
-        found[looks] = run.trained[0]
+        weights[is_checked] = run.trained[0]
     assert counts[0] == counts[1]
-    assert all(torch.equal(value, found[False][name]) for name, value in found[True].items())
+    assert all(torch.equal(value, weights[False][name]) for name, value in weights[True].items())
 
 
 class Recurrent(Small):
-    """Goes on with the hidden state of the micro-batch before, at first without."""
+    """Continues with the hidden state of the previous micro-batch."""
 
     def __init__(self) -> None:
         self.state: Any = None
@@ -230,22 +230,22 @@ class Recurrent(Small):
 
     def step(self, model: nn.Module, batch: Any) -> Any:
         outputs, state = model(batch[0].unsqueeze(0)[:, :2], self.state)
-        self.state = tuple(one.detach() for one in state)
+        self.state = tuple(tensor.detach() for tensor in state)
         return F.mse_loss(outputs[0], batch[1][:2])
 
 
-class Scaled(Plain):
-    """Divides by a moving average of the losses."""
+class ScaledLoss(Plain):
+    """Divides by a moving average of losses, created in the first call."""
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:
-        found = super().loss(outputs, targets)
-        before = getattr(self, "scale", found.detach())
-        self.scale = 0.9 * before + 0.1 * found.detach()
-        return found / self.scale
+        loss = super().loss(outputs, targets)
+        before = getattr(self, "scale", loss.detach())
+        self.scale = 0.9 * before + 0.1 * loss.detach()
+        return loss / self.scale
 
 
-class Sparse(Plain):
-    """Has a scale of another layout in its second micro-batch, and what holds itself."""
+class SparseScale(Plain):
+    """Changes the layout of its scale in the second micro-batch; `notes` contains itself."""
 
     def __init__(self) -> None:
         self.scale: Any = None
@@ -256,13 +256,13 @@ class Sparse(Plain):
             self.scale, self.notes = torch.ones(3, 3, dtype=torch.float64), [outputs.detach()]
             self.notes.append(self.notes)
             return super().loss(outputs, targets)
-        found = super().loss(outputs @ self.scale, targets)
+        loss = super().loss(outputs @ self.scale, targets)
         self.scale = self.scale.to_dense().to_sparse()
-        return found
+        return loss
 
 
-class Follows(Small):
-    """Makes a teacher in its first step, which then follows the model."""
+class MovingTeacher(Small):
+    """Creates a teacher in its first step, which then follows the model."""
 
     rate = 0.1
 
@@ -274,20 +274,20 @@ class Follows(Small):
             self.teacher = copy.deepcopy(model).requires_grad_(False)
         with torch.no_grad():
             pairs = zip(model.parameters(), self.teacher.parameters(), strict=True)
-            for one, its in pairs if self.rate else ():
-                its.lerp_(one, self.rate)
+            for parameter, average in pairs if self.rate else ():
+                average.lerp_(parameter, self.rate)
         outputs = model(batch[0])
         return F.mse_loss(outputs, batch[1]) + F.mse_loss(outputs, self.teacher(batch[0]))
 
 
-class Stands(Follows):
-    """Has one that stays as it was."""
+class FixedTeacher(MovingTeacher):
+    """Its teacher does not change."""
 
     rate = 0.0
 
 
-class Shows(Plain):
-    """Keeps what nothing depends on: the last batch, and a mask that is made once."""
+class KeepsOutputs(Plain):
+    """Keeps state without an effect: the last outputs, and constants created once."""
 
     def __init__(self) -> None:
         self.outputs: Any = None
@@ -304,18 +304,18 @@ class Shows(Plain):
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(
-    ("task", "told"),
+    ("task", "expected"),
     [
         (Recurrent, "changes self.state:"),
-        (Scaled, "changes self.scale:"),
-        (Sparse, "changes self.scale"),
-        (Follows, "changes self.teacher:"),
-        (Stands, ""),
-        (Shows, ""),
+        (ScaledLoss, "changes self.scale:"),
+        (SparseScale, "changes self.scale"),
+        (MovingTeacher, "changes self.teacher:"),
+        (FixedTeacher, ""),
+        (KeepsOutputs, ""),
     ],
 )
-def test_state_that_begins_with_the_first_micro_batch_is_told(
-    task: type[Task], told: str, parts: int, caplog: pytest.LogCaptureFixture
+def test_state_created_in_the_first_micro_batch_is_named(
+    task: type[Task], expected: str, parts: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(job_of("ring", 1, global_batch_size=8, gradient_accumulation=parts), task)
-    assert told in caplog.text and caplog.text.count("no checkpoint has it") == bool(told)
+    assert expected in caplog.text and caplog.text.count("no checkpoint has it") == bool(expected)

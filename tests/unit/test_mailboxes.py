@@ -1,4 +1,4 @@
-"""Mailboxes: one side reads once what the other writes; a listener ends with its worker."""
+"""Mailboxes: each message is read once; a listener ends with its worker."""
 
 import math
 import os
@@ -22,48 +22,48 @@ LIMIT_S = 60.0
 
 @pytest.fixture
 def segment() -> Iterator[MemorySegment]:
-    made = MemorySegment.create("here", 2 * SLOT_BYTES, "uint8")
-    yield made
-    made.seal()
+    memory = MemorySegment.create("here", 2 * SLOT_BYTES, "uint8")
+    yield memory
+    memory.seal()
 
 
-class Listening:
-    """A listener in a thread; requests are noted and answered by their number."""
+class ListenerThread:
+    """Runs a listener in a thread that records requests and replies with their number."""
 
     def __init__(self, segment: MemorySegment, slot: int = 0) -> None:
-        self.seen: list[MailboxRequest] = []
+        self.requests: list[MailboxRequest] = []
         self.error: BaseException | None = None
-        self.wanted = True
+        self.is_listening = True
         self.turn = threading.Lock()
-        self.hold = threading.Event()
-        self.hold.set()
+        self.may_reply = threading.Event()
+        self.may_reply.set()
         self._listener = Listener(segment.address, slot, 0)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
         try:
-            self._listener.serve(self._handle, self.turn, lambda: self.wanted)
+            self._listener.serve(self._handle, self.turn, lambda: self.is_listening)
         except GapError as error:
             self.error = error
         finally:
             self._listener.close()
 
     def _handle(self, request: MailboxRequest) -> ServerReply:
-        self.seen.append(request)
-        assert self.hold.wait(LIMIT_S)
+        self.requests.append(request)
+        assert self.may_reply.wait(LIMIT_S)
         if request.seq < 0:
             raise GapError("no")
         return ServerReply(request.seq + 1, staleness=3, waiting_s=0.25, dropped=2)
 
     def end(self) -> None:
-        self.wanted = False
+        self.is_listening = False
         self.thread.join(LIMIT_S)
         assert not self.thread.is_alive()
 
 
-def test_requests_and_answers_arrive_as_they_were(segment: MemorySegment) -> None:
-    listening, mailbox = Listening(segment, 1), Mailbox(segment, 1)
+def test_requests_and_replies_are_transferred_unchanged(segment: MemorySegment) -> None:
+    listener_thread, mailbox = ListenerThread(segment, 1), Mailbox(segment, 1)
     requests = [
         MailboxRequest(0),
         MailboxRequest(1, 0.0),
@@ -77,32 +77,32 @@ def test_requests_and_answers_arrive_as_they_were(segment: MemorySegment) -> Non
         assert mailbox.read() == ServerReply(
             request.seq + 1, staleness=3, waiting_s=0.25, dropped=2
         )
-    assert listening.seen == requests
-    listening.end()
+    assert listener_thread.requests == requests
+    listener_thread.end()
 
 
 @pytest.mark.parametrize("norm", [None, 0.0, 1.5])
-def test_every_field_of_an_answer_travels(segment: MemorySegment, norm: float | None) -> None:
+def test_all_fields_of_a_reply_are_transferred(segment: MemorySegment, norm: float | None) -> None:
     mailbox = Mailbox(segment, 0)
-    answer = ServerReply(7, False, norm, 4, 0.5, 0.25, 0.125, 3, 6, 8)
+    reply = ServerReply(7, False, norm, 4, 0.5, 0.25, 0.125, 3, 6, 8)
     mailbox.notify(MailboxRequest(0))
     assert mailbox.wait_request(0.0) == MailboxRequest(0)
-    mailbox.reply(answer)
-    assert mailbox.read() == answer
+    mailbox.reply(reply)
+    assert mailbox.read() == reply
 
 
-def test_a_norm_that_is_no_number_stays_a_commit(segment: MemorySegment) -> None:
+def test_nan_norm_stays_a_commit(segment: MemorySegment) -> None:
     mailbox = Mailbox(segment, 0)
     mailbox.notify(MailboxRequest(5, math.nan))
-    asked = mailbox.wait_request(0.0)
-    assert asked is not None and asked.norm is not None and math.isnan(asked.norm)
+    request = mailbox.wait_request(0.0)
+    assert request is not None and request.norm is not None and math.isnan(request.norm)
     mailbox.reply(replace(ServerReply(1), squared_norm=math.nan))
-    answer = mailbox.read()
-    assert answer is not None and answer.squared_norm is not None
-    assert math.isnan(answer.squared_norm)
+    reply = mailbox.read()
+    assert reply is not None and reply.squared_norm is not None
+    assert math.isnan(reply.squared_norm)
 
 
-def test_nothing_is_answered_twice_or_unasked(segment: MemorySegment) -> None:
+def test_each_request_is_served_once(segment: MemorySegment) -> None:
     mailbox = Mailbox(segment, 0)
     assert mailbox.wait_request(0.0) is None
     mailbox.notify(MailboxRequest(0))
@@ -112,37 +112,37 @@ def test_nothing_is_answered_twice_or_unasked(segment: MemorySegment) -> None:
     assert mailbox.wait_request(0.0) is None
 
 
-def test_a_failed_request_ends_the_listening(segment: MemorySegment) -> None:
-    listening, mailbox = Listening(segment), Mailbox(segment, 0)
+def test_failed_request_ends_the_listener(segment: MemorySegment) -> None:
+    listener_thread, mailbox = ListenerThread(segment), Mailbox(segment, 0)
     mailbox.notify(MailboxRequest(-1))
     assert mailbox.wait_reply(LIMIT_S)
     assert mailbox.read() is None
-    listening.thread.join(LIMIT_S)
-    assert isinstance(listening.error, GapError)
+    listener_thread.thread.join(LIMIT_S)
+    assert isinstance(listener_thread.error, GapError)
 
 
-def test_of_two_listeners_the_later_answers_once(segment: MemorySegment) -> None:
-    """The first call's message was late, not lost: both serve the request, one answers."""
-    first, mailbox = Listening(segment), Mailbox(segment, 0)
-    first.hold.clear()
+def test_second_listener_replies_once(segment: MemorySegment) -> None:
+    """The message of the first call was late, not lost: both serve the request, one replies."""
+    first, mailbox = ListenerThread(segment), Mailbox(segment, 0)
+    first.may_reply.clear()
     mailbox.notify(MailboxRequest(0))
     deadline = time.monotonic() + LIMIT_S
-    while not first.seen and time.monotonic() < deadline:
+    while not first.requests and time.monotonic() < deadline:
         time.sleep(0.01)
     with first.turn:
-        first.wanted = False
-    second = Listening(segment)
+        first.is_listening = False
+    second = ListenerThread(segment)
     assert mailbox.wait_reply(LIMIT_S)
-    first.hold.set()
+    first.may_reply.set()
     first.end()
-    assert mailbox.wait_request(0.0) is None  # not answered once more
+    assert mailbox.wait_request(0.0) is None  # not served again
     mailbox.notify(MailboxRequest(1))
     assert mailbox.wait_reply(LIMIT_S)
     assert mailbox.read() == ServerReply(2, staleness=3, waiting_s=0.25, dropped=2)
     second.end()
 
 
-def test_a_listener_ends_with_its_worker() -> None:
+def test_listener_ends_with_its_worker() -> None:
     code = (
         "import os, time; from distplat.actors.memory.memfd import MemorySegment; "
         f"s = MemorySegment.create('here', {SLOT_BYTES}, 'uint8'); "
@@ -152,10 +152,10 @@ def test_a_listener_ends_with_its_worker() -> None:
     assert worker.stdout is not None
     try:
         fd = int(worker.stdout.readline())
-        own = MemorySegment.create("here", SLOT_BYTES, "uint8")
-        own.seal()
-        theirs = replace(own.address, pid=worker.pid, fd=fd, inode=0)
-        listener = Listener(theirs, 0, 0)
+        segment = MemorySegment.create("here", SLOT_BYTES, "uint8")
+        segment.seal()
+        worker_address = replace(segment.address, pid=worker.pid, fd=fd, inode=0)
+        listener = Listener(worker_address, 0, 0)
         ended = threading.Event()
 
         def listen() -> None:

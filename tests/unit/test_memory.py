@@ -1,4 +1,4 @@
-"""Shared memory without names: another process maps it, and nothing is left behind."""
+"""Anonymous shared memory: mapped by other processes, without leaks."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ segment.tensor.add_(1)
 
 @contextmanager
 def owner() -> Iterator[tuple["subprocess.Popen[str]", MemoryAddress]]:
-    """A process that keeps a segment and prints it for every line it is sent."""
+    """Run a process that owns a segment and prints it for each line of input."""
     with subprocess.Popen(
         [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -55,7 +55,7 @@ def owner() -> Iterator[tuple["subprocess.Popen[str]", MemoryAddress]]:
             process.kill()
 
 
-def ask(process: "subprocess.Popen[str]", line: str) -> list[float]:
+def send_line(process: "subprocess.Popen[str]", line: str) -> list[float]:
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(line + "\n")
     process.stdin.flush()
@@ -64,7 +64,7 @@ def ask(process: "subprocess.Popen[str]", line: str) -> list[float]:
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int64"])
 @pytest.mark.parametrize("elements", [0, 1, 5, 5000])
-def test_a_fresh_segment_is_zeros(elements: int, dtype: str) -> None:
+def test_new_segment_is_zero(elements: int, dtype: str) -> None:
     segment = MemorySegment.create("node", elements, dtype)
     address = segment.address
     assert (address.node, address.pid, address.elements) == ("node", os.getpid(), elements)
@@ -72,36 +72,36 @@ def test_a_fresh_segment_is_zeros(elements: int, dtype: str) -> None:
     assert segment.tensor.dtype == expected.dtype and torch.equal(segment.tensor, expected)
 
 
-def test_another_process_maps_it() -> None:
+def test_other_process_maps_the_segment() -> None:
     segment = MemorySegment.create("node", 3, "float32")
     segment.tensor[:] = torch.tensor([1.0, 2.0, 3.0])
-    words = [str(part) for part in astuple(segment.address)]
-    done = subprocess.run(
-        [sys.executable, "-c", MAPPER, *words], capture_output=True, text=True, check=True
+    arguments = [str(part) for part in astuple(segment.address)]
+    result = subprocess.run(
+        [sys.executable, "-c", MAPPER, *arguments], capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == ["1.0", "2.0", "3.0"]
+    assert result.stdout.split() == ["1.0", "2.0", "3.0"]
     assert segment.tensor.tolist() == [2.0, 3.0, 4.0]
 
 
-def test_both_sides_write() -> None:
+def test_both_processes_write() -> None:
     with owner() as (process, address):
         segment = MemorySegment.open(address)
         assert segment.tensor.tolist() == [3.0] * 5
         segment.tensor[1] = 9.0
-        assert ask(process, "show") == [3.0, 9.0, 3.0, 3.0, 3.0]
+        assert send_line(process, "show") == [3.0, 9.0, 3.0, 3.0, 3.0]
 
 
-def test_a_sealed_segment_is_closed_to_newcomers_only() -> None:
+def test_sealed_segment_rejects_new_mappings_only() -> None:
     with owner() as (process, address):
         segment = MemorySegment.open(address)
-        ask(process, "seal")
+        send_line(process, "seal")
         with pytest.raises(OSError):
             MemorySegment.open(address)
         segment.tensor[0] = 5.0
-        assert ask(process, "show")[0] == 5.0
+        assert send_line(process, "show")[0] == 5.0
 
 
-def test_who_has_mapped_it_outlives_the_owner_and_newcomers_do_not() -> None:
+def test_mapping_survives_the_owner_and_new_mappings_fail() -> None:
     with owner() as (process, address):
         segment = MemorySegment.open(address)
     assert process.poll() is not None
@@ -111,29 +111,29 @@ def test_who_has_mapped_it_outlives_the_owner_and_newcomers_do_not() -> None:
         MemorySegment.open(address)
 
 
-def test_a_descriptor_that_is_none_raises() -> None:
+def test_invalid_descriptor_raises() -> None:
     address = MemorySegment.create("node", 3, "float32").address
     with pytest.raises(OSError):
         MemorySegment.open(replace(address, fd=99_999))
 
 
-def test_a_descriptor_of_another_file_raises() -> None:
+def test_descriptor_of_another_file_raises() -> None:
     address = MemorySegment.create("node", 3, "float32").address
     with open(__file__, "rb") as other, pytest.raises(FileNotFoundError):
         MemorySegment.open(replace(address, fd=other.fileno()))
 
 
-def test_a_descriptor_of_other_memory_raises() -> None:
+def test_reused_descriptor_of_other_memory_raises() -> None:
     old = MemorySegment.create("node", 3, "float32")
     old.seal()
     new = MemorySegment.create("node", 3, "float32")
-    assert new.address.fd == old.address.fd, "the lowest that is free"
+    assert new.address.fd == old.address.fd, "the kernel reuses the lowest free descriptor"
     assert new.address != old.address
     with pytest.raises(FileNotFoundError, match="the segment no longer exists"):
         MemorySegment.open(old.address)
 
 
-def test_pages_may_come_when_they_are_touched() -> None:
+def test_pages_may_be_allocated_on_demand() -> None:
     segment = MemorySegment.create("node", 100_000, "float32", populate=False)
     segment.tensor[5] = 3.0
     assert MemorySegment.open(segment.address, populate=False).tensor[:7].tolist() == [0] * 5 + [
@@ -142,65 +142,67 @@ def test_pages_may_come_when_they_are_touched() -> None:
     ]
 
 
-def test_opening_keeps_no_descriptor() -> None:
+def test_open_leaks_no_descriptor() -> None:
     segment = MemorySegment.create("node", 3, "float32")
     memory = os.stat(segment.address.fd).st_ino
 
-    def held() -> int:
-        """Count the descriptors of this memory: of others', some may close meanwhile."""
-        found = 0
+    def open_descriptors() -> int:
+        """Count the descriptors of this memory; others may close meanwhile."""
+        count = 0
         for number in os.listdir("/proc/self/fd"):
             with suppress(OSError):
-                found += os.stat(int(number)).st_ino == memory
-        return found
+                count += os.stat(int(number)).st_ino == memory
+        return count
 
-    before = held()
+    before = open_descriptors()
     opened = [MemorySegment.open(segment.address) for _ in range(10)]
-    # Python's mmap keeps a duplicate of each descriptor; ours are closed.
-    assert held() - before == len(opened)
+    # Python's mmap keeps a duplicate of each descriptor; `open` closes its own.
+    assert open_descriptors() - before == len(opened)
     del opened
-    assert held() == before
+    assert open_descriptors() == before
 
 
-def test_the_tensor_keeps_the_memory() -> None:
+def test_tensor_keeps_the_memory() -> None:
     tensor = MemorySegment.create("node", 4, "float32").tensor
     assert tensor.add_(2.0).tolist() == [2.0] * 4
 
 
-def test_a_seal_twice_is_fine() -> None:
+def test_seal_is_idempotent() -> None:
     segment = MemorySegment.create("node", 3, "float32")
     segment.seal()
     segment.seal()
     assert segment.tensor.tolist() == [0.0] * 3
 
 
-def test_nothing_appears_in_dev_shm() -> None:
+def test_segment_has_no_file_in_dev_shm() -> None:
     before = set(Path("/dev/shm").iterdir())
     segment = MemorySegment.create("node", 100_000, "float32")
     segment.tensor.fill_(1.0)
-    ours = {p for p in set(Path("/dev/shm").iterdir()) - before if "distplat" in p.name}
-    assert not ours
+    created = {p for p in set(Path("/dev/shm").iterdir()) - before if "distplat" in p.name}
+    assert not created
     assert os.readlink(f"/proc/self/fd/{segment.address.fd}") == "/memfd:distplat (deleted)"
 
 
-def test_another_memory_of_ours_under_the_same_numbers_is_refused() -> None:
-    """What a group lays down for others to map: a word, a line, a channel."""
+def test_reused_descriptor_with_another_inode_is_refused() -> None:
+    """Addresses that a group publishes in vectors and channels include the inode."""
     layout = SegmentLayout.of(2)
-    mine = GroupSegment.create("node", layout)
+    group = GroupSegment.create("node", layout)
     part = MemorySegment.create("node", 8, "uint8")
-    mine.enter()
-    mine.publish_vector(part.address)
-    offer, _ = mine.read_vectors()
+    group.enter()
+    group.publish_vector(part.address)
+    offer, _ = group.read_vectors()
     assert offer == (os.getpid(), part.address.fd, part.address.inode)
     SharedVectors().add(part, [offer, offer])
-    segment = MemorySegment.create("node", 8, "uint8")  # as if of another rank
-    theirs = segment.address
-    SharedVectors().add(part, [offer, (theirs.pid, theirs.fd, theirs.inode)])
+    segment = MemorySegment.create("node", 8, "uint8")  # stands for the segment of another rank
+    other_address = segment.address
+    SharedVectors().add(part, [offer, (other_address.pid, other_address.fd, other_address.inode)])
     with pytest.raises(OSError, match="another file has its descriptor"):
-        SharedVectors().add(part, [offer, (theirs.pid, theirs.fd, theirs.inode + 1)])
-    channel = _P2PChannel(mine, 0, 1)
-    head = header("send", [part.tensor], number=3)
-    channel.announce(head, part)
-    where, sent = channel.read_announcement(3)
-    assert where == (part.address.fd, 8, part.address.inode)
-    assert sent == head._replace(number=3)
+        SharedVectors().add(
+            part, [offer, (other_address.pid, other_address.fd, other_address.inode + 1)]
+        )
+    channel = _P2PChannel(group, 0, 1)
+    message_header = header("send", [part.tensor], number=3)
+    channel.announce(message_header, part)
+    address, sent_header = channel.read_announcement(3)
+    assert address == (part.address.fd, 8, part.address.inode)
+    assert sent_header == message_header._replace(number=3)

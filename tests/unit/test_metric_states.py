@@ -1,4 +1,4 @@
-"""Metrics with state: over any number of ranks what one process on all the data gives."""
+"""Metrics with state: any number of ranks matches one process on all data."""
 
 from typing import Any
 
@@ -18,10 +18,10 @@ SAMPLES = 23
 
 
 class Auc:
-    """Area under the ROC curve, from all scores: no mean over batches gives it."""
+    """Area under the ROC curve, which is not a mean over batches."""
 
     def __init__(self) -> None:
-        self.squash = torch.sigmoid  # the same on all ranks: no state
+        self.squash = torch.sigmoid  # equal on all ranks, not state
         self.reset()
 
     def reset(self) -> None:
@@ -43,7 +43,7 @@ class Auc:
 
 
 class Sums:
-    """Sums kept in place, which reset() empties: what was told before must not follow."""
+    """Sums that reset() clears in place: earlier results must not change."""
 
     def __init__(self) -> None:
         self.total, self.count = torch.zeros(2), 0
@@ -66,7 +66,7 @@ class Sums:
 
 
 class Scored(Task):
-    """Rare labels: parts of ranks and batches differ a lot."""
+    """Rare labels: the parts of ranks and batches differ."""
 
     def __init__(self) -> None:
         self.auc: Any = Auc()
@@ -76,10 +76,10 @@ class Scored(Task):
         return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
 
     def train_data(self) -> Dataset[Any]:
-        made = torch.Generator().manual_seed(3)
-        inputs = torch.randn(SAMPLES, 3, generator=made)
+        generator = torch.Generator().manual_seed(3)
+        inputs = torch.randn(SAMPLES, 3, generator=generator)
         labels = (
-            inputs.sum(1, keepdim=True) + torch.randn(SAMPLES, 1, generator=made) > 1.5
+            inputs.sum(1, keepdim=True) + torch.randn(SAMPLES, 1, generator=generator) > 1.5
         ).float()
         return TensorDataset(inputs, labels)
 
@@ -92,18 +92,18 @@ class Scored(Task):
     def metrics(self, outputs: Tensor, targets: Tensor) -> Any:
         self.auc.update(outputs[:, 0], targets[:, 0])
         self.several["sums"].update(outputs[:, 0])
-        right = ((outputs > 0) == (targets > 0.5)).float().mean()
-        return {"auc": self.auc, "score": self.several["sums"], "accuracy": right}
+        accuracy = ((outputs > 0) == (targets > 0.5)).float().mean()
+        return {"auc": self.auc, "score": self.several["sums"], "accuracy": accuracy}
 
 
 def trained(run: LocalRun) -> nn.Module:
-    """Give the model as the run left it."""
+    """Return the trained model of a run."""
     return run.ranks[0].prepared.flat.model.eval()
 
 
-def expected(kind: type[Task], model: nn.Module) -> dict[str, Any]:
-    """What one process says of all the data at once."""
-    task: Any = kind()
+def single_process_metrics(task_type: type[Task], model: nn.Module) -> dict[str, Any]:
+    """Return the metrics of one process on all data."""
+    task: Any = task_type()
     with torch.no_grad():
         inputs, labels = task.eval_data().tensors
         return {k: v for k, v in task.metrics(model(inputs), labels).items()}
@@ -120,12 +120,12 @@ STRATEGIES: list[tuple[Any, int]] = [
 
 
 @pytest.mark.parametrize(("strategy", "workers"), STRATEGIES)
-def test_it_is_that_of_one_process_on_all_the_data(strategy: Any, workers: int) -> None:
+def test_matches_one_process_on_all_data(strategy: Any, workers: int) -> None:
     job = job_of(strategy, workers, global_batch_size=5, evaluation={"every_steps": 2})
     run = train(job, Scored)
-    found = {one.step: one.metrics for one in evaluations(run)}
+    found = {evaluation.step: evaluation.metrics for evaluation in evaluations(run)}
     assert sorted(found) == [2, 4]  # workers of ps-async are at different steps
-    plain = expected(Scored, trained(run))
+    plain = single_process_metrics(Scored, trained(run))
     assert found[4]["auc"] == pytest.approx(plain["auc"].compute(), abs=1e-12)
     sums = plain["score"].compute()
     assert found[4]["score_mean"] == pytest.approx(sums["mean"], abs=1e-6)
@@ -133,64 +133,66 @@ def test_it_is_that_of_one_process_on_all_the_data(strategy: Any, workers: int) 
     assert found[4]["accuracy"] == pytest.approx(float(plain["accuracy"]))
 
 
-def test_ranks_without_a_sample_have_no_part_in_it() -> None:
-    class Few(Scored):
+def test_ranks_without_samples_are_excluded() -> None:
+    class FewSamples(Scored):
         def eval_data(self) -> Dataset[Any] | None:
             return TensorDataset(*self.train_data()[:2])
 
-    class Kept(Auc):
+    class SumOfScores(Auc):
         def compute(self) -> float:
             return float(torch.cat(self.scores).sum())
 
-    class FewKept(Few):
+    class FewWithSum(FewSamples):
         def __init__(self) -> None:
             super().__init__()
-            self.auc = Kept()
+            self.auc = SumOfScores()
 
-    run = train(job_of("ring", 5, global_batch_size=5), FewKept)
+    run = train(job_of("ring", 5, global_batch_size=5), FewWithSum)
     (found,) = evaluations(run)
     assert found.samples == 2
-    assert found.metrics["auc"] == pytest.approx(expected(FewKept, trained(run))["auc"].compute())
+    assert found.metrics["auc"] == pytest.approx(
+        single_process_metrics(FewWithSum, trained(run))["auc"].compute()
+    )
 
 
 @pytest.mark.parametrize("name", ["2x1x2", "1x2x1", "2x1x1"])
-def test_the_last_stage_has_the_states(name: str) -> None:
+def test_hybrid_matches_one_process(name: str) -> None:
     pipeline, tensor, data = map(int, name.split("x"))
     plan = {"tensor_plan": {"0": "colwise", "2": "rowwise"}} if tensor > 1 else {}
     options, workers = grid_of(pipeline, tensor, data, **plan)
-    more = {"global_batch_size": 8, "evaluation": {"every_steps": 2}, "steps": 2}
-    run = train(hybrid_job(options, workers, **more), Scored)
-    rate = {"seed": 5, "optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9}}
-    (plain,) = evaluations(train(job_of("ring", 1, **more, **rate), Scored))
+    fields = {"global_batch_size": 8, "evaluation": {"every_steps": 2}, "steps": 2}
+    run = train(hybrid_job(options, workers, **fields), Scored)
+    training_fields = {"seed": 5, "optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9}}
+    (plain,) = evaluations(train(job_of("ring", 1, **fields, **training_fields), Scored))
     for found in evaluations(run):
         assert found.metrics == pytest.approx(plain.metrics, abs=1e-6)
     assert evaluations(run)
 
 
-def test_the_averaged_weights_have_figures_of_their_own() -> None:
+def test_ema_weights_have_their_own_metrics() -> None:
     run = train(job_of("ring", 2, ema={"decay": 0.5}, optimizer={"name": "SGD", "lr": 3.0}), Scored)
     (found,) = evaluations(run)
     assert found.metrics["score_mean"] != found.metrics["ema_score_mean"]
     assert {"auc", "ema_auc", "ema_score_variance", "ema_accuracy"} <= found.metrics.keys()
 
 
-def test_what_was_updated_outside_of_an_evaluation_is_forgotten() -> None:
-    class Careless(Scored):
+def test_updates_outside_of_an_evaluation_are_discarded() -> None:
+    class UpdatesInLoss(Scored):
         def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
             if outputs.requires_grad:
                 self.auc.update(outputs[:, 0].detach(), 1 - targets[:, 0])
             return super().loss(outputs, targets)
 
-    careful, careless = (train(job_of("ring", 2), kind) for kind in (Scored, Careless))
-    assert evaluations(careful) == evaluations(careless)
+    reference, run = (train(job_of("ring", 2), task) for task in (Scored, UpdatesInLoss))
+    assert evaluations(reference) == evaluations(run)
 
 
-class Lost(Scored):
+class NotAnAttribute(Scored):
     def metrics(self, outputs: Tensor, targets: Tensor) -> Any:
         return {"auc": Auc()}
 
 
-class Unmerged(Scored):
+class WithoutMerge(Scored):
     class Plain:
         def reset(self) -> None:
             self.seen = 0
@@ -209,19 +211,19 @@ class Unmerged(Scored):
         return {"auc": self.auc}
 
 
-class Strange(Scored):
+class UnsupportedState(Scored):
     def metrics(self, outputs: Tensor, targets: Tensor) -> Any:
         self.auc.scores = {1.5: object()}
         return {"auc": self.auc}
 
 
-class Arrays(Scored):
+class TextArrayState(Scored):
     def metrics(self, outputs: Tensor, targets: Tensor) -> Any:
         self.auc.scores.append(np.array(["good"]))
         return {"auc": self.auc}
 
 
-class Wordy(Scored):
+class TextResult(Scored):
     class Words(Auc):
         def compute(self) -> Any:
             return "good"
@@ -232,54 +234,61 @@ class Wordy(Scored):
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("task_type", "message"),
     [
-        (Lost, "'auc', a Auc that is not an attribute of the task: create it once, in __init__"),
-        (Unmerged, r"the metric 'auc', a Plain, needs merge\(other\)"),
-        (Strange, "metric 'auc'.*may have tensors, numbers and text"),
-        (Arrays, r"metric 'auc'\['scores'\]\[0\] is an array of <U4.*may have tensors"),
-        (Wordy, r"compute\(\) of the metric 'auc' gives 'auc' as a str|gives as a str"),
+        (
+            NotAnAttribute,
+            "'auc', a Auc that is not an attribute of the task: create it once, in __init__",
+        ),
+        (WithoutMerge, r"the metric 'auc', a Plain, needs merge\(other\)"),
+        (UnsupportedState, "metric 'auc'.*may have tensors, numbers and text"),
+        (TextArrayState, r"metric 'auc'\['scores'\]\[0\] is an array of <U4.*may have tensors"),
+        (TextResult, r"compute\(\) of the metric 'auc' gives 'auc' as a str|gives as a str"),
     ],
 )
-def test_what_cannot_be_put_together_is_named(kind: type[Task], message: str) -> None:
+def test_unmergeable_metrics_are_named(task_type: type[Task], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        train(job_of("ring", 2), kind)
+        train(job_of("ring", 2), task_type)
 
 
-def test_those_of_torchmetrics_fit() -> None:
+def test_torchmetrics_are_supported() -> None:
     torchmetrics = pytest.importorskip("torchmetrics")
-    kinds = torchmetrics.classification
+    classification = torchmetrics.classification
 
-    class Measured(Scored):
+    class TorchMetricsTask(Scored):
         def __init__(self) -> None:
             self.all: Any = torchmetrics.MetricCollection(
-                {"f1": kinds.BinaryF1Score(), "roc": kinds.BinaryAUROC(), "p": kinds.BinaryRecall()}
+                {
+                    "f1": classification.BinaryF1Score(),
+                    "roc": classification.BinaryAUROC(),
+                    "p": classification.BinaryRecall(),
+                }
             )
-            self.binned = kinds.BinaryAveragePrecision(thresholds=20)
+            self.binned = classification.BinaryAveragePrecision(thresholds=20)
             self.pearson = torchmetrics.PearsonCorrCoef()
-            self.both = kinds.BinaryF1Score() + kinds.BinaryRecall()
+            self.both = classification.BinaryF1Score() + classification.BinaryRecall()
             self.largest = torchmetrics.MaxMetric()
 
         def metrics(self, outputs: Tensor, targets: Tensor) -> Any:
             scores, labels = outputs[:, 0].sigmoid(), targets[:, 0].int()
             self.all.update(scores, labels)
-            for one in (self.binned, self.both):
-                one.update(scores, labels)
+            for metric in (self.binned, self.both):
+                metric.update(scores, labels)
             self.pearson.update(scores, targets[:, 0])
             self.largest.update(scores)
-            own = {"ap": self.binned, "r": self.pearson, "both": self.both, "max": self.largest}
-            return {**dict(self.all.items()), **own}
+            single = {"ap": self.binned, "r": self.pearson, "both": self.both, "max": self.largest}
+            return {**dict(self.all.items()), **single}
 
     for strategy, workers in [("ring", 1), ("ring", 3), ("ps-async", 2), ("ps-sync", 2)]:
-        run = train(job_of(strategy, workers, evaluation={"every_steps": 2}), Measured)
+        run = train(job_of(strategy, workers, evaluation={"every_steps": 2}), TorchMetricsTask)
         *_, found = evaluations(run)
-        plain = expected(Measured, trained(run))
+        plain = single_process_metrics(TorchMetricsTask, trained(run))
         assert len(plain) == 7
         for name, metric in plain.items():
             assert found.metrics[name] == pytest.approx(float(metric.compute()), abs=1e-6), name
 
 
-def test_a_mean_over_ranks_is_refused() -> None:
+def test_torchmetrics_mean_over_ranks_is_refused() -> None:
     torchmetrics = pytest.importorskip("torchmetrics")
 
     class Mean(torchmetrics.Metric):  # type: ignore[name-defined, misc, unused-ignore]
@@ -293,13 +302,13 @@ def test_a_mean_over_ranks_is_refused() -> None:
         def compute(self) -> Tensor:
             return self.mean
 
-    class Meant(Scored):
+    class MeanState(Scored):
         def __init__(self) -> None:
-            self.kept = Mean()
+            self.mean = Mean()
 
         def metrics(self, outputs: Tensor, targets: Tensor) -> Any:
-            self.kept.update(outputs)
-            return {"kept": self.kept}
+            self.mean.update(outputs)
+            return {"mean": self.mean}
 
     with pytest.raises(ValueError, match=r"has 'mean' as a mean over ranks.*use a sum"):
-        train(job_of("ring", 2), Meant)
+        train(job_of("ring", 2), MeanState)
