@@ -1,4 +1,4 @@
-"""Whatever a worker has reached of its ports, it can leave them, and the true reason comes out."""
+"""Closing a worker's ports: works in every state, and does not hide the original error."""
 
 import threading
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from distplat.actors.servers.leases import RemoteLeases
 from distplat.actors.servers.shards import RemoteShards
 
 
-def order() -> Any:
+def worker_order() -> Any:
     return SimpleNamespace(
         rank=0,
         attempt=0,
@@ -23,23 +23,25 @@ def order() -> Any:
     )
 
 
-def nowhere() -> LocalTransport:
+def unconnected_transport() -> LocalTransport:
     return LocalCluster().transport("here", "worker-0")
 
 
-def test_servers_that_were_never_reached_are_left() -> None:
-    shards = RemoteShards(nowhere(), order(), 1, 0, threading.Event())
+def test_closes_shards_without_connection() -> None:
+    shards = RemoteShards(unconnected_transport(), worker_order(), 1, 0, threading.Event())
     shards.close()
     shards.close()
 
 
-def test_a_scheduler_that_was_never_reached_is_left() -> None:
-    leases = RemoteLeases(nowhere(), order(), eager=False, abandoned=threading.Event())
+def test_closes_leases_without_connection() -> None:
+    leases = RemoteLeases(
+        unconnected_transport(), worker_order(), eager=False, abandoned=threading.Event()
+    )
     leases.close()
     leases.close()
 
 
-def test_one_port_that_cannot_be_closed_hides_nothing_and_the_others_are_closed(
+def test_failing_close_keeps_the_error_and_closes_other_ports(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     closed = []
@@ -52,17 +54,17 @@ def test_one_port_that_cannot_be_closed_hides_nothing_and_the_others_are_closed(
         def close(self) -> None:
             raise AttributeError("it has no lines")
 
-    connection = Connection(nowhere(), 0)
+    connection = Connection(unconnected_transport(), 0)
     last: Any = Port()
     connection._servers, connection._leases = Broken(), last  # type: ignore[assignment]
 
-    def work() -> None:
+    def train() -> None:
         try:
-            raise ValueError("the true reason")
+            raise ValueError("the original error")
         finally:
             connection.close()
 
-    with pytest.raises(ValueError, match="the true reason"):
-        work()
+    with pytest.raises(ValueError, match="the original error"):
+        train()
     assert closed == [last]
     assert "Broken could not be closed" in caplog.text

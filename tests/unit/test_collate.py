@@ -1,4 +1,4 @@
-"""A task that puts its samples together itself: sequences of any length, under every strategy."""
+"""Tasks with their own `collate`: padded sequences under every strategy."""
 
 from functools import cache
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("loader_server")
 SAMPLES, BATCH, STEPS = 24, 6, 6
 
 
-class Classified(Sentences):
-    """The class of a sentence is that of its first word."""
+class LabeledSentences(Sentences):
+    """Sentences whose label is the class of their first word."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         words, classes = super().__getitem__(index)
@@ -40,8 +40,8 @@ class Encoder(nn.Module):
 
     def forward(self, words: Tensor) -> Tensor:
         mask = (words > 0).unsqueeze(-1).double()
-        found: Tensor = (self.table(words) * mask).sum(1) / mask.sum(1)
-        return found
+        mean: Tensor = (self.table(words) * mask).sum(1) / mask.sum(1)
+        return mean
 
 
 class Padded(Task):
@@ -51,10 +51,10 @@ class Padded(Task):
         return nn.Sequential(Encoder(), nn.Linear(8, 3, dtype=torch.float64))
 
     def train_data(self) -> Dataset[Any]:
-        return Classified(SAMPLES)
+        return LabeledSentences(SAMPLES)
 
     def eval_data(self) -> Dataset[Any]:
-        return Classified(SAMPLES)
+        return LabeledSentences(SAMPLES)
 
     def collate(self, samples: list[Any]) -> Any:
         words, classes = zip(*samples, strict=True)
@@ -65,10 +65,10 @@ class Padded(Task):
 
 
 @cache
-def plain() -> dict[str, Tensor]:
-    """Train in a loop as one would write it."""
+def train_plain() -> dict[str, Tensor]:
+    """Train in a plain loop."""
     torch.manual_seed(0)
-    task, data = Padded(), Classified(SAMPLES)
+    task, data = Padded(), LabeledSentences(SAMPLES)
     model = task.model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     sampler = Sampler(SAMPLES, BATCH, 1, 0, True, False)
@@ -92,7 +92,7 @@ WORLDS: list[tuple[dict[str, Any], int, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("strategy", "workers", "fields"), WORLDS)
-def test_every_strategy_trains_padded_batches_as_a_plain_loop(
+def test_padded_batches_match_a_plain_loop(
     strategy: dict[str, Any], workers: int, fields: dict[str, Any]
 ) -> None:
     job = job_of(
@@ -103,67 +103,69 @@ def test_every_strategy_trains_padded_batches_as_a_plain_loop(
         global_batch_size=BATCH,
         **fields,
     )
-    found: dict[str, Tensor] = {}
+    params: dict[str, Tensor] = {}
     for part in train(job, Padded).trained:
-        found |= part
-    expected = plain()
-    assert found.keys() == expected.keys()
+        params |= part
+    expected = train_plain()
+    assert params.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(params[name], value, rtol=1e-9, atol=1e-12)
 
 
-def test_asynchronous_tasks_are_padded_too() -> None:
+def test_asynchronous_strategy_trains_padded_batches() -> None:
     job = job_of("ps-async", 2, steps=STEPS, global_batch_size=BATCH)
     run = train(job, Padded, apart=True)
     assert len(run.trained) == 2
 
 
-class Drawn(NamedTuple):
-    """A batch, and what was drawn while it was made."""
+class RandomBatch(NamedTuple):
+    """The size of a batch, and the random numbers drawn by `collate`."""
 
     size: int
     numbers: tuple[float, float]
 
 
-class Drawing(Padded):
-    """Draws while it puts samples together, as masks of language models are drawn."""
+class RandomCollate(Padded):
+    """Draws random numbers in `collate`, as masked language models do."""
 
     def collate(self, samples: list[Any]) -> Any:
-        return Drawn(len(samples), (float(torch.rand(())), float(np.random.rand())))
+        return RandomBatch(len(samples), (float(torch.rand(())), float(np.random.rand())))
 
 
-def draws(samples: Dataset[Any], loaders: int) -> list[Drawn]:
+def random_batches(samples: Dataset[Any], loaders: int) -> list[RandomBatch]:
     job = job_of("ring", 1, data={"num_workers": loaders})
-    loader = EvalLoader(job, Drawing())
+    loader = EvalLoader(job, RandomCollate())
     return [batch for batch, _ in loader.batches(samples, range(SAMPLES), 5)]
 
 
-@pytest.mark.parametrize("samples", [Classified(SAMPLES), TensorDataset(torch.zeros(SAMPLES))])
-def test_what_collate_draws_repeats_and_leaves_the_generators_alone(samples: Dataset[Any]) -> None:
-    """Also beside a data set that draws nothing, so that nobody seeds for its samples."""
+@pytest.mark.parametrize(
+    "samples", [LabeledSentences(SAMPLES), TensorDataset(torch.zeros(SAMPLES))]
+)
+def test_random_collate_is_reproducible_and_restores_generators(samples: Dataset[Any]) -> None:
+    """Also with a data set that draws nothing, and so needs no seeding for its samples."""
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    first = draws(samples, 0)
+    first = random_batches(samples, 0)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(4)
-    assert draws(samples, 0) == first == draws(samples, 2)
+    assert random_batches(samples, 0) == first == random_batches(samples, 2)
     assert len({batch.numbers for batch in first}) == len(first) == 5
     assert [batch.size for batch in first] == [5, 5, 5, 5, 4]
 
 
-class Unpaired(Padded):
-    """Forgets the targets."""
+class WithoutTargets(Padded):
+    """Returns inputs without targets."""
 
     def collate(self, samples: list[Any]) -> Any:
         return super().collate(samples)[0]
 
 
-def test_a_batch_that_is_no_pair_is_refused() -> None:
+def test_rejects_batches_that_are_not_pairs() -> None:
     with pytest.raises(ValueError, match=r"a batch must be a pair .* or what collate\(\) gives"):
-        train(job_of("ring", 1, global_batch_size=BATCH), Unpaired)
+        train(job_of("ring", 1, global_batch_size=BATCH), WithoutTargets)
 
 
-def test_a_task_without_one_has_its_samples_stacked() -> None:
+def test_default_collate_stacks_samples() -> None:
     class Plain(Padded):
         collate = Task.collate
 

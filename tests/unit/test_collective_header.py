@@ -1,4 +1,4 @@
-"""One check for all groups: have all ranks called the same operation?"""
+"""The header of a collective operation, and the check that all ranks call the same one."""
 
 import pytest
 import torch
@@ -18,14 +18,14 @@ from distplat.strategies.collective import SENDABLE, ReduceOp
 ONES = torch.ones(7)
 
 
-def differing(*headers: Header, rank: int = 0) -> MismatchError:
+def mismatch_of(*headers: Header, rank: int = 0) -> MismatchError:
     with pytest.raises(MismatchError) as caught:
         check_headers("g", rank, headers)
     return caught.value
 
 
 @pytest.mark.parametrize(
-    ("one", "text"),
+    ("operation", "text"),
     [
         (header("barrier"), "barrier"),
         (header("all_reduce", [ONES], ReduceOp.AVG), "all_reduce of 7 float32 by AVG"),
@@ -38,28 +38,28 @@ def differing(*headers: Header, rank: int = 0) -> MismatchError:
         ),
     ],
 )
-def test_text_and_bytes(one: Header, text: str) -> None:
-    assert str(one) == text
-    packed = one.pack(5)
+def test_text_and_packing(operation: Header, text: str) -> None:
+    assert str(operation) == text
+    packed = operation.pack(5)
     assert len(packed) == SIZE
-    assert Header.unpack(packed) == one._replace(number=5)
-    check_headers("g", 0, [one, one, one])
+    assert Header.unpack(packed) == operation._replace(number=5)
+    check_headers("g", 0, [operation, operation, operation])
 
 
-def test_whoever_differs_from_most_is_named_by_all() -> None:
-    most, other = header("barrier", number=4), header("all_reduce", [ONES], number=4)
+def test_every_rank_names_the_minority() -> None:
+    majority, other = header("barrier", number=4), header("all_reduce", [ONES], number=4)
     for rank, name in enumerate(("barrier", "all_reduce", "barrier")):
-        error = differing(most, other, most, rank=rank)
+        error = mismatch_of(majority, other, majority, rank=rank)
         assert (error.missing, error.operation, error.number) == ((1,), name, 4)
         assert error.cause == "ranks 0, 2 in barrier; rank 1 in all_reduce of 7 float32"
 
 
-def test_of_two_the_second_is_named() -> None:
-    assert differing(header("barrier"), header("share", [ONES]), rank=1).missing == (1,)
+def test_names_the_second_of_two_ranks() -> None:
+    assert mismatch_of(header("barrier"), header("share", [ONES]), rank=1).missing == (1,)
 
 
-def test_numbers_are_told_where_they_differ() -> None:
-    error = differing(header("barrier", number=3), header("barrier", number=4))
+def test_shows_sequence_numbers_that_differ() -> None:
+    error = mismatch_of(header("barrier", number=3), header("barrier", number=4))
     assert error.cause == "rank 0 in barrier (#3); rank 1 in barrier (#4)"
 
 
@@ -70,13 +70,13 @@ def test_numbers_are_told_where_they_differ() -> None:
         header("all_gather", [ONES[:4], ONES[:3]], offsets=[0, 16]),
     ],
 )
-def test_sizes_and_places_of_parts_count(other: Header) -> None:
-    error = differing(header("all_gather", [ONES[:4], ONES[:3]]), other)
+def test_compares_sizes_and_offsets_of_parts(other: Header) -> None:
+    error = mismatch_of(header("all_gather", [ONES[:4], ONES[:3]]), other)
     assert "the sizes of the ranks' parts differ, or their offsets" in error.cause
 
 
 @pytest.mark.parametrize("wrong", [ONES[:3], ONES.int()])
-def test_a_message_of_another_kind(wrong: torch.Tensor) -> None:
+def test_check_message_rejects_other_size_or_dtype(wrong: torch.Tensor) -> None:
     expected = header("send", [ONES], number=2)
     check_message("g", 0, 1, header("send", [ONES], number=2), expected)
     with pytest.raises(MismatchError, match=r"rank 0 sends .*; rank 1 expects 7 float32") as caught:
@@ -84,7 +84,7 @@ def test_a_message_of_another_kind(wrong: torch.Tensor) -> None:
     assert (caught.value.missing, caught.value.operation, caught.value.number) == ((0,), "recv", 2)
 
 
-def test_each_dtype_that_travels_has_a_code_of_its_own() -> None:
+def test_each_supported_dtype_has_its_own_code() -> None:
     assert all(supported(dtype) for dtype in SENDABLE) and not supported(torch.complex64)
     codes = {header("send", [torch.ones(1).to(dtype)]).dtype for dtype in SENDABLE}
     assert len(codes) == len(SENDABLE) and -1 not in codes

@@ -1,4 +1,4 @@
-"""Each private name of torch that groups use is there, and does what they need it for."""
+"""The private APIs of torch that collective groups use exist and work as expected."""
 
 import inspect
 import threading
@@ -73,30 +73,30 @@ def test_reduce_scatter() -> None:
     on_gloo_ranks(2, body)
 
 
-def test_a_callback_when_an_operation_is_over() -> None:
+def test_when_done_calls_back() -> None:
     def body(group: Any, rank: int) -> None:
-        over = threading.Event()
+        done = threading.Event()
         work = torch_compat.all_reduce(group, torch.ones(3), ReduceOp.SUM)
-        torch_compat.when_done(work, over.set)
+        torch_compat.when_done(work, done.set)
         work.wait()
-        assert over.wait(OPERATION_S)
+        assert done.wait(OPERATION_S)
 
     on_gloo_ranks(2, body)
 
 
-def test_the_deadline_of_an_operation() -> None:
+def test_operation_has_a_deadline() -> None:
     def body(group: Any, rank: int) -> None:
         if rank == 0:
-            began = time.monotonic()
+            started = time.monotonic()
             with pytest.raises(RuntimeError):
                 torch_compat.all_reduce(group, torch.ones(3), ReduceOp.SUM).wait()
-            assert 0.2 < time.monotonic() - began < 5.0
+            assert 0.2 < time.monotonic() - started < 5.0
 
     on_gloo_ranks(2, body, 0.3)
 
 
-def test_an_operation_that_is_late_breaks_all_connections() -> None:
-    """What `TorchGroup` relies on to end the waits of both sides."""
+def test_expired_operation_breaks_all_connections() -> None:
+    """`TorchGroup` relies on this to end the waits of both sides."""
 
     def body(group: Any, rank: int) -> None:
         if rank == 0:
@@ -104,29 +104,29 @@ def test_an_operation_that_is_late_breaks_all_connections() -> None:
             with pytest.raises(RuntimeError):
                 group.recv([torch.empty(1)], 1, 77).wait(timedelta(milliseconds=1))
         else:
-            began = time.monotonic()
+            started = time.monotonic()
             with pytest.raises(RuntimeError):
                 torch_compat.all_reduce(group, torch.ones(3), ReduceOp.SUM).wait()
-            assert time.monotonic() - began < OPERATION_S / 2
+            assert time.monotonic() - started < OPERATION_S / 2
 
     on_gloo_ranks(2, body)
 
 
-def test_what_this_torch_was_built_with() -> None:
+def test_available_backends() -> None:
     assert torch_compat.gloo_available()
     assert torch_compat.nccl_available() == (dist.is_nccl_available() and torch.cuda.is_available())
 
 
 @pytest.mark.skipif(not dist.is_nccl_available(), reason="torch was built without NCCL")
-def test_the_names_of_nccl() -> None:
+def test_nccl_private_names_exist() -> None:
     assert callable(dist.ProcessGroupNCCL.abort) and callable(dist.ProcessGroupNCCL.shutdown)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=1)
     assert options._timeout == timedelta(seconds=1)
 
 
-def test_no_other_module_of_the_groups_uses_torchs_process_groups() -> None:
-    """A private name outside of `torch_compat` would be covered by none of these tests."""
+def test_other_collective_modules_use_no_process_groups() -> None:
+    """These tests do not cover private names outside of `torch_compat`."""
     from distplat.actors.collectives import hierarchical, torch_group, torch_store
 
     for module in (hierarchical, torch_group, torch_store):

@@ -1,4 +1,4 @@
-"""What is private of Ray and torch is still there, and does what we take it for."""
+"""The private APIs of Ray and torch that distplat uses exist and work as expected."""
 
 import inspect
 import logging
@@ -46,7 +46,7 @@ REGISTRIES = (
 
 
 class Store(dict[bytes, bytes]):
-    """Stands in for the client of Ray's key-value store, as the functions over it call it."""
+    """Replaces the client of Ray's key-value store."""
 
     def internal_kv_put(
         self, key: bytes, value: bytes, overwrite: bool, namespace: object = None
@@ -59,13 +59,13 @@ class Store(dict[bytes, bytes]):
         return self.get(key)
 
     def internal_kv_keys(self, prefix: bytes, namespace: object = None) -> list[bytes]:
-        return [one for one in self if one.startswith(prefix)]
+        return [key for key in self if key.startswith(prefix)]
 
     def internal_kv_del(self, key: bytes, by_prefix: bool, namespace: object = None) -> int:
-        gone = [one for one in self if one == key or (by_prefix and one.startswith(key))]
-        for one in gone:
-            del self[one]
-        return len(gone)
+        deleted = [name for name in self if name == key or (by_prefix and name.startswith(key))]
+        for name in deleted:
+            del self[name]
+        return len(deleted)
 
 
 @pytest.fixture
@@ -76,14 +76,14 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     return store
 
 
-def test_the_store_keeps_the_first_value(store: Store) -> None:
+def test_put_first_keeps_the_first_value(store: Store) -> None:
     of_ray.put_first(b"a/1", b"one")
     of_ray.put_first(b"a/1", b"two")
     assert of_ray.get(b"a/1") == b"one"
     assert of_ray.get(b"b") is None
 
 
-def test_the_store_lists_writes_again_and_removes(store: Store) -> None:
+def test_store_lists_overwrites_and_deletes(store: Store) -> None:
     store |= {b"a": b"", b"a/1": b""}
     of_ray.put(b"a/1", b"one")
     of_ray.put(b"a/1", b"two")
@@ -93,14 +93,14 @@ def test_the_store_lists_writes_again_and_removes(store: Store) -> None:
     assert [*store] == [b"a"]
 
 
-def test_the_store_forgets_a_run(store: Store) -> None:
+def test_delete_all_deletes_by_prefix(store: Store) -> None:
     for key in (b"a/1", b"a/2", b"b"):
         of_ray.put_first(key, b"x")
     of_ray.delete_all(b"a/")
     assert store == {b"b": b"x"}
 
 
-def test_free_resources_are_asked_for_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_resources_by_node(monkeypatch: pytest.MonkeyPatch) -> None:
     class State:
         def available_resources_per_node(self) -> dict[str, dict[str, float]]:
             return {"node": {"CPU": 2.0}}
@@ -109,7 +109,7 @@ def test_free_resources_are_asked_for_by_node(monkeypatch: pytest.MonkeyPatch) -
     assert of_ray.free_resources() == {"node": {"CPU": 2.0}}
 
 
-def test_a_ray_is_ours_if_this_process_has_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_is_ours_if_this_process_started_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not of_ray.ray_is_ours()
     head = type("Node", (), {"head": True})()
     monkeypatch.setattr(ray._private.worker, "_global_node", head)
@@ -117,7 +117,7 @@ def test_a_ray_is_ours_if_this_process_has_its_head(monkeypatch: pytest.MonkeyPa
     assert "self.head = " in inspect.getsource(ray._private.node.Node)
 
 
-def test_rays_logs_are_where_its_node_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_folder_is_that_of_the_node(monkeypatch: pytest.MonkeyPatch) -> None:
     assert of_ray.log_folder() is None
     node = SimpleNamespace(get_logs_dir_path=lambda: Path("/there/logs"))
     monkeypatch.setattr(ray._private.worker, "_global_node", node)
@@ -125,7 +125,7 @@ def test_rays_logs_are_where_its_node_says(monkeypatch: pytest.MonkeyPatch) -> N
     assert callable(ray._private.node.Node.get_logs_dir_path)
 
 
-def test_a_ray_of_ours_takes_loopback_for_its_address() -> None:
+def test_own_ray_uses_the_loopback_address() -> None:
     from ray._private import services
 
     with of_ray.loopback():
@@ -133,8 +133,8 @@ def test_a_ray_of_ours_takes_loopback_for_its_address() -> None:
     assert services.ray_constants.ENABLE_RAY_CLUSTER
 
 
-def test_ray_takes_no_signal_while_it_starts() -> None:
-    """It would end the process by `sys.exit`, and an end in order would look like the user's."""
+def test_own_signals_keeps_signal_handlers() -> None:
+    """Ray's handler calls `sys.exit`, so SIGTERM would look like an exit of the user's code."""
     for module in (ray._private.worker, ray._private.node):
         assert "ray._private.utils.set_sigterm_handler(" in inspect.getsource(module)
     before = signal.getsignal(signal.SIGTERM)
@@ -146,23 +146,21 @@ def test_ray_takes_no_signal_while_it_starts() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_files_of_a_ray_of_ours_are_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name that is too long for a socket would keep Ray from starting."""
+def test_temporary_folder_is_private(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray does not start if the path is too long for a socket."""
     with TemporaryDirectory(prefix="t") as short:
         monkeypatch.chdir(short)
         longest = f"{short}/{'x' * (of_ray.FOLDER_BYTES - len(short) - 1)}"
-        for base, there in ((longest, longest), ("new", f"{short}/new"), (f"{longest}x", "/tmp")):
+        for base, parent in ((longest, longest), ("new", f"{short}/new"), (f"{longest}x", "/tmp")):
             monkeypatch.setenv("RAY_TMPDIR", base)
-            made = RayFolder(of_ray.temporary_folder())
-            folder = made.path.parent
-            assert (folder.parent, folder.stat().st_mode & 0o777) == (Path(there), 0o700)
-            made.remove()
+            ray_folder = RayFolder(of_ray.temporary_folder())
+            folder = ray_folder.path.parent
+            assert (folder.parent, folder.stat().st_mode & 0o777) == (Path(parent), 0o700)
+            ray_folder.remove()
             assert not folder.exists()
 
 
-def test_ray_notes_its_address_where_it_is_looked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ray_writes_its_address_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     (tmp_path / "ray").mkdir()
     ray._private.utils.write_ray_address("10.0.0.1:6379", None)
@@ -170,7 +168,7 @@ def test_ray_notes_its_address_where_it_is_looked_for(
     assert of_ray.address_file().read_text() == "10.0.0.1:6379"
 
 
-def test_auto_is_what_ray_start_noted_or_any_rays_process(
+def test_address_of_auto_reads_the_file_or_finds_a_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
@@ -187,22 +185,22 @@ def test_auto_is_what_ray_start_noted_or_any_rays_process(
     assert of_ray.address_of_auto() == "10.0.0.1:6379"
 
 
-@pytest.mark.parametrize("real", [0, os.getuid(), os.getuid() + 1])
-def test_rays_are_looked_for_among_ones_own_processes(
-    real: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("uid", [0, os.getuid(), os.getuid() + 1])
+def test_addresses_here_searches_processes_of_the_user_and_root(
+    uid: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = ["/lib/ray/raylet", "--gcs-address=10.0.0.3:6379", "--more"]
     infos = [
-        {"cmdline": line, "uids": SimpleNamespace(real=real, effective=0)},
+        {"cmdline": line, "uids": SimpleNamespace(real=uid, effective=0)},
         {"cmdline": ["python", *line[1:]], "uids": SimpleNamespace(real=0)},
-        {"cmdline": None, "uids": None},  # it has ended, or may not be looked at
+        {"cmdline": None, "uids": None},  # ended, or access denied
     ]
     processes = [SimpleNamespace(info=info) for info in infos]
     monkeypatch.setattr(psutil, "process_iter", lambda fields: iter(processes))
-    assert of_ray.addresses_here() == ({"10.0.0.3:6379"} if real in (0, os.getuid()) else set())
+    assert of_ray.addresses_here() == ({"10.0.0.3:6379"} if uid in (0, os.getuid()) else set())
 
 
-def test_a_process_of_ray_tells_its_address(tmp_path: Path) -> None:
+def test_addresses_here_reads_the_command_line_of_raylet(tmp_path: Path) -> None:
     line = ["raylet", "-c", "print(flush=True); input()", "--gcs-address=127.0.0.1:1"]
     pipe = subprocess.PIPE
     with subprocess.Popen(line, executable=sys.executable, stdin=pipe, stdout=pipe) as process:
@@ -213,61 +211,63 @@ def test_a_process_of_ray_tells_its_address(tmp_path: Path) -> None:
     assert "--gcs-address={" in inspect.getsource(ray._private.services)
 
 
-def test_a_head_is_met_without_a_driver() -> None:
-    """What it raises shows `test_jobs.py`: alone it takes seconds to find that nobody is there."""
-    told = inspect.getdoc(ray._raylet.InnerGcsClient.standalone)
-    wanted = "standalone(unicode gcs_address: str, cluster_id: Optional[str], int timeout_ms: int)"
-    assert told is not None and wanted in told
+def test_standalone_gcs_client_exists() -> None:
+    """`test_jobs.py` covers its errors: an unreachable head takes seconds."""
+    doc = inspect.getdoc(ray._raylet.InnerGcsClient.standalone)
+    signature = (
+        "standalone(unicode gcs_address: str, cluster_id: Optional[str], int timeout_ms: int)"
+    )
+    assert doc is not None and signature in doc
 
 
-def test_ignore_files_are_read_as_ray_reads_them(tmp_path: Path) -> None:
+def test_ignore_tests_read_rayignore(tmp_path: Path) -> None:
     (tmp_path / ".rayignore").write_text("*.bin\n")
     tests = of_ray.ignore_tests(tmp_path, logging.getLogger("test"))
     assert any(test(tmp_path / "a.bin") for test in tests)
     assert not any(test(tmp_path / "a.py") for test in tests)
 
 
-@pytest.mark.parametrize(("told", "ignored"), [(None, True), ("0", True), ("1", False)])
-def test_rays_variable_says_whether_git_is_heeded(
-    told: str | None, ignored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("variable", "is_ignored"), [(None, True), ("0", True), ("1", False)])
+def test_ignore_tests_read_gitignore_unless_the_variable_is_set(
+    variable: str | None, is_ignored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, raising=False)
-    if told is not None:
-        monkeypatch.setenv(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, told)
+    if variable is not None:
+        monkeypatch.setenv(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, variable)
     (tmp_path / ".gitignore").write_text("*.bin\n")
     tests = of_ray.ignore_tests(tmp_path, logging.getLogger("test"))
-    assert any(test(tmp_path / "a.bin") for test in tests) is ignored
+    assert any(test(tmp_path / "a.bin") for test in tests) is is_ignored
 
 
-def test_a_job_config_tells_where_modules_are() -> None:
+def test_job_config_has_the_driver_path() -> None:
     config = of_ray.job_config("/home/user", one_machine=False)
     assert "/home/user" in config._py_driver_sys_path
     assert b"/home/user" in config._get_proto_job_config().SerializeToString()
 
 
 @pytest.mark.parametrize("one_machine", [True, False])
-def test_actors_learn_from_the_job_whether_it_is_for_one_machine(
+def test_job_config_says_whether_a_run_stays_on_one_machine(
     one_machine: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That they get it, in `Worker.core_worker`, shows `test_jobs.py`."""
-    sent = of_ray.job_config("/home/user", one_machine=one_machine)._get_proto_job_config()
-    core = SimpleNamespace(get_job_config=lambda: sent)
+    """`test_jobs.py` shows that actors receive it in `Worker.core_worker`."""
+    config = of_ray.job_config("/home/user", one_machine=one_machine)._get_proto_job_config()
+    core = SimpleNamespace(get_job_config=lambda: config)
     monkeypatch.setattr(ray._private.worker, "global_worker", SimpleNamespace(core_worker=core))
     assert of_ray.stays_on_machine() is one_machine
 
 
-def test_a_driver_of_ray_client_has_joined_for_no_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_client_driver_does_not_stay_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray._private.worker, "global_worker", SimpleNamespace())
     assert not of_ray.stays_on_machine()
 
 
-def test_the_variable_of_a_job_is_the_one_that_ray_reads() -> None:
+def test_ray_reads_the_job_config_variable() -> None:
     assert of_ray.JOB_CONFIG_VARIABLE == "RAY_JOB_CONFIG_JSON_ENV_VAR"
     source = inspect.getsource(ray._private.worker)
     assert "RAY_JOB_CONFIG_JSON_ENV_VAR" in source
 
 
-def test_every_request_of_the_job_client_goes_through_one_place(
+def test_with_requests_wraps_every_request_of_the_job_client(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sent: list[tuple[str, str, object]] = []
@@ -286,13 +286,13 @@ def test_every_request_of_the_job_client_goes_through_one_place(
     assert sent == [("GET", "http://127.0.0.1:1/api/version", 5)]
 
 
-def test_what_ray_has_shipped_is_known_by_its_name() -> None:
+def test_prefix_of_uploaded_packages() -> None:
     from ray._private.runtime_env import packaging
 
     assert packaging.RAY_PKG_PREFIX == SHIPPED
 
 
-def test_the_loggers_of_uploads_have_these_names() -> None:
+def test_names_of_the_upload_loggers() -> None:
     import ray.dashboard.modules.dashboard_sdk as sdk
     from ray._private.runtime_env import packaging
 
@@ -304,11 +304,11 @@ def test_the_loggers_of_uploads_have_these_names() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(REGISTRIES)))
-def test_modules_have_the_registries(name: str) -> None:
+def test_modules_have_hook_registries(name: str) -> None:
     assert name in vars(nn.Linear(1, 1))
 
 
-def test_hooks_of_tensors_are_where_they_are_looked_for() -> None:
+def test_tensor_hooks_finds_hooks() -> None:
     tensor = torch.zeros(1, requires_grad=True)
     assert module_hooks.tensor_hooks(tensor) == []
     tensor.register_hook(lambda gradient: None)  # type: ignore[no-untyped-call]
@@ -316,7 +316,7 @@ def test_hooks_of_tensors_are_where_they_are_looked_for() -> None:
     assert module_hooks.tensor_hooks(tensor) == ["a hook", "a post-accumulate hook"]
 
 
-def test_a_tensor_counts_its_writes() -> None:
+def test_tensor_version_counts_writes() -> None:
     tensor = torch.zeros(1)
     before = tensor._version
     tensor.add_(1)
@@ -324,20 +324,20 @@ def test_a_tensor_counts_its_writes() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm1d]
+    "cls", [nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm1d]
 )
-def test_norms_with_running_statistics_are_told(kind: Any) -> None:
-    assert of_torch.has_running_statistics(kind(2))
+def test_has_running_statistics(cls: Any) -> None:
+    assert of_torch.has_running_statistics(cls(2))
     assert not of_torch.has_running_statistics(nn.LayerNorm(2))
 
 
-def test_an_input_of_the_wrong_shape_is_refused() -> None:
+def test_check_input_rejects_wrong_shape() -> None:
     of_torch.check_input(nn.SyncBatchNorm(2), torch.zeros(3, 2))
     with pytest.raises(ValueError):
         of_torch.check_input(nn.SyncBatchNorm(2), torch.zeros(3))
 
 
-def test_hooks_for_all_modules_are_seen() -> None:
+def test_has_global_hooks() -> None:
     assert not of_torch.has_global_hooks()
     handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
     try:
@@ -346,32 +346,32 @@ def test_hooks_for_all_modules_are_seen() -> None:
         handle.remove()
 
 
-def test_samples_are_collated_by_our_rules() -> None:
-    rules = {**of_torch.COLLATE_RULES, str: lambda batch, **_: "".join(batch)}
-    together = of_torch.collate_with_rules(
+def test_collate_with_rules() -> None:
+    rules = {**of_torch.COLLATE_RULES, str: lambda samples, **_: "".join(samples)}
+    batch = of_torch.collate_with_rules(
         rules, [{"x": torch.ones(1), "t": "a"}, {"x": torch.ones(1), "t": "b"}]
     )
-    assert together["t"] == "ab" and together["x"].shape == (2, 1)
+    assert batch["t"] == "ab" and batch["x"].shape == (2, 1)
 
 
 def assert_runs(code: str) -> None:
-    """Run it in a process of its own: the compiler, and what it is told, stay out of this one."""
-    done = subprocess.run(
+    """Run code in a new process, so that this process does not load the compiler."""
+    process = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
 
 
-def test_a_module_that_is_not_compiled_is_known_without_a_compiler() -> None:
-    ask = """import sys
+def test_compiled_module_does_not_import_the_compiler() -> None:
+    code = """import sys
 from torch import nn
 from distplat.strategies.torch_compat import compiled_module
 assert compiled_module(nn.Linear(1, 1)) is None
 assert "torch._dynamo" not in sys.modules"""
-    assert_runs(ask)
+    assert_runs(code)
 
 
-def test_calls_go_through_a_compiler_that_is_given() -> None:
+def test_call_compiled_uses_the_given_compiler() -> None:
     module, calls = nn.Linear(2, 1), []
 
     def context(call: Any) -> Any:
@@ -387,25 +387,25 @@ def test_calls_go_through_a_compiler_that_is_given() -> None:
     assert len(calls) == 1
 
 
-def test_the_first_step_of_an_optimizer_imports_no_compiler() -> None:
-    ask = """import sys, torch
+def test_optimizer_does_not_import_the_compiler() -> None:
+    code = """import sys, torch
 from distplat.strategies.torch_compat import avoid_compiler_import
 avoid_compiler_import()
 torch.optim.SGD([torch.zeros(1)], lr=0.1)
 sys.exit("torch._dynamo" in sys.modules)"""
-    assert_runs(ask)
+    assert_runs(code)
 
 
-def test_the_end_of_backward_is_told_and_its_error_comes_out() -> None:
+def test_after_backward_runs_at_the_end_and_propagates_errors() -> None:
     weights = [torch.ones(1, requires_grad=True) for _ in range(2)]
-    told: list[list[bool]] = []
+    has_grad: list[list[bool]] = []
 
     def queue(_: Tensor) -> None:
-        of_torch.after_backward(lambda: told.append([one.grad is not None for one in weights]))
+        of_torch.after_backward(lambda: has_grad.append([w.grad is not None for w in weights]))
 
     hook = weights[0].register_post_accumulate_grad_hook(queue)  # type: ignore[no-untyped-call]
     torch.autograd.backward(weights[0] * weights[1])
-    assert told == [[True, True]]
+    assert has_grad == [[True, True]]
 
     def fail() -> None:
         raise KeyError("at the end")
@@ -418,7 +418,7 @@ def test_the_end_of_backward_is_told_and_its_error_comes_out() -> None:
         torch.autograd.backward(weights[0] * weights[1])
 
 
-def test_trees_are_gone_through_in_order() -> None:
+def test_tree_functions_keep_the_order() -> None:
     tree = {"b": [torch.ones(1), (2, None)], "a": 3}
     leaves = of_torch.tree_leaves(tree)
     assert [leaf if not isinstance(leaf, Tensor) else "t" for leaf in leaves] == ["t", 2, None, 3]
@@ -427,14 +427,14 @@ def test_trees_are_gone_through_in_order() -> None:
     assert of_torch.tree_paths(tree) == ["['b'][0]", "['b'][1][0]", "['b'][1][1]", "['a']"]
 
 
-def test_a_tree_is_put_together_from_its_written_structure() -> None:
+def test_tree_structure_round_trips_as_text() -> None:
     leaves, structure = of_torch.tree_flatten({"b": [1, (2, None)], "a": 3})
-    again = of_torch.structure_from_text(of_torch.structure_text(structure))
-    assert again == structure != of_torch.tree_flatten([1, 2, None, 3])[1]
-    assert of_torch.tree_unflatten(leaves, again) == {"b": [1, (2, None)], "a": 3}
+    parsed = of_torch.structure_from_text(of_torch.structure_text(structure))
+    assert parsed == structure != of_torch.tree_flatten([1, 2, None, 3])[1]
+    assert of_torch.tree_unflatten(leaves, parsed) == {"b": [1, (2, None)], "a": 3}
 
 
-def test_a_stream_does_not_see_that_a_loader_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_worker_info_hides_the_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils.data._utils import worker
 
     monkeypatch.setattr(worker, "_worker_info", "a loader")
@@ -447,8 +447,8 @@ def test_a_stream_does_not_see_that_a_loader_reads_it(monkeypatch: pytest.Monkey
 # both
 
 
-def test_nothing_private_of_ray_or_torch_is_imported_elsewhere() -> None:
-    wrong = [
+def test_private_apis_are_used_only_in_compat_modules() -> None:
+    violations = [
         f"{path.relative_to(ROOT)}: {word}"
         for folder in ("platform", "strategies", "actors", "cli")
         for path in (ROOT / folder).rglob("*.py")
@@ -456,61 +456,61 @@ def test_nothing_private_of_ray_or_torch_is_imported_elsewhere() -> None:
         for word in ("ray._", "ray.experimental", "_internal_kv", "torch._", "torch.utils._")
         if any(word in line and "torch.__" not in line for line in path.read_text().splitlines())
     ]
-    assert not wrong
+    assert not violations
 
 
-def test_operations_that_draw_are_seen() -> None:
-    seen: list[str] = []
-    with of_torch.RandomOpWatch(lambda: seen.append("drawn")):
+def test_random_op_watch_sees_random_operations() -> None:
+    events: list[str] = []
+    with of_torch.RandomOpWatch(lambda: events.append("drawn")):
         torch.ones(3) + 1
-        assert seen == []
+        assert events == []
         torch.rand(2)
         nn.functional.dropout(torch.ones(2), 0.5, training=True)
         torch.randperm(3)
     torch.rand(2)
-    assert len(seen) == 3
+    assert len(events) == 3
 
 
-def test_what_was_compiled_is_counted_and_hooks_are_left_out() -> None:
-    ask = """import torch
+def test_counts_compiled_frames_and_excludes_hooks() -> None:
+    code = """import torch
 from distplat.strategies.torch_compat import frames_compiled, not_compiled
 before = frames_compiled()
-compiled = torch.compile(lambda one: one + 1, backend="eager")
+compiled = torch.compile(lambda x: x + 1, backend="eager")
 assert compiled(torch.ones(1)).item() == 2.0
 assert frames_compiled() == before + 1
-made = []
+graphs = []
 
 def backend(graph, inputs):
-    made.append(graph.code)
+    graphs.append(graph.code)
     return graph.forward
 
-def deeper(grad):
+def compute(grad):
     grad.erfinv()
 
-for mark, seen in ((lambda call: call, True), (not_compiled, False)):
+for wrap, is_compiled in ((lambda call: call, True), (not_compiled, False)):
     parameter = torch.nn.Parameter(torch.zeros(3))
-    parameter.register_post_accumulate_grad_hook(mark(lambda one: deeper(one.grad)))
+    parameter.register_post_accumulate_grad_hook(wrap(lambda p: compute(p.grad)))
     step = torch.compile(lambda x: (parameter * x).sum().backward(), backend=backend)
     step(torch.tensor(0.5))
-    assert any("erfinv" in one for one in made) == seen, made
-    made.clear()
+    assert any("erfinv" in text for text in graphs) == is_compiled, graphs
+    graphs.clear()
     torch._dynamo.reset()"""
-    assert_runs(ask)
+    assert_runs(code)
 
 
-def test_what_cannot_be_compiled_runs_in_every_thread() -> None:
-    """The thread that prepares a model need not be the one that trains it."""
-    ask = """import threading, torch
+def test_falls_back_to_eager_in_every_thread() -> None:
+    """A model may be prepared in one thread and trained in another."""
+    code = """import threading, torch
 from distplat.strategies.torch_compat import fall_back_to_eager
 
 def broken(graph, inputs):
     raise RuntimeError("no compiler here")
 
 fall_back_to_eager()
-compiled = torch.compile(lambda one: one + 1, backend=broken)
+compiled = torch.compile(lambda x: x + 1, backend=broken)
 results = []
 other = threading.Thread(target=lambda: results.append(compiled(torch.ones(1))), daemon=True)
 other.start()
 other.join(60)
-assert [one.item() for one in results] == [2.0]"""
-    assert_runs(ask)
+assert [result.item() for result in results] == [2.0]"""
+    assert_runs(code)

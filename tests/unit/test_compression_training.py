@@ -1,4 +1,4 @@
-"""Training with compressed gradients: nearly as good as without, because nothing is forgotten."""
+"""Training with compressed gradients: error feedback keeps the accuracy of plain training."""
 
 from functools import cache
 from typing import Any
@@ -27,7 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @cache
 def digits() -> tuple[Tensor, Tensor]:
-    """All 1797 images of scikit-learn's digits, in a seeded order."""
+    """Return the 1797 images of scikit-learn's digits, in a seeded order."""
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     inputs = torch.tensor(data.data / 16, dtype=torch.float32)
@@ -58,7 +58,7 @@ def run(method: str, steps: int = 300, world: int = 2, **more: Any) -> LocalRun:
 
 
 def loss_and_accuracy(result: LocalRun) -> tuple[float, float]:
-    """On the images that were not trained on."""
+    """Return loss and accuracy on the test images."""
     inputs, targets = digits()
     with torch.no_grad():
         outputs = result.ranks[0].prepared.flat.model(inputs[TRAIN:])
@@ -73,7 +73,7 @@ def uncompressed() -> tuple[float, float]:
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("method", ["topk", "powersgd"])
-def test_it_learns_nearly_as_well(method: str) -> None:
+def test_accuracy_is_close_to_uncompressed_training(method: str) -> None:
     loss, accuracy = loss_and_accuracy(run(method))
     plain_loss, plain_accuracy = uncompressed()
     assert plain_accuracy > 0.93
@@ -82,23 +82,23 @@ def test_it_learns_nearly_as_well(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "kind"),
+    ("method", "reducer"),
     [("topk", "TopKReducer"), ("powersgd", "PowerSGDReducer")],
     ids=["topk", "powersgd"],
 )
-def test_without_the_residual_it_does_not(
-    method: str, kind: str, monkeypatch: pytest.MonkeyPatch
+def test_accuracy_drops_without_the_residual(
+    method: str, reducer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the test above shows is owed to error feedback."""
+    """The accuracy of the test above depends on error feedback."""
 
-    class Forgetful(getattr(ring_worker, kind)):  # type: ignore[misc]
+    class WithoutResidual(getattr(ring_worker, reducer)):  # type: ignore[misc]
         def finish(self, local: StepControl) -> StepControl:
             total: StepControl = super().finish(local)
             assert isinstance(self, CompressedReducer)
             self.residual.zero_()
             return total
 
-    monkeypatch.setattr(ring_worker, kind, Forgetful)
+    monkeypatch.setattr(ring_worker, reducer, WithoutResidual)
     loss, accuracy = loss_and_accuracy(run(method))
     plain_loss, plain_accuracy = uncompressed()
     assert loss > 2.5 * plain_loss
@@ -107,8 +107,8 @@ def test_without_the_residual_it_does_not(
 
 @pytest.mark.parametrize("method", ["topk", "powersgd"])
 @pytest.mark.parametrize("world", [2, 3])
-def test_ranks_agree_and_a_run_repeats_bit_for_bit(method: str, world: int) -> None:
-    """Also where some ranks have no samples: the second batch of an epoch has one."""
+def test_ranks_agree_and_runs_are_bit_identical(method: str, world: int) -> None:
+    """Also if some ranks have no samples: the second batch of an epoch has one sample."""
     more = {"global_batch_size": TRAIN - 1, "gradient_accumulation": 2, "clip_norm": 0.5}
     first = run(method, 5, world, **more)
     second = run(method, 5, world, **more)
@@ -124,7 +124,7 @@ def test_ranks_agree_and_a_run_repeats_bit_for_bit(method: str, world: int) -> N
 
 
 @pytest.mark.parametrize("method", ["topk", "powersgd"])
-def test_each_step_reports_whether_it_paid(method: str) -> None:
+def test_each_step_reports_figures_of_compression(method: str) -> None:
     result = run(method, 3)
     for reports in result.reports:
         for report in reports:

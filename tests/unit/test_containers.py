@@ -1,4 +1,4 @@
-"""The tensors in nested values, whatever holds them, and the same containers with other items."""
+"""Tensors in nested containers, and rebuilding containers with other items."""
 
 from collections import Counter, OrderedDict, UserDict, namedtuple
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,7 @@ class State:
 
 
 @pytest.mark.parametrize(
-    "kind",
+    "build",
     [
         State,
         Named,
@@ -36,9 +36,9 @@ class State:
         lambda a, b: MappingProxyType({"a": a, "b": b}),
     ],
 )
-def test_tensors_are_found_in_order_and_containers_rebuilt(kind: Any) -> None:
+def test_finds_tensors_in_order_and_rebuilds_containers(build: Any) -> None:
     a, b, c = (torch.tensor(float(number)) for number in range(3))
-    value = kind(a, {"text": "x", "inner": [b, None]})
+    value = build(a, {"text": "x", "inner": [b, None]})
     assert [*map(id, tensors_in(value))] == [id(a), id(b)]
     items = items_in(value)
     assert items is not None
@@ -50,7 +50,7 @@ def test_tensors_are_found_in_order_and_containers_rebuilt(kind: Any) -> None:
 
 @dataclass(frozen=True)
 class Encoded(Mapping[str, Any]):
-    """Has more than it gives as a mapping."""
+    """A mapping with an attribute that is not an item."""
 
     first: Any
     second: Any
@@ -67,19 +67,19 @@ class Encoded(Mapping[str, Any]):
 
 
 class Attributes(dict[str, Any]):
-    """Its items are its attributes."""
+    """A dict whose items are its attributes."""
 
     def __init__(self, **items: Any) -> None:
         super().__init__(**items)
         self.__dict__ = self
 
 
-def test_a_dict_that_is_its_own_attributes_stays_one() -> None:
+def test_rebuilds_dict_with_items_as_attributes() -> None:
     other: Any = rebuilt(Attributes(a=1), [2])
     assert (other["a"], other.a) == (2, 2)
 
 
-def test_mappings_of_another_kind_have_the_other_items() -> None:
+def test_rebuilds_other_mappings() -> None:
     other = rebuilt(value := WrappedMapping({"a": 1, "b": 2}), [3, 4])
     assert type(other) is WrappedMapping
     assert (value.held, other.held) == ({"a": 1, "b": 2}, {"a": 3, "b": 4})
@@ -87,19 +87,19 @@ def test_mappings_of_another_kind_have_the_other_items() -> None:
     assert rebuilt(Encoded(1, 2, "text"), [3, 4]) == Encoded(3, 4, "text")
 
 
-def test_a_list_that_holds_itself_ends() -> None:
+def test_self_referencing_list_terminates() -> None:
     value: list[Any] = [torch.ones(1)]
     value.append({"again": value})
     assert len([*tensors_in(value)]) == 1
 
 
 @pytest.mark.parametrize("value", ["text", 1.0, None, {1}, State, object()])
-def test_other_values_hold_nothing(value: object) -> None:
+def test_other_values_have_no_items(value: object) -> None:
     assert items_in(value) is None
     assert [*tensors_in(value)] == []
 
 
-def test_hugging_face_s_outputs_and_packed_sequences() -> None:
+def test_model_outputs_of_transformers_and_packed_sequences() -> None:
     outputs_module = pytest.importorskip("transformers.modeling_outputs")
 
     logits = torch.zeros(2, 3)

@@ -1,4 +1,4 @@
-"""The control record of a step: packed, summed, read; and what is decided by it."""
+"""The control record of a step: packing, summing, and the decisions based on it."""
 
 from dataclasses import dataclass, replace
 
@@ -21,55 +21,55 @@ def record(
 
 
 def total(*records: StepControl) -> StepControl:
-    return StepControl.total([one.pack() for one in records])
+    return StepControl.total([r.pack() for r in records])
 
 
-def test_a_parameter_used_on_one_rank_is_used() -> None:
-    found = total(record(0, present=(1, 0)), record(1, present=(0, 0)))
-    assert found.present.tolist() == [True, False]
+def test_parameter_present_on_one_rank_is_present() -> None:
+    summed = total(record(0, present=(1, 0)), record(1, present=(0, 0)))
+    assert summed.present.tolist() == [True, False]
     assert len(record(0).pack()) == control_size(2)
 
 
-def test_means_need_no_factor_and_weights_do() -> None:
+def test_scale_is_one_for_means_and_corrects_weights() -> None:
     assert total(record(0, 3), record(1, 5)).scale == 1.0
     assert total(record(0, 3, 10.0), record(1, 5, 6.0)).scale == 8 / 16
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6))
-def test_a_sum_tells_who_was_not_finite(slots: list[int]) -> None:
-    """Slot 0 stands for: finite; a sum of several names nobody, and every rank names itself."""
+def test_sum_names_the_rank_with_non_finite_values(slots: list[int]) -> None:
+    """Slot 0 means finite. A sum with several such ranks names none; each rank names itself."""
     ranks = [
         record(rank).broken(slot - 1) if slot else record(rank) for rank, slot in enumerate(slots)
     ]
-    found, broken = total(*ranks), [rank for rank, slot in enumerate(slots) if slot]
-    assert found.non_finite == len(broken) and found.finite == (not broken)
+    summed, broken = total(*ranks), [rank for rank, slot in enumerate(slots) if slot]
+    assert summed.non_finite == len(broken) and summed.finite == (not broken)
     expected = (broken[0], slots[broken[0]] - 1) if len(broken) == 1 else (-1, -1)
-    assert (found.rank, found.slot) == expected
+    assert (summed.rank, summed.slot) == expected
     for rank in broken:
-        assert (found.named(ranks[rank]).rank, found.named(ranks[rank]).slot) == (
+        assert (summed.named(ranks[rank]).rank, summed.named(ranks[rank]).slot) == (
             rank,
             slots[rank] - 1,
         )
 
 
-def test_a_sum_of_weights_that_is_zero_is_not_finite() -> None:
+def test_zero_total_weight_is_not_finite() -> None:
     assert not total(record(0, 4, 0.0), record(1, 4, 0.0)).finite
     assert total(record(0, 4, 0.0), record(1, 4, 2.0)).finite
-    assert total(record(0, 0, 0.0)).finite  # nobody had samples
+    assert total(record(0, 0, 0.0)).finite  # no rank had samples
 
 
 @given(st.lists(st.sampled_from([0, 1, 2, 7, 2**32]), min_size=1, max_size=6))
-def test_a_sum_tells_whether_ranks_read_other_batches(batches: list[int]) -> None:
-    """0 stands for a rank that has read none; of others that differ one at least is told."""
+def test_sum_detects_ranks_with_different_batches(batches: list[int]) -> None:
+    """0 means a rank without a batch. At least one of the differing ranks raises."""
     ranks = [record(rank).of_batch(batch) for rank, batch in enumerate(batches)]
-    found, told = total(*ranks), 0
-    for one in ranks:
+    summed, errors = total(*ranks), 0
+    for control in ranks:
         try:
-            found.check_batch(one, 7)
+            summed.check_batch(control, 7)
         except ValueError as error:
-            assert f"in step 8 worker-{one.rank} read another batch" in str(error)
-            told += 1
-    assert (told > 0) == (len({*batches} - {0}) > 1)
+            assert f"in step 8 worker-{control.rank} read another batch" in str(error)
+            errors += 1
+    assert (errors > 0) == (len({*batches} - {0}) > 1)
 
 
 @dataclass
@@ -93,7 +93,7 @@ def test_stop_names_step_rank_and_parameter(case: Case) -> None:
     assert caught.value.exit_code == 1
 
 
-def test_skip_has_a_budget_and_counts() -> None:
+def test_skip_counts_steps_and_has_a_limit() -> None:
     steps, bad, good = (
         NonFiniteSteps("skip", 2),
         total(record(0).broken(0)),
@@ -109,7 +109,7 @@ def test_skip_has_a_budget_and_counts() -> None:
         steps.decide(bad, 3, NAMES.__getitem__)
 
 
-def test_ignore_applies_it() -> None:
+def test_ignore_applies_the_step() -> None:
     assert (
         not NonFiniteSteps("ignore", 0)
         .decide(total(record(0).broken(0)), 0, NAMES.__getitem__)

@@ -1,4 +1,4 @@
-"""The driver hears each thing of its run once, though a quarter of all messages is lost."""
+"""The driver's client of the controller: each event arrives once, despite lost messages."""
 
 import logging
 import random
@@ -43,18 +43,18 @@ SAVES: Any = SimpleNamespace(
 
 
 class Run(ControllerActor):
-    """A controller whose run makes up what it tells; it waits for `acted` after step 5."""
+    """A controller whose run reports invented events, and waits for `resume` after step 5."""
 
-    begun = 0
-    acted: threading.Event | None = None  #: None: it waits for nobody
+    starts = 0
+    resume: threading.Event | None = None  #: None: it does not wait
 
     def _run(self, actor_group: object, checkpoint_step: int) -> None:
-        self.begun += 1
+        self.starts += 1
         for step in range(checkpoint_step + 1, STEPS + 1):
             self._outbox.put(StepSummary(step, 0, 0.5, 8, {}, STEPS))
             time.sleep(0.002)
-            if step == 5 and self.acted is not None:
-                assert self.acted.wait(60)
+            if step == 5 and self.resume is not None:
+                assert self.resume.wait(60)
         self._model = b"the model"
         self._outbox.put(ModelReady())
         for number in range(3):
@@ -62,7 +62,7 @@ class Run(ControllerActor):
 
 
 class Failing(Run):
-    """Fails once the model is there."""
+    """Fails after the model is ready."""
 
     def _run(self, actor_group: object, checkpoint_step: int) -> None:
         super()._run(actor_group, checkpoint_step)
@@ -70,20 +70,20 @@ class Failing(Run):
 
 
 class Broken(Run):
-    """Has a fault of its own."""
+    """Raises an internal error."""
 
     def _run(self, actor_group: object, checkpoint_step: int) -> None:
-        raise KeyError("a fault")
+        raise KeyError("a defect")
 
 
-class Stops(Run):
-    """Makes steps until it is told to stop, and then one more."""
+class RunsUntilStopped(Run):
+    """Makes steps until `stop`, and then one more."""
 
     last = 0
-    asked: tuple[StopOrder, ...] = ()
+    stop_orders: tuple[StopOrder, ...] = ()
 
     def stop(self, timeout_s: float, saves: bool = False) -> str:
-        self.asked += (StopOrder.SAVE if saves else StopOrder.ABANDON,)
+        self.stop_orders += (StopOrder.SAVE if saves else StopOrder.ABANDON,)
         return super().stop(timeout_s, saves)
 
     def end_early(self) -> None:
@@ -100,32 +100,34 @@ class Stops(Run):
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retrying_calls, "RETRY_PAUSE_S", 0.001)
     monkeypatch.setattr(controller_actor, "_send_records", lambda outbox: None)
     logging.getLogger(retrying_calls.__name__).setLevel(logging.ERROR)
 
 
 class Driver:
-    """Follows a controller, and notes what it hears in order."""
+    """Follows a controller, and records the events in order."""
 
-    def __init__(self, kind: type[Run] = Run, *, saves: bool = False) -> None:
+    def __init__(self, controller: type[Run] = Run, *, saves: bool = False) -> None:
         self.cluster = LocalCluster()
-        self.actor: Actor = self.cluster.spawn("controller", "here", lambda _: kind("controller"))
+        self.actor: Actor = self.cluster.spawn(
+            "controller", "here", lambda _: controller("controller")
+        )
         group = SAVES if saves else GROUP
         self.client = ControllerClient(self.cluster.transport(), self.actor, group, 0)
-        self.heard: list[object] = []
+        self.events: list[object] = []
 
     @property
-    def in_turn(self) -> list[object]:
-        """What was heard, steps before what is written: that is a thread of its own."""
-        return sorted(self.heard, key=lambda one: not isinstance(one, int))
+    def sorted_events(self) -> list[object]:
+        """The events, steps before files: another thread writes files."""
+        return sorted(self.events, key=lambda event: not isinstance(event, int))
 
     def follow(self, check: Any = lambda: None, look: Any = lambda: None) -> None:
         handlers = RunHandlers(
-            lambda summary: self.heard.append(cast(StepSummary, summary).step),
-            lambda model: self.heard.append(model),
-            lambda name, content: self.heard.append(name),
+            lambda summary: self.events.append(cast(StepSummary, summary).step),
+            lambda model: self.events.append(model),
+            lambda name, content: self.events.append(name),
         )
         self.client.follow(check, handlers, look)
 
@@ -134,78 +136,77 @@ ALL = [*range(1, STEPS + 1), b"the model", "table-0", "table-1", "table-2"]
 
 
 def lossy(seed: int) -> Any:
-    """Lose a quarter of the messages each way; double and delay some."""
-    draw = random.Random(seed)
+    """Return a rule that loses a quarter of the messages each way, repeats and delays some."""
+    rng = random.Random(seed)
 
     def rule(call: Call) -> Fault:
-        lose: Any = draw.choices(("", "request", "reply"), (50, 25, 25))[0]
-        delay = draw.choice((0.0, 0.0, 0.01))
-        return Fault(delay, draw.choice((0.0, 0.01)), lose, draw.random() < 0.2)
+        lose: Any = rng.choices(("", "request", "reply"), (50, 25, 25))[0]
+        delay = rng.choice((0.0, 0.0, 0.01))
+        return Fault(delay, rng.choice((0.0, 0.01)), lose, rng.random() < 0.2)
 
     return rule
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_each_event_is_told_once_and_in_order(seed: int) -> None:
+def test_each_event_arrives_once_and_in_order(seed: int) -> None:
     driver = Driver()
     add_rule(driver.cluster, lossy(seed))
     driver.follow()
-    assert driver.in_turn == ALL
-    assert driver.actor.body.begun == 1
+    assert driver.sorted_events == ALL
+    assert driver.actor.body.starts == 1
 
 
 @pytest.mark.parametrize("method", ["begin", "poll", "result", "stop"])
 @pytest.mark.parametrize("lost", ["request", "reply"])
-def test_a_question_of_each_kind_that_is_lost(method: str, lost: Any) -> None:
+def test_repeats_lost_calls(method: str, lost: Any) -> None:
     driver = Driver()
     inject(driver.cluster, method, Fault(lose=lost), times=3)
     driver.follow()
     driver.client.end()
-    assert driver.in_turn == ALL
+    assert driver.sorted_events == ALL
 
 
 @pytest.mark.parametrize("method", ["begin", "poll", "result"])
-def test_a_call_that_is_made_again_is_logged_by_who_tells_callbacks(
+def test_logs_repeated_calls_in_the_thread_of_callbacks(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A log may wait for a terminal that takes no more: that must not hold up who listens."""
-    driver, told = Driver(), list[tuple[str, int]]()
+    """Logging may block on a terminal, and must not block the thread that polls."""
+    driver, records = Driver(), list[tuple[str, int]]()
 
     class Terminal(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            told.append((record.getMessage(), threading.get_ident()))
+            records.append((record.getMessage(), threading.get_ident()))
 
     for module in (retrying_calls, controller_client):
         monkeypatch.setattr(module.logger, "handlers", [Terminal(logging.WARNING)])
     monkeypatch.setattr(retrying_calls.logger, "level", logging.WARNING)
     inject(driver.cluster, method, Fault(lose="reply"))
     driver.follow()
-    assert driver.in_turn == ALL
-    what = "start" if method == "begin" else "an answer"
-    said = f"{what}: no answer from controller, asking again"
-    assert told == [(said, threading.get_ident())]
+    assert driver.sorted_events == ALL
+    operation = "start" if method == "begin" else "an answer"
+    message = f"{operation}: no answer from controller, asking again"
+    assert records == [(message, threading.get_ident())]
 
 
 @pytest.mark.parametrize("size", [1, 4, 8, 9, 10])
-def test_a_large_model_comes_in_pieces(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is asked for by itself, again where it is lost, and has a deadline of its own."""
+def test_fetches_a_large_model_in_pieces(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece is a separate call with its own deadline, repeated if lost."""
     monkeypatch.setattr(model_pieces, "PIECE_BYTES", size)
-    driver, asked = Driver(), list[int]()
+    driver, offsets = Driver(), list[int]()
     add_rule(driver.cluster, lossy(size))
-    monkeypatch.setattr(driver.actor.body, "result", noting(asked, driver.actor.body.result))
+    monkeypatch.setattr(driver.actor.body, "result", recording(offsets, driver.actor.body.result))
     driver.follow()
-    assert driver.in_turn == ALL
-    assert sorted(set(asked)) == list(range(0, len(b"the model"), size))
+    assert driver.sorted_events == ALL
+    assert sorted(set(offsets)) == list(range(0, len(b"the model"), size))
 
 
-def test_a_model_is_fetched_no_further_when_nobody_follows(
+def test_stops_fetching_the_model_if_follow_has_returned(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its pieces come at once, and there are many."""
     monkeypatch.setattr(model_pieces, "PIECE_BYTES", 1)
-    driver, asked = Driver(), list[int]()
+    driver, offsets = Driver(), list[int]()
     driver.actor.body._model = b"the model"
-    real = noting(asked, driver.actor.body.result)
+    real = recording(offsets, driver.actor.body.result)
 
     def result(first: int) -> ModelPiece:
         if first == 3:
@@ -213,44 +214,48 @@ def test_a_model_is_fetched_no_further_when_nobody_follows(
         return real(first)
 
     monkeypatch.setattr(driver.actor.body, "result", result)
-    handlers = RunHandlers(driver.heard.append, driver.heard.append, lambda name, content: None)
+    handlers = RunHandlers(driver.events.append, driver.events.append, lambda name, content: None)
     with pytest.raises(DistplatError, match="has returned"):
         driver.client._take(ModelReady(), handlers)
-    assert asked == [0, 1, 2, 3] and driver.heard == []
+    assert offsets == [0, 1, 2, 3] and driver.events == []
 
 
-def noting(asked: list[int], real: Callable[[int], ModelPiece]) -> Callable[[int], ModelPiece]:
+def recording(
+    offsets: list[int], fetch: Callable[[int], ModelPiece]
+) -> Callable[[int], ModelPiece]:
+    """Return `fetch`, which also appends the offset of each call."""
+
     def result(first: int) -> ModelPiece:
-        asked.append(first)
-        return real(first)
+        offsets.append(first)
+        return fetch(first)
 
     return result
 
 
-def test_an_empty_model_is_one_piece() -> None:
+def test_empty_model_is_one_piece() -> None:
     assert fetch_pieces(lambda first: piece_of(b"", first)) == b""
 
 
-def test_a_callback_that_hangs_keeps_no_model_from_the_disk() -> None:
-    """Who cannot wait for it any longer has the model, and the tables."""
-    driver, all_kept = Driver(), threading.Event()
+def test_hanging_callback_does_not_delay_saving_the_model() -> None:
+    """After Ctrl-C the model and the tables are on disk."""
+    driver, all_saved = Driver(), threading.Event()
 
     def hang(summary: object) -> None:
-        assert all_kept.wait(60)
+        assert all_saved.wait(60)
         raise KeyboardInterrupt
 
     def keep(name: str, content: bytes) -> None:
-        driver.heard.append(name)
+        driver.events.append(name)
         if name == "table-2":
-            all_kept.set()
+            all_saved.set()
 
-    handlers = RunHandlers(hang, driver.heard.append, keep)
+    handlers = RunHandlers(hang, driver.events.append, keep)
     with pytest.raises(KeyboardInterrupt):
         driver.client.follow(lambda: None, handlers)
-    assert driver.heard == ALL[STEPS:]
+    assert driver.events == ALL[STEPS:]
 
 
-def test_a_signal_waits_for_what_is_being_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_waits_for_the_current_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(controller_client, "_LEAVE_S", 0.0)
     driver, writing = Driver(), threading.Event()
 
@@ -261,41 +266,41 @@ def test_a_signal_waits_for_what_is_being_written(monkeypatch: pytest.MonkeyPatc
     def write(model: bytes) -> None:
         writing.set()
         assert driver.client._left.wait(60)
-        driver.heard.append(model)
+        driver.events.append(model)
 
     handlers = RunHandlers(lambda summary: None, write, lambda name, content: None)
     with pytest.raises(Interrupted):
         driver.client.follow(check, handlers)
-    assert driver.heard == [b"the model"], "it was waited for"
+    assert driver.events == [b"the model"], "the write was not completed"
 
 
-@pytest.mark.parametrize("raised", [KeyboardInterrupt(), Interrupted(2)])
-def test_a_disk_that_refuses_the_model_is_told_whatever_ends_the_run(
-    raised: BaseException, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted(2)])
+def test_reports_failed_save_of_the_model_if_a_signal_ends_the_run(
+    error: BaseException, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A callback hangs until Ctrl-C, which is what `fit` raises; that the model is lost is news."""
+    """A callback hangs until Ctrl-C; the KeyboardInterrupt has a note on the lost model."""
     monkeypatch.setattr(controller_client, "_LEAVE_S", 60.0)
-    driver, refused = Driver(), threading.Event()
+    driver, failed = Driver(), threading.Event()
 
     def hang(summary: object) -> None:
-        assert refused.wait(60)
-        raise raised
+        assert failed.wait(60)
+        raise error
 
-    def refuse(model: bytes) -> None:
-        refused.set()
+    def fail(model: bytes) -> None:
+        failed.set()
         raise StorageError("the disk is full")
 
-    with pytest.raises(type(raised)) as caught:
-        driver.client.follow(lambda: None, RunHandlers(hang, refuse, lambda name, content: None))
+    with pytest.raises(type(error)) as caught:
+        driver.client.follow(lambda: None, RunHandlers(hang, fail, lambda name, content: None))
     assert caught.value.__notes__ == ["before that: the disk is full"]
     assert "before that: the disk is full" in caplog.text
 
 
-def test_a_second_signal_does_not_wait_for_what_is_being_written(
+def test_second_signal_does_not_wait_for_the_current_write(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(controller_client, "_LEAVE_S", 0.0)
-    driver, writing, over = Driver(), threading.Event(), threading.Event()
+    driver, writing, done = Driver(), threading.Event(), threading.Event()
 
     def check() -> None:
         if writing.is_set():
@@ -303,17 +308,17 @@ def test_a_second_signal_does_not_wait_for_what_is_being_written(
 
     def write(model: bytes) -> None:
         writing.set()
-        if not over.wait(60):
-            driver.heard.append("it was waited for")
+        if not done.wait(60):
+            driver.events.append("waited")
 
     handlers = RunHandlers(lambda summary: None, write, lambda name, content: None)
     with pytest.raises(KeyboardInterrupt):
         driver.client.follow(check, handlers)
-    over.set()
-    assert driver.heard == []
+    done.set()
+    assert driver.events == []
 
 
-def test_what_a_callback_raises_ends_the_run_once_the_thread_has_left(
+def test_callback_error_ends_the_run_after_the_thread_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(controller_client, "_LEAVE_S", 60.0)
@@ -325,33 +330,33 @@ def test_what_a_callback_raises_ends_the_run_once_the_thread_has_left(
 
     monkeypatch.setattr(controller_client, "run_in_thread", start)
 
-    def refuse(summary: object) -> None:
+    def fail(summary: object) -> None:
         raise SpecError(Problem(("early_stop", "metric"), "there is no such figure"))
 
-    handlers = RunHandlers(refuse, driver.heard.append, lambda name, content: None)
+    handlers = RunHandlers(fail, driver.events.append, lambda name, content: None)
     with pytest.raises(SpecError, match="no such figure"):
         driver.client.follow(lambda: None, handlers)
     assert [thread.done() for thread in threads] == [True]
     with pytest.raises(DistplatError, match="has returned"):
-        driver.client._write(lambda: driver.heard.append("late"))
-    assert "late" not in driver.heard
+        driver.client._write(lambda: driver.events.append("late"))
+    assert "late" not in driver.events
 
 
-def test_the_model_is_kept_whatever_fails_after_it() -> None:
+def test_saves_the_model_despite_later_failures() -> None:
     driver = Driver(Failing)
     with pytest.raises(StorageError, match="a table cannot be read"):
         driver.follow()
-    assert driver.in_turn == ALL
+    assert driver.sorted_events == ALL
 
 
-def test_a_fault_of_the_controller_itself_is_told() -> None:
-    with pytest.raises(Exception, match="in the controller: KeyError: 'a fault'") as caught:
+def test_reports_internal_errors_of_the_controller() -> None:
+    with pytest.raises(Exception, match="in the controller: KeyError: 'a defect'") as caught:
         Driver(Broken).follow()
     assert getattr(caught.value, "exit_code", None) == 70
 
 
-class Saving(Run):
-    """Has made a checkpoint before its first step."""
+class SavesCheckpoint(Run):
+    """Reports a checkpoint before its first step."""
 
     def _run(self, actor_group: object, checkpoint_step: int) -> None:
         self._outbox.put(Saved(0, "step-000000", 1, 0.1))
@@ -359,24 +364,27 @@ class Saving(Run):
 
 
 @pytest.mark.parametrize(
-    ("kind", "remedy"),
-    [(Saving, "last checkpoint: submit --resume"), (Run, "there is no checkpoint to resume from")],
+    ("controller", "remedy"),
+    [
+        (SavesCheckpoint, "last checkpoint: submit --resume"),
+        (Run, "there is no checkpoint to resume from"),
+    ],
 )
-def test_a_controller_that_dies_is_named_with_the_last_step(kind: type[Run], remedy: str) -> None:
-    driver = Driver(kind)
-    acted = driver.actor.body.acted = threading.Event()
+def test_error_names_lost_controller_and_last_step(controller: type[Run], remedy: str) -> None:
+    driver = Driver(controller)
+    resume = driver.actor.body.resume = threading.Event()
 
     def check() -> None:
-        if 5 in driver.heard:
+        if 5 in driver.events:
             driver.actor.die("killed by the test")
-            acted.set()
+            resume.set()
 
     with pytest.raises(ActorLost, match=rf"controller was lost after step \d+: .*{remedy}"):
         driver.follow(check)
     driver.client.end()
 
 
-def test_before_the_first_step_there_is_nothing_to_go_on_from() -> None:
+def test_loss_before_the_first_step_suggests_no_resume() -> None:
     driver = Driver()
     inject(driver.cluster, "begin", Fault(kill="before"))
     with pytest.raises(ActorLost, match="controller was lost") as caught:
@@ -384,8 +392,8 @@ def test_before_the_first_step_there_is_nothing_to_go_on_from() -> None:
     assert "--resume" not in str(caught.value)
 
 
-def test_a_cluster_that_cannot_call_this_process_cannot_be_used() -> None:
-    """A token that only one of the two has: nothing is wrong with the run."""
+def test_unreachable_controller_at_start_is_a_cluster_error() -> None:
+    """For example only one of driver and cluster has a token: the run itself has no fault."""
     driver = Driver()
     driver.actor.die(UNREACHABLE)
     with pytest.raises(ClusterUnreachable, match="RAY_AUTH_MODE") as caught:
@@ -397,13 +405,13 @@ def test_a_cluster_that_cannot_call_this_process_cannot_be_used() -> None:
         later.follow()
 
 
-def test_what_the_driver_finds_out_by_itself_is_told_as_it_is() -> None:
+def test_errors_of_the_driver_propagate_unchanged() -> None:
     driver = Driver()
-    acted = driver.actor.body.acted = threading.Event()
+    resume = driver.actor.body.resume = threading.Event()
 
     def check() -> None:
-        if 5 in driver.heard:
-            acted.set()
+        if 5 in driver.events:
+            resume.set()
             raise ActorLost("the head of the Ray cluster", None, "silent")
 
     with pytest.raises(ActorLost, match="the head of the Ray cluster was lost: silent"):
@@ -413,7 +421,7 @@ def test_what_the_driver_finds_out_by_itself_is_told_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("method", "setting"), [("poll", "heartbeat_timeout_s"), ("result", "start_timeout_s")]
 )
-def test_a_controller_that_does_not_answer_is_late(method: str, setting: str) -> None:
+def test_unresponsive_controller_exceeds_the_deadline(method: str, setting: str) -> None:
     driver = Driver()
     driver.client._limits = driver.client._limits.model_copy(update={setting: 0.3})
     inject(driver.cluster, method, Fault(delay_s=1e6), times=100)
@@ -421,19 +429,19 @@ def test_a_controller_that_does_not_answer_is_late(method: str, setting: str) ->
         driver.follow()
 
 
-def test_a_signal_is_seen_while_an_answer_is_missing() -> None:
-    driver, asked = Driver(), threading.Event()
+def test_signal_is_handled_while_a_reply_is_missing() -> None:
+    driver, polled = Driver(), threading.Event()
 
     def rule(call: Call) -> Fault | None:
         if call.method != "poll":
             return None
-        asked.set()
+        polled.set()
         return Fault(delay_s=1e6)
 
     add_rule(driver.cluster, rule)
 
     def check() -> None:
-        if asked.is_set():
+        if polled.is_set():
             raise Interrupted(2)
 
     with pytest.raises(Interrupted):
@@ -441,45 +449,45 @@ def test_a_signal_is_seen_while_an_answer_is_missing() -> None:
 
 
 @pytest.mark.parametrize("ends", ["signal", "early"])
-def test_what_ends_a_run_is_seen_between_two_events_of_one_answer(ends: str) -> None:
-    """A callback that takes long for each of thousands: nobody waits until it has had them all."""
-    driver, all_there = Driver(Stops, saves=True), threading.Event()
-    told, seen_after = list[int](), list[int]()
+def test_checks_for_the_end_between_two_events_of_one_reply(ends: str) -> None:
+    """A slow callback for thousands of events must not delay the end of the run."""
+    driver, all_queued = Driver(RunsUntilStopped, saves=True), threading.Event()
+    steps, checked_after = list[int](), list[int]()
 
-    def tell(summary: Any) -> None:
-        assert all_there.wait(60)
-        told.append(summary.step)
+    def on_step(summary: Any) -> None:
+        assert all_queued.wait(60)
+        steps.append(summary.step)
 
     def check() -> None:
-        if ends == "signal" and len(told) >= 10:
-            seen_after.append(len(told))
+        if ends == "signal" and len(steps) >= 10:
+            checked_after.append(len(steps))
             raise Interrupted(2)
 
     def early() -> bool:
-        if ends == "early" and len(told) >= 10:
-            seen_after.append(len(told))
+        if ends == "early" and len(steps) >= 10:
+            checked_after.append(len(steps))
             return True
         return False
 
     def rule(call: Call) -> Fault | None:
         if driver.actor.body.last > 100:
-            all_there.set()
+            all_queued.set()
         return None
 
     add_rule(driver.cluster, rule)
-    handlers = RunHandlers(tell, lambda model: None, lambda name, content: None, early)
+    handlers = RunHandlers(on_step, lambda model: None, lambda name, content: None, early)
     with pytest.raises(Interrupted):
         driver.client.follow(check, handlers)
     driver.client.end()
-    assert seen_after[0] == 10
-    assert told == [*range(1, driver.actor.body.last + 1)], "the others are told all the same"
+    assert checked_after[0] == 10
+    assert steps == [*range(1, driver.actor.body.last + 1)], "later events are reported as well"
 
 
-def interrupted_at_five(driver: Driver, look: Any = lambda: None) -> BaseException:
-    """Have a driver get a signal when it hears of the fifth step; give what it ends with."""
+def interrupt_after_step_5(driver: Driver, look: Any = lambda: None) -> BaseException:
+    """Interrupt a driver after its fifth step; return the error that it raises."""
 
     def check() -> None:
-        if 5 in driver.heard:
+        if 5 in driver.events:
             raise Interrupted(2)
 
     with pytest.raises((Interrupted, KeyboardInterrupt)) as caught:
@@ -489,23 +497,25 @@ def interrupted_at_five(driver: Driver, look: Any = lambda: None) -> BaseExcepti
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_after_a_signal_all_is_told_until_the_run_has_stopped(seed: int) -> None:
-    driver = Driver(Stops, saves=True)
+def test_reports_events_after_a_signal_until_the_run_stops(seed: int) -> None:
+    driver = Driver(RunsUntilStopped, saves=True)
     add_rule(driver.cluster, lossy(seed))
-    error = interrupted_at_five(driver)
-    assert getattr(error, "exit_code", None) == 130, "the driver's own signal"
-    assert driver.heard == [*range(1, driver.actor.body.last + 1)]
-    assert driver.actor.body.asked[0] is StopOrder.SAVE
+    error = interrupt_after_step_5(driver)
+    assert getattr(error, "exit_code", None) == 130, (
+        "the signal of the driver, not of the controller"
+    )
+    assert driver.events == [*range(1, driver.actor.body.last + 1)]
+    assert driver.actor.body.stop_orders[0] is StopOrder.SAVE
 
 
-def test_a_run_that_takes_no_checkpoint_at_a_signal_is_ended_at_once() -> None:
-    driver = Driver(Stops)
-    assert isinstance(interrupted_at_five(driver), Interrupted)
-    assert {*driver.actor.body.asked} == {StopOrder.ABANDON}
+def test_signal_ends_a_run_without_checkpoint_at_once() -> None:
+    driver = Driver(RunsUntilStopped)
+    assert isinstance(interrupt_after_step_5(driver), Interrupted)
+    assert {*driver.actor.body.stop_orders} == {StopOrder.ABANDON}
 
 
-def test_after_a_second_signal_nothing_is_waited_for() -> None:
-    class GoesOn(Stops):
+def test_second_signal_does_not_wait_for_the_run() -> None:
+    class IgnoresSave(RunsUntilStopped):
         def _run(self, actor_group: object, checkpoint_step: int) -> None:
             while self._stop_order is not StopOrder.ABANDON:
                 self.last += 1
@@ -513,63 +523,63 @@ def test_after_a_second_signal_nothing_is_waited_for() -> None:
                 time.sleep(0.002)
             raise Interrupted(15)
 
-    driver = Driver(GoesOn, saves=True)
+    driver = Driver(IgnoresSave, saves=True)
 
-    def again() -> None:
-        if driver.actor.body.asked:
+    def second_signal() -> None:
+        if driver.actor.body.stop_orders:
             raise KeyboardInterrupt
 
-    assert isinstance(interrupted_at_five(driver, again), KeyboardInterrupt)
-    assert {*driver.actor.body.asked} == {StopOrder.SAVE}, "`end` has asked for nothing"
+    assert isinstance(interrupt_after_step_5(driver, second_signal), KeyboardInterrupt)
+    assert {*driver.actor.body.stop_orders} == {StopOrder.SAVE}, "`end` sends no order"
     assert driver.actor.body.stop(60.0) == "STOPPED"
 
 
 @pytest.mark.parametrize("signals", [1, 2])
-def test_two_signals_at_once_are_a_second_one(signals: int) -> None:
-    """`KeyboardInterrupt` alone is a callback's: it ends the run in order, as Ctrl-C does."""
-    driver, came = Driver(Stops, saves=True), False
+def test_interrupted_after_keyboard_interrupt_is_a_second_signal(signals: int) -> None:
+    """One `KeyboardInterrupt`, raised by a callback, stops the run in order, like one Ctrl-C."""
+    driver, interrupted = Driver(RunsUntilStopped, saves=True), False
 
     def check() -> None:
-        nonlocal came
-        if came and signals == 2:
+        nonlocal interrupted
+        if interrupted and signals == 2:
             raise Interrupted(15)
-        if len(driver.heard) >= 5:
-            came = True
+        if len(driver.events) >= 5:
+            interrupted = True
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         driver.follow(check)
     driver.client.end()
-    asked = {*driver.actor.body.asked}
-    assert (asked == set()) is (signals == 2), asked
+    orders = {*driver.actor.body.stop_orders}
+    assert (orders == set()) is (signals == 2), orders
 
 
-def test_a_controller_that_is_gone_does_not_hide_the_signal(
+def test_lost_controller_does_not_hide_the_signal(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    driver = Driver(Stops, saves=True)
+    driver = Driver(RunsUntilStopped, saves=True)
     inject(driver.cluster, "stop", Fault(kill="before"))
-    assert isinstance(interrupted_at_five(driver), Interrupted)
+    assert isinstance(interrupt_after_step_5(driver), Interrupted)
     assert "while the run was stopped: controller was lost after step" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("raised", "status"),
+    ("error", "status"),
     [
         (None, "SUCCEEDED"),
         (Interrupted(15), "STOPPED"),
         (StorageError("full"), "FAILED"),
-        (KeyError("a fault"), "FAILED"),
+        (KeyError("a defect"), "FAILED"),
     ],
 )
-def test_who_stops_a_run_is_told_how_it_ended(raised: Exception | None, status: str) -> None:
+def test_stop_returns_the_status_of_the_run(error: Exception | None, status: str) -> None:
     ending = threading.Event()
 
     class Ends(Run):
         def _run(self, actor_group: object, checkpoint_step: int) -> None:
             assert ending.wait(60)
-            if raised is not None:
-                raise raised
+            if error is not None:
+                raise error
 
     driver = Driver(Ends)
     transport = driver.cluster.transport()
@@ -577,39 +587,39 @@ def test_who_stops_a_run_is_told_how_it_ended(raised: Exception | None, status: 
     def stop(timeout_s: float) -> object:
         return transport.get(transport.call(driver.actor, "stop", timeout_s), 60.0)
 
-    assert stop(0.0) == "RUNNING", "it has not begun"
+    assert stop(0.0) == "RUNNING", "before `begin`"
     transport.get(transport.call(driver.actor, "begin", GROUP, 0), 60.0)
     assert stop(0.0) == "RUNNING"
     ending.set()
-    assert stop(60.0) == stop(0.0) == status, "asked again, it says the same"
+    assert stop(60.0) == stop(0.0) == status, "repeated calls return the same status"
 
 
-def test_an_outbox_answers_the_same_number_alike() -> None:
+def test_outbox_repeats_the_reply_for_the_same_number() -> None:
     box: Outbox[int] = Outbox()
     assert box.take(1) == []
     box.put(1)
-    assert box.take(1) == [], "it was answered so"
+    assert box.take(1) == [], "repeats its first reply"
     assert box.take(2) == [1]
     box.put(2)
     assert box.take(2) == [1]
     assert box.take(3) == [2]
-    assert box.take(2) == [], "a question that came too late takes nothing away"
+    assert box.take(2) == [], "a late request removes nothing"
     assert box.take(3) == [2]
     box.close()
-    assert box.take(4, 60.0) == [], "nobody waits for what will not come"
+    assert box.take(4, 60.0) == [], "a closed outbox does not wait"
 
 
-def test_an_outbox_that_nobody_empties_leaves_out_what_may_be_missed() -> None:
+def test_full_outbox_drops_only_droppable_items() -> None:
     box: Outbox[int] = Outbox(max_items=3, droppable=lambda item: item > 0)
     for item in (1, 2, 3, 4, -1, 5, -2):
         box.put(item)
-    assert box.take(1) == [1, 2, 3, -1, -2], "what may not be missed is there"
+    assert box.take(1) == [1, 2, 3, -1, -2], "keeps all items that are not droppable"
     assert (box.pop_dropped(), box.pop_dropped()) == (2, 0)
     box.put(6)
     assert box.take(2) == [6]
 
 
-def test_a_driver_that_was_away_is_told_how_much_it_missed(
+def test_reports_number_of_dropped_events(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(controller_actor, "_MAX_EVENTS", 2)
@@ -617,6 +627,6 @@ def test_a_driver_that_was_away_is_told_how_much_it_missed(
     for step in range(1, 6):
         actor._outbox.put(StepSummary(step, 0, 0.5, 8, {}, 5))
     actor._outbox.put(ModelReady())
-    news = actor.poll(1, 0.0)
-    assert [type(one) for one in news.events] == [StepSummary, StepSummary, ModelReady]
+    reply = actor.poll(1, 0.0)
+    assert [type(event) for event in reply.events] == [StepSummary, StepSummary, ModelReady]
     assert "3 steps and log lines were dropped: the driver did not poll" in caplog.text

@@ -1,8 +1,7 @@
 """
-What workers tell the controller is read without torch.
+The controller unpickles messages of workers without importing torch.
 
-To import it holds up the whole process, its answers to the driver included: for seconds on a
-busy machine.
+On a loaded machine the import takes seconds, and blocks the replies to the driver.
 """
 
 import pickle
@@ -47,41 +46,43 @@ def loop() -> None:
         model(torch.ones(4, 3)).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-        kept = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        distplat.report({"loss": 1.0}, checkpoint=kept)
+        state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        distplat.report({"loss": 1.0}, checkpoint=state)
 
 
 def modules(value: object) -> set[str]:
-    """Name the modules whose classes and functions a value is pickled with."""
-    text: list[str] = []
-    found = set()
+    """Return the modules of all classes and functions in the pickle of a value."""
+    strings: list[str] = []
+    names = set()
     for opcode, argument, _ in pickletools.genops(pickle.dumps(value, 4)):
         if opcode.name in ("BINUNICODE", "SHORT_BINUNICODE"):
-            text.append(str(argument))
+            strings.append(str(argument))
         if opcode.name == "STACK_GLOBAL":
-            found.add(text[-2])
-    return found
+            names.add(strings[-2])
+    return names
 
 
-def test_torch_is_found_where_it_is() -> None:
+def test_modules_detects_torch() -> None:
     assert "torch.torch_version" in modules({"torch": torch.__version__})
 
 
-@pytest.mark.parametrize("what", ["task", "function"])
-def test_parts_of_checkpoints_come_without_torch(
-    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("source", ["task", "function"])
+def test_checkpoint_parts_are_pickled_without_torch(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deliveries: list[Delivery] = []
     take = Checkpoints.take
 
-    def taken(self: Checkpoints, delivery: Delivery) -> None:
+    def record(self: Checkpoints, delivery: Delivery) -> None:
         deliveries.append(delivery)
         take(self, delivery)
 
-    monkeypatch.setattr(Checkpoints, "take", taken)
+    monkeypatch.setattr(Checkpoints, "take", record)
     job = {**FIELDS, "storage_path": str(tmp_path)}
-    if what == "function":
+    if source == "function":
         job = {key: job[key] for key in ("name", "strategy", "scaling", "storage_path")}
-    Trainer(job, Small if what == "task" else loop).fit()
+    Trainer(job, Small if source == "task" else loop).fit()
     assert deliveries
-    assert not {name for one in deliveries for name in modules(one) if name.startswith("torch")}
+    assert not {
+        name for delivery in deliveries for name in modules(delivery) if name.startswith("torch")
+    }

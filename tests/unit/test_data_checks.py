@@ -1,4 +1,4 @@
-"""What a task's data may get wrong: each mistake in clear words."""
+"""Errors in the data sets of tasks, and their messages."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ class NoLength(Dataset[Any]):
 
 
 class Table(NoLength):
-    """As a DataFrame: a length, and columns by name."""
+    """Like a pandas DataFrame: a length, and indexing by column name."""
 
     iloc = NoLength()
 
@@ -34,7 +34,7 @@ class Table(NoLength):
 
 @pytest.mark.parametrize("method", ["train_data", "eval_data"])
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("build", "message"),
     [
         (lambda: DataLoader(samples()), "got a DataLoader: return its data set"),
         (lambda: (samples()[i] for i in range(8)), "got a generator"),
@@ -48,10 +48,10 @@ class Table(NoLength):
         (lambda: 3, "an int has no __getitem__"),
     ],
 )
-def test_data_that_has_no_numbered_samples(
-    given: Callable[[], Any], message: str, method: str, tmp_path: Path
+def test_rejects_data_that_is_not_map_style(
+    build: Callable[[], Any], message: str, method: str, tmp_path: Path
 ) -> None:
-    bad = type("Bad", (Good,), {method: lambda self: given()})
+    bad = type("Bad", (Good,), {method: lambda self: build()})
     summary = told(bad, tmp_path).summary
     assert f"{method}() must return a map-style data set" in summary or "__getitem__" in summary
     assert message in summary
@@ -64,17 +64,17 @@ def test_data_that_has_no_numbered_samples(
         ("eval_data", "eval_data() has no samples: return None for no evaluation"),
     ],
 )
-def test_data_without_samples(method: str, message: str, tmp_path: Path) -> None:
+def test_rejects_data_without_samples(method: str, message: str, tmp_path: Path) -> None:
     bad = type("Bad", (Good,), {method: lambda self: samples(0)})
     assert message in told(bad, tmp_path).summary
 
 
-def test_no_training_data(tmp_path: Path) -> None:
+def test_rejects_missing_training_data(tmp_path: Path) -> None:
     bad = type("Bad", (Good,), {"train_data": lambda self: None})
     assert "got None: is there a `return`?" in told(bad, tmp_path).summary
 
 
-def test_samples_of_several_shapes(tmp_path: Path) -> None:
+def test_samples_of_different_shapes_suggest_collate(tmp_path: Path) -> None:
     class Ragged(Good):
         def train_data(self) -> Any:
             return [(torch.zeros(1 + number % 3), 0) for number in range(8)]
@@ -82,11 +82,11 @@ def test_samples_of_several_shapes(tmp_path: Path) -> None:
     error = told(Ragged, tmp_path)
     assert "stack expects each tensor to be equal size" in error.summary
     assert "in the task's `collate(samples)`" in error.remedy
-    assert 'File "' not in error.traceback, "none of the frames is the user's"
+    assert 'File "' not in error.traceback, "no frame of user code"
 
 
-def test_a_data_set_may_pad_the_samples_of_a_batch_itself(tmp_path: Path) -> None:
-    """As the remedy says."""
+def test_getitems_may_pad_the_samples_of_a_batch(tmp_path: Path) -> None:
+    """The remedy of the error suggests it."""
 
     class Padding(Dataset[Any]):
         def __len__(self) -> int:
@@ -114,19 +114,19 @@ def test_a_data_set_may_pad_the_samples_of_a_batch_itself(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("count", "remark"),
+    ("count", "warning"),
     [(3, "has 3 samples, fewer than global_batch_size 4: every step has all"), (4, "")],
 )
-def test_data_smaller_than_a_batch_is_warned_of(
-    count: int, remark: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_warns_of_data_smaller_than_a_batch(
+    count: int, warning: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     small = type("Small", (Good,), {"train_data": lambda self: samples(count)})
     assert fit(small, tmp_path).checkpoint is not None
-    assert remark in caplog.text
-    assert ("training data" in caplog.text) == bool(remark)
+    assert warning in caplog.text
+    assert ("training data" in caplog.text) == bool(warning)
 
 
-def test_data_smaller_than_the_workers_is_trained_and_warned_of() -> None:
+def test_trains_with_fewer_samples_than_workers_and_warns() -> None:
     small = type("Small", (Good,), {"train_data": lambda self: samples(1)})
     job = job_of("ring", 3, epochs=1)
     run = local_run.train(job, small)
@@ -137,8 +137,8 @@ def test_data_smaller_than_the_workers_is_trained_and_warned_of() -> None:
         torch.testing.assert_close(run.trained[2][name], value)
 
 
-class EndsTheProcess(Dataset[Any]):
-    """Module level: loader processes unpickle it."""
+class ExitsOrRaises(Dataset[Any]):
+    """A data set that exits or raises; at module level, as loader processes unpickle it."""
 
     def __init__(self, raises: bool = False) -> None:
         self._raises = raises
@@ -153,26 +153,26 @@ class EndsTheProcess(Dataset[Any]):
 
 
 @pytest.mark.parametrize("where", ["__init__", "model", "train_data", "loss", "data"])
-def test_to_exit_with_0_in_a_task_is_a_failure(where: str, tmp_path: Path) -> None:
-    def leave(self: Task, *args: Any) -> Any:
+def test_sys_exit_in_a_task_is_an_error(where: str, tmp_path: Path) -> None:
+    def exit_with_0(self: Task, *args: Any) -> Any:
         sys.exit(0)
 
     members: Mapping[str, Any] = (
-        {"train_data": lambda self: EndsTheProcess()} if where == "data" else {where: leave}
+        {"train_data": lambda self: ExitsOrRaises()} if where == "data" else {where: exit_with_0}
     )
     error = told(type("Bad", (Good,), dict(members)), tmp_path)
     assert error.summary == "SystemExit: 0"
     assert error.remedy.startswith("sys.exit() was called")
 
 
-def test_to_exit_with_0_in_a_loader_is_a_failure(tmp_path: Path) -> None:
-    bad = type("Bad", (Good,), {"train_data": lambda self: EndsTheProcess()})
+def test_sys_exit_in_a_loader_is_an_error(tmp_path: Path) -> None:
+    bad = type("Bad", (Good,), {"train_data": lambda self: ExitsOrRaises()})
     error = told(bad, tmp_path, data={"num_workers": 1})
     assert "a loader process ended: sys.exit() in the data set" in error.remedy
 
 
-def test_an_error_in_a_loader_is_shown_as_itself(tmp_path: Path) -> None:
-    bad = type("Bad", (Good,), {"train_data": lambda self: EndsTheProcess(raises=True)})
+def test_error_in_a_loader_has_the_original_traceback(tmp_path: Path) -> None:
+    bad = type("Bad", (Good,), {"train_data": lambda self: ExitsOrRaises(raises=True)})
     error = told(bad, tmp_path, data={"num_workers": 1})
     assert error.summary.startswith("KeyError: 'no sample ")
     frames = [line for line in error.traceback.splitlines() if line.startswith('  File "')]

@@ -1,4 +1,4 @@
-"""What scripts of DistributedDataParallel's find in a train function; the rest is on Ray."""
+"""`torch.distributed` and DistributedDataParallel in a train function, in one process."""
 
 import copy
 import gc
@@ -34,7 +34,7 @@ CONTEXT = TrainContext(0, 1, 0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
-def _alone() -> Iterator[None]:
+def _single_rank_group() -> Iterator[None]:
     with as_torchrun(CONTEXT, torch_compat.single_rank_store):
         yield
     assert not dist.is_initialized()
@@ -45,22 +45,24 @@ def model_of() -> nn.Module:
     return nn.Linear(3, 1).double()
 
 
-def taught(
-    wrap: Callable[[nn.Module], nn.Module], accumulated: int, seen: list[nn.Module]
+def train_function(
+    wrap: Callable[[nn.Module], nn.Module], accumulation: int, models: list[nn.Module]
 ) -> Callable[[Mapping[str, Any]], None]:
-    """Give a function that trains three steps, each of some backwards."""
+    """Return a function that trains three steps, each with `accumulation` backwards."""
 
     def train(config: Mapping[str, Any]) -> None:
         model = wrap(model_of())
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        same, _ = distplat.prepare(model, optimizer)
-        assert same is model
-        seen.append(model)
+        prepared, _ = distplat.prepare(model, optimizer)
+        assert prepared is model
+        models.append(model)
         for step in range(3):
-            for number in range(accumulated):
+            for number in range(accumulation):
                 inputs = torch.full((2, 3), step + number + 1.0, dtype=torch.float64)
-                last = number == accumulated - 1 or not isinstance(model, DistributedDataParallel)
-                if last:
+                is_last = number == accumulation - 1 or not isinstance(
+                    model, DistributedDataParallel
+                )
+                if is_last:
                     backward(model(inputs).square().mean())
                 else:
                     with model.no_sync():
@@ -71,40 +73,41 @@ def taught(
     return train
 
 
-@pytest.mark.usefixtures("_alone")
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_a_wrapped_model_is_averaged_by_the_strategy_alone(accumulated: int, static: bool) -> None:
+@pytest.mark.usefixtures("_single_rank_group")
+@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_only_the_strategy_averages_a_ddp_model(accumulation: int, is_static: bool) -> None:
     dist.init_process_group("gloo")
-    averaged: list[Any] = []
+    buckets: list[Any] = []
 
     def hook(state: Any, bucket: Any) -> torch.futures.Future[torch.Tensor]:
-        averaged.append(bucket)
+        buckets.append(bucket)
         return allreduce_hook(state, bucket)
 
-    hook.__annotations__["bucket"] = torch_compat.dist.GradBucket  # DDP looks; stubs lack it
+    hook.__annotations__["bucket"] = torch_compat.dist.GradBucket  # DDP checks the annotation
 
     def wrap(model: nn.Module) -> nn.Module:
-        wrapped = DistributedDataParallel(model, static_graph=static)
+        wrapped = DistributedDataParallel(model, static_graph=is_static)
         wrapped.register_comm_hook(None, hook)
         return wrapped
 
-    seen: list[nn.Module] = []
-    found = call_on_ranks(taught(wrap, accumulated, seen)).trained[0]
-    expected = call_on_ranks(taught(lambda model: model, accumulated, seen)).trained[0]
-    assert averaged == []
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
-    wrapped = seen[0]
+    models: list[nn.Module] = []
+    params = call_on_ranks(train_function(wrap, accumulation, models)).trained[0]
+    unwrapped = train_function(lambda model: model, accumulation, models)
+    expected = call_on_ranks(unwrapped).trained[0]
+    assert buckets == []
+    assert params.keys() == expected.keys()
+    assert all(torch.equal(params[name], expected[name]) for name in params)
+    wrapped = models[0]
     assert isinstance(wrapped, DistributedDataParallel)
-    assert all(torch.equal(wrapped.module.state_dict()[name], found[name]) for name in found)
+    assert all(torch.equal(wrapped.module.state_dict()[name], params[name]) for name in params)
 
 
-@pytest.mark.usefixtures("_alone")
-def test_a_wrapper_inside_of_a_model_averages_nothing_either() -> None:
+@pytest.mark.usefixtures("_single_rank_group")
+def test_nested_ddp_does_not_average() -> None:
     dist.init_process_group("gloo")
     inner = DistributedDataParallel(model_of())
-    inner.register_comm_hook(None, refused)
+    inner.register_comm_hook(None, fail_on_average)
 
     def train(config: Mapping[str, Any]) -> None:
         model = distplat.prepare(nn.Sequential(inner, nn.Tanh()))
@@ -113,14 +116,14 @@ def test_a_wrapper_inside_of_a_model_averages_nothing_either() -> None:
     assert [*call_on_ranks(train).trained[0]] == ["0.module.weight", "0.module.bias"]
 
 
-@pytest.mark.usefixtures("_alone")
-def test_who_tells_the_wrapper_of_a_backward_has_it_average_nothing() -> None:
-    """Lightning does, where a module makes its steps itself."""
+@pytest.mark.usefixtures("_single_rank_group")
+def test_prepare_for_backward_does_not_enable_averaging() -> None:
+    """Lightning calls it with manual optimization."""
     dist.init_process_group("gloo")
 
     def train(config: Mapping[str, Any]) -> None:
         model = DistributedDataParallel(model_of())
-        model.register_comm_hook(None, refused)
+        model.register_comm_hook(None, fail_on_average)
         distplat.prepare(model)
         loss = model(torch.ones(2, 3, dtype=torch.float64)).mean()
         assert model.require_backward_grad_sync
@@ -130,16 +133,16 @@ def test_who_tells_the_wrapper_of_a_backward_has_it_average_nothing() -> None:
     call_on_ranks(train)
 
 
-def refused(state: Any, bucket: Any) -> Any:
-    raise AssertionError("the wrapper averages")
+def fail_on_average(state: Any, bucket: Any) -> Any:
+    raise AssertionError("DDP averages gradients")
 
 
-refused.__annotations__["bucket"] = torch_compat.dist.GradBucket
-refused.__annotations__["return"] = torch.futures.Future[torch.Tensor]
+fail_on_average.__annotations__["bucket"] = torch_compat.dist.GradBucket
+fail_on_average.__annotations__["return"] = torch.futures.Future[torch.Tensor]
 
 
-class Reaching(DistributedDataParallel):
-    """As many write it: attributes of the model are the wrapper's."""
+class ForwardsAttributes(DistributedDataParallel):
+    """A common subclass: it forwards attributes to the wrapped model."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -148,86 +151,88 @@ class Reaching(DistributedDataParallel):
             return getattr(self.module, name)
 
 
-def quiet(model: Any) -> Any:
+def by_no_sync(model: Any) -> Any:
     return model.no_sync()
 
 
 @contextmanager
-def flagged(model: Any) -> Iterator[None]:
+def by_flag(model: Any) -> Iterator[None]:
     model.require_backward_grad_sync = False
     yield
     model.require_backward_grad_sync = True
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("_single_rank_group")
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-@pytest.mark.parametrize("silent", [quiet, flagged])
-def test_wrappers_say_which_model_is_not_averaged(
-    silent: Callable[[Any], AbstractContextManager[None]], strategy: str
+@pytest.mark.parametrize("disable_sync", [by_no_sync, by_flag])
+def test_no_sync_applies_to_one_model(
+    disable_sync: Callable[[Any], AbstractContextManager[None]], strategy: str
 ) -> None:
     dist.init_process_group("gloo")
-    found: dict[tuple[int, str], list[list[float]]] = {}
+    grads: dict[tuple[int, str], list[list[float]]] = {}
 
     def train(config: Mapping[str, Any]) -> None:
         rank = distplat.get_context().get_world_rank()
-        one: Any = Reaching(model_of())
-        two: Any = Reaching(model_of())
-        distplat.prepare(one, two)
+        first: Any = ForwardsAttributes(model_of())
+        second: Any = ForwardsAttributes(model_of())
+        distplat.prepare(first, second)
         inputs = torch.full((2, 3), rank + 1.0, dtype=torch.float64)
-        with silent(one):
-            backward(one(inputs).mean())
-            backward(two(inputs).mean())
-        found[rank, "one"], found[rank, "two"] = one.weight.grad.tolist(), two.weight.grad.tolist()
-        backward(one(inputs).mean())
-        found[rank, "both"] = one.weight.grad.tolist()
+        with disable_sync(first):
+            backward(first(inputs).mean())
+            backward(second(inputs).mean())
+        grads[rank, "first"] = first.weight.grad.tolist()
+        grads[rank, "second"] = second.weight.grad.tolist()
+        backward(first(inputs).mean())
+        grads[rank, "summed"] = first.weight.grad.tolist()
 
     call_on_ranks(train, job=function_job(2, strategy=strategy))
-    one = [[1.0] * 3] if strategy == "ring" else [[1.5] * 3]  # a backward of `two` averages all
-    assert (found[0, "two"], found[1, "two"]) == ([[1.5] * 3], [[1.5] * 3])
-    assert found[0, "one"] == one
-    assert (found[0, "both"], found[1, "both"]) == ([[3.0] * 3], [[3.0] * 3])
+    # `ps-sync` averages all gradients in the backward of `second`.
+    expected = [[1.0] * 3] if strategy == "ring" else [[1.5] * 3]
+    assert (grads[0, "second"], grads[1, "second"]) == ([[1.5] * 3], [[1.5] * 3])
+    assert grads[0, "first"] == expected
+    assert (grads[0, "summed"], grads[1, "summed"]) == ([[3.0] * 3], [[3.0] * 3])
 
 
-def joined(model: DistributedDataParallel) -> nn.Module:
+def with_join(model: DistributedDataParallel) -> nn.Module:
     distplat.prepare(model)
     with model.join():
         return model
 
 
-def sharded(model: DistributedDataParallel) -> nn.Module:
-    whole: Any = model.module
-    fully_shard(whole, mesh=init_device_mesh("cpu", (1,)))
-    return whole  # type: ignore[no-any-return]
+def fsdp2(model: DistributedDataParallel) -> nn.Module:
+    module: Any = model.module
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    return module  # type: ignore[no-any-return]
 
 
-def sharded_flat(model: DistributedDataParallel) -> nn.Module:
+def fsdp1(model: DistributedDataParallel) -> nn.Module:
     return FullyShardedDataParallel(model.module, device_id=torch.device("cpu"))
 
 
-@pytest.mark.usefixtures("_alone")
-@pytest.mark.filterwarnings("ignore")  # of FSDP, that there is one rank
+@pytest.mark.usefixtures("_single_rank_group")
+@pytest.mark.filterwarnings("ignore")  # FSDP warns of a single rank
 @pytest.mark.parametrize(
-    ("made", "text"),
+    ("wrap", "message"),
     [
-        (joined, r"join\(\) of a wrapper"),
-        (sharded, "each rank has a part, by FSDPModule"),
-        (sharded_flat, "each rank has a part, by FullyShardedDataParallel"),
+        (with_join, r"join\(\) of a wrapper"),
+        (fsdp2, "each rank has a part, by FSDPModule"),
+        (fsdp1, "each rank has a part, by FullyShardedDataParallel"),
     ],
 )
-def test_what_would_part_ranks_is_refused(
-    made: Callable[[DistributedDataParallel], nn.Module], text: str
+def test_rejects_join_and_fsdp(
+    wrap: Callable[[DistributedDataParallel], nn.Module], message: str
 ) -> None:
     dist.init_process_group("gloo")
 
     def train(config: Mapping[str, Any]) -> None:
-        distplat.prepare(made(DistributedDataParallel(model_of())))
+        distplat.prepare(wrap(DistributedDataParallel(model_of())))
 
-    with pytest.raises(SpecError, match=text):
+    with pytest.raises(SpecError, match=message):
         call_on_ranks(train)
 
 
-@pytest.mark.usefixtures("_alone")
-def test_an_average_of_the_weights_may_copy_a_wrapper() -> None:
+@pytest.mark.usefixtures("_single_rank_group")
+def test_averaged_model_may_copy_ddp() -> None:
     dist.init_process_group("gloo")
 
     def train(config: Mapping[str, Any]) -> None:
@@ -240,44 +245,44 @@ def test_an_average_of_the_weights_may_copy_a_wrapper() -> None:
             optimizer.step()
             average.update_parameters(model)
         before, after = model_of().state_dict()["weight"], model.module.weight
-        assert torch.allclose(after, before - 0.3)  # 0.1, and 0.2: gradients add up
-        assert torch.allclose(average.module.module.weight, before - 0.2)  # of both steps
+        assert torch.allclose(after, before - 0.3)  # gradients accumulate: 0.1, then 0.2
+        assert torch.allclose(average.module.module.weight, before - 0.2)  # the mean of both steps
 
     call_on_ranks(train)
 
 
-def alone(wrapper: DistributedDataParallel) -> nn.Module:
+def ddp_only(wrapper: DistributedDataParallel) -> nn.Module:
     return wrapper
 
 
-class BesideAnother(nn.Module):
-    """The wrapper is a part of the model; the other part's buffers are rank 0's."""
+class WithSecondNorm(nn.Module):
+    """A model with a DDP module and a batch norm outside of it, whose buffers are rank 0's."""
 
     def __init__(self, wrapper: DistributedDataParallel) -> None:
         super().__init__()
         self.wrapper, self.other = wrapper, nn.BatchNorm1d(2, momentum=1.0)
-        self.other.running_mean = means_of(wrapper).clone()
+        self.other.running_mean = running_mean_of(wrapper).clone()
 
 
-def means_of(module: Any) -> torch.Tensor:
-    found: torch.Tensor = getattr(module, "module", module).running_mean
-    return found
+def running_mean_of(module: Any) -> torch.Tensor:
+    mean: torch.Tensor = getattr(module, "module", module).running_mean
+    return mean
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("_single_rank_group")
 @pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated")
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("per_rank", [False, True])
 @pytest.mark.parametrize(
-    ("strategy", "around"),
+    ("strategy", "wrap"),
     [
-        ("ring", alone),
-        ("ring", BesideAnother),
-        ("ps-sync", BesideAnother),
-        ("ps-async", alone),
+        ("ring", ddp_only),
+        ("ring", WithSecondNorm),
+        ("ps-sync", WithSecondNorm),
+        ("ps-async", ddp_only),
     ],
 )
-def test_a_wrapper_says_whether_ranks_have_one_set_of_buffers(
-    strategy: str, around: Callable[[DistributedDataParallel], nn.Module], own: bool
+def test_ddp_decides_whether_buffers_are_per_rank(
+    strategy: str, wrap: Callable[[DistributedDataParallel], nn.Module], per_rank: bool
 ) -> None:
     dist.init_process_group("gloo")
 
@@ -285,26 +290,26 @@ def test_a_wrapper_says_whether_ranks_have_one_set_of_buffers(
         rank = distplat.get_context().get_world_rank()
         norm: Any = nn.BatchNorm1d(2, momentum=1.0)
         norm.running_mean += rank
-        wrapper = DistributedDataParallel(norm, broadcast_buffers=not own)
-        model: Any = around(wrapper)
-        others = [model.other] if isinstance(model, BesideAnother) else []
+        wrapper = DistributedDataParallel(norm, broadcast_buffers=not per_rank)
+        model: Any = wrap(wrapper)
+        others = [model.other] if isinstance(model, WithSecondNorm) else []
         distplat.prepare(model)
-        first = float(rank) if own else 0.0
+        first = float(rank) if per_rank else 0.0
         assert norm.running_mean.tolist() == [first, first]
-        assert [means_of(one).tolist() for one in others] == [[0.0, 0.0]] * len(others)
-        if strategy == "ps-async":  # where each rank goes on with its own in any case
+        assert [running_mean_of(norm).tolist() for norm in others] == [[0.0, 0.0]] * len(others)
+        if strategy == "ps-async":  # buffers are always per rank
             return
         inputs = torch.full((2, 2), rank + 1.0)
-        backward(sum(one(inputs).square().mean() for one in (wrapper, *others)))
-        after = rank + 1.0 if own else 1.0
+        backward(sum(module(inputs).square().mean() for module in (wrapper, *others)))
+        after = rank + 1.0 if per_rank else 1.0
         assert norm.running_mean.tolist() == [after, after]
-        assert [means_of(one).tolist() for one in others] == [[1.0, 1.0]] * len(others)
+        assert [running_mean_of(norm).tolist() for norm in others] == [[1.0, 1.0]] * len(others)
 
     call_on_ranks(train, job=function_job(2, strategy=strategy))
 
 
-@pytest.mark.usefixtures("_alone")
-def test_a_buffer_that_any_wrapper_around_it_broadcasts_is_rank_0s() -> None:
+@pytest.mark.usefixtures("_single_rank_group")
+def test_any_enclosing_ddp_may_broadcast_a_buffer() -> None:
     dist.init_process_group("gloo")
 
     def train(config: Mapping[str, Any]) -> None:
@@ -318,36 +323,36 @@ def test_a_buffer_that_any_wrapper_around_it_broadcasts_is_rank_0s() -> None:
     call_on_ranks(train, job=function_job(2))
 
 
-@pytest.mark.usefixtures("_alone")
-@pytest.mark.parametrize("static", [False, True])
-def test_a_wrapper_may_be_saved_whole(tmp_path: Path, static: bool) -> None:
-    """As some of PyTorch's examples do."""
+@pytest.mark.usefixtures("_single_rank_group")
+@pytest.mark.parametrize("is_static", [False, True])
+def test_torch_save_of_a_ddp_model(tmp_path: Path, is_static: bool) -> None:
+    """Some examples of PyTorch save the whole module."""
     dist.init_process_group("gloo")
 
     def train(config: Mapping[str, Any]) -> None:
         norm = nn.BatchNorm1d(1).double()
         wrapped = nn.Sequential(model_of(), norm)
-        model: Any = DistributedDataParallel(wrapped, static_graph=static)
+        model: Any = DistributedDataParallel(wrapped, static_graph=is_static)
         distplat.prepare(model)
         backward(model(torch.ones(2, 3, dtype=torch.float64)).mean())
         torch.save(model, tmp_path / "model.pt")
         with zipfile.ZipFile(tmp_path / "model.pt") as file:
             [pickled] = [file.read(name) for name in file.namelist() if name.endswith("/data.pkl")]
-        named = [str(value) for _, value, _ in pickletools.genops(pickled)]
-        assert not [one for one in named if "distplat" in one], "it is loaded without distplat, too"
+        strings = [str(value) for _, value, _ in pickletools.genops(pickled)]
+        assert not [text for text in strings if "distplat" in text], "must load without distplat"
         saved = torch.load(tmp_path / "model.pt", weights_only=False)
         assert type(saved) is DistributedDataParallel
         assert saved.require_backward_grad_sync and saved.will_sync_module_buffers()  # type: ignore[no-untyped-call]
-        assert saved.static_graph is static
+        assert saved.static_graph is is_static
         assert not model.require_forward_param_sync and not model.static_graph
         assert torch.equal(saved.module[0].weight, model.module[0].weight)
 
     call_on_ranks(train)
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("_single_rank_group")
 @pytest.mark.parametrize("wrap", [lambda model: model, DistributedDataParallel])
-def test_a_model_is_prepared_once_and_its_copy_as_a_teacher(
+def test_rejects_second_prepare_but_accepts_a_frozen_copy(
     wrap: Callable[[nn.Module], nn.Module],
 ) -> None:
     dist.init_process_group("gloo")
@@ -360,32 +365,32 @@ def test_a_model_is_prepared_once_and_its_copy_as_a_teacher(
             distplat.prepare(model)
         inputs = torch.ones(2, 3, dtype=torch.float64)
         backward((model(inputs) - teacher(inputs) + 1).square().mean())
-        assert all(one.grad is not None for one in model.parameters())
+        assert all(p.grad is not None for p in model.parameters())
 
     call_on_ranks(train)
 
 
-@pytest.mark.usefixtures("_alone")
-def test_a_group_outlives_the_wrapper() -> None:
-    """Or the wrapper waits for the group's threads with the GIL held, and they may for the GIL."""
-    lived: list[bool] = []
+@pytest.mark.usefixtures("_single_rank_group")
+def test_group_outlives_the_ddp_model() -> None:
+    """Otherwise DDP joins the group's threads while it holds the GIL: a deadlock."""
+    is_alive: list[bool] = []
 
     def train(config: Mapping[str, Any]) -> None:
         dist.init_process_group("gloo")
         wrapped = DistributedDataParallel(model_of())
         group = weakref.ref(wrapped.process_group)
-        weakref.finalize(wrapped, lambda: lived.append(group() is not None))
+        weakref.finalize(wrapped, lambda: is_alive.append(group() is not None))
         distplat.prepare(wrapped)
         dist.destroy_process_group()
-        del wrapped.process_group  # as the wrapper itself is taken apart in no certain order
+        del wrapped.process_group  # DDP may be destroyed in this order, too
 
     call_on_ranks(train)
     gc.collect()
-    assert lived == [True]
+    assert is_alive == [True]
 
 
-@pytest.mark.usefixtures("_alone")
-def test_a_group_is_made_again_and_others_beside_it() -> None:
+@pytest.mark.usefixtures("_single_rank_group")
+def test_process_group_can_be_recreated() -> None:
     for _ in range(2):
         dist.init_process_group("gloo")
         assert (dist.get_rank(), dist.get_world_size()) == (0, 1)
@@ -394,40 +399,40 @@ def test_a_group_is_made_again_and_others_beside_it() -> None:
     dist.init_process_group("gloo", rank=0, world_size=1)
 
 
-@pytest.mark.usefixtures("_alone")
+@pytest.mark.usefixtures("_single_rank_group")
 @pytest.mark.parametrize(("rank", "world"), [(0, 4), (1, 1)])
-def test_a_group_of_other_ranks_is_refused(rank: int, world: int) -> None:
-    """A loop that reckons with four would leave half of the data to nobody."""
+def test_rejects_process_group_with_other_ranks(rank: int, world: int) -> None:
+    """A loop for four ranks on fewer workers would skip a part of the data."""
     with pytest.raises(ValueError, match=r"got (rank=1|world_size=4), and this worker has"):
         dist.init_process_group("gloo", rank=rank, world_size=world)
 
 
 @pytest.mark.parametrize(("rank", "local", "node"), [(0, "0", "0"), (1, "0", "1"), (2, "1", "0")])
-def test_the_variables_of_torchrun_say_where_a_worker_is(rank: int, local: str, node: str) -> None:
-    found: dict[int, dict[str, str]] = {}
+def test_torchrun_variables(rank: int, local: str, node: str) -> None:
+    variables: dict[int, dict[str, str]] = {}
 
     def train(config: Mapping[str, Any]) -> None:
         context = distplat.get_context()
-        found[context.get_world_rank()] = {
+        variables[context.get_world_rank()] = {
             **context.variables,
             "node": str(context.get_node_rank()),
         }
 
     call_on_ranks(train, 3, nodes=lambda rank: "abc"[rank % 2])
-    mine = found[rank]
-    assert (mine["RANK"], mine["LOCAL_RANK"], mine["GROUP_RANK"]) == (str(rank), local, node)
-    assert (mine["WORLD_SIZE"], mine["GROUP_WORLD_SIZE"]) == ("3", "2")
-    assert mine["node"] == node
-    assert mine["LOCAL_WORLD_SIZE"] == ("1" if rank == 1 else "2")
-    assert mine["TORCHELASTIC_RUN_ID"] == "test"
-    assert (mine["ROLE_RANK"], mine["ROLE_WORLD_SIZE"]) == (str(rank), "3")
-    assert (mine["TORCHELASTIC_RESTART_COUNT"], mine["TORCHELASTIC_MAX_RESTARTS"]) == ("0", "3")
-    assert {one["MASTER_ADDR"] for one in found.values()} == {"a.cluster"}
-    [port] = {int(one["MASTER_PORT"]) for one in found.values()}
+    own = variables[rank]
+    assert (own["RANK"], own["LOCAL_RANK"], own["GROUP_RANK"]) == (str(rank), local, node)
+    assert (own["WORLD_SIZE"], own["GROUP_WORLD_SIZE"]) == ("3", "2")
+    assert own["node"] == node
+    assert own["LOCAL_WORLD_SIZE"] == ("1" if rank == 1 else "2")
+    assert own["TORCHELASTIC_RUN_ID"] == "test"
+    assert (own["ROLE_RANK"], own["ROLE_WORLD_SIZE"]) == (str(rank), "3")
+    assert (own["TORCHELASTIC_RESTART_COUNT"], own["TORCHELASTIC_MAX_RESTARTS"]) == ("0", "3")
+    assert {env["MASTER_ADDR"] for env in variables.values()} == {"a.cluster"}
+    [port] = {int(env["MASTER_PORT"]) for env in variables.values()}
     assert port > 1023
 
 
-def test_a_group_that_was_there_before_stays() -> None:
+def test_existing_process_group_is_kept() -> None:
     dist.init_process_group("gloo", store=torch_compat.single_rank_store(), rank=0, world_size=1)
     try:
         with as_torchrun(CONTEXT, torch_compat.single_rank_store):
@@ -441,7 +446,7 @@ PAIR = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
 
 
 @pytest.mark.parametrize(
-    ("error", "lost"),
+    ("error", "is_lost"),
     [
         (RuntimeError(PAIR + "Connection closed by peer [127.0.0.1]:1"), True),
         (RuntimeError(PAIR + "Read error [127.0.0.1]:1: Connection reset by peer."), True),
@@ -452,15 +457,13 @@ PAIR = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
         (ConnectionResetError("gloo: connection reset by peer"), False),
     ],
 )
-def test_an_operation_that_lost_a_rank_is_no_fault_of_the_function(
-    error: Exception, lost: bool
-) -> None:
-    found = lost_peer(error)
-    assert (found is not None) is lost
-    assert found is None or found.exit_code == 4
+def test_lost_peer_is_not_a_user_error(error: Exception, is_lost: bool) -> None:
+    peer_error = lost_peer(error)
+    assert (peer_error is not None) is is_lost
+    assert peer_error is None or peer_error.exit_code == 4
 
 
-def test_the_interface_of_an_address_is_found() -> None:
+def test_interface_of_address() -> None:
     name = _interface_of("127.0.0.1")
-    assert name in [one for _, one in socket.if_nameindex()]
+    assert name in [interface for _, interface in socket.if_nameindex()]
     assert _interface_of("192.0.2.1") is None
