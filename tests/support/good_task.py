@@ -33,14 +33,14 @@ class Good(Task):
         return F.cross_entropy(outputs, targets)
 
 
-def fit(kind: type[Task], tmp_path: Path, **fields: Any) -> Result:
-    return Trainer({**FIELDS, **fields}, kind, working_dir=tmp_path).fit()
+def fit(task: type[Task], tmp_path: Path, **fields: Any) -> Result:
+    return Trainer({**FIELDS, **fields}, task, working_dir=tmp_path).fit()
 
 
-def told(kind: type[Task], tmp_path: Path, **fields: Any) -> UserCodeError:
-    """Train; return the error, whose traceback has no frame of distplat."""
+def training_error(task: type[Task], tmp_path: Path, **fields: Any) -> UserCodeError:
+    """Train, and return the error; check that its traceback has no frame of distplat."""
     with pytest.raises(UserCodeError) as caught:
-        fit(kind, tmp_path, **fields)
+        fit(task, tmp_path, **fields)
     ours = [str(_ROOT / part) for part in ("platform", "strategies", "actors", "cli")]
     for line in caught.value.traceback.splitlines():
         if line.startswith('  File "'):

@@ -37,10 +37,10 @@ def test_buckets_cover_the_vector_once(sizes: list[int], limit: int, first: int)
     assert (buckets[-1].start, buckets[0].stop) == (0, sum(sizes))
     for bucket in buckets:
         assert bucket.start == offsets[bucket.parameters[0]]
-        wanted = limit if bucket is not buckets[0] else min(first, limit)
-        longest = max(1, wanted) + sizes[bucket.parameters[0]]
-        assert bucket.stop - bucket.start < longest
-        assert bucket.stop - bucket.start >= wanted or bucket is buckets[-1]
+        min_size = limit if bucket is not buckets[0] else min(first, limit)
+        size_limit = max(1, min_size) + sizes[bucket.parameters[0]]
+        assert bucket.stop - bucket.start < size_limit
+        assert bucket.stop - bucket.start >= min_size or bucket is buckets[-1]
     parameters = [p for b in reversed(buckets) for p in b.parameters]
     assert parameters == list(range(len(sizes)))
 

@@ -85,17 +85,17 @@ def test_synchronous_shard_resumes_bit_identically() -> None:
     for seq in range(4):
         step(shard, seq)
     at_four = state(shard)
-    kept = shard.take_copies(4)
-    assert kept is not None
-    assert equal(kept, at_four)
+    saved = shard.take_copies(4)
+    assert saved is not None
+    assert equal(saved, at_four)
     step(shard, 4)
     step(shard, 5)
-    assert equal(kept, at_four), "later steps do not change copies"
-    params = kept.pop("")
+    assert equal(saved, at_four), "later steps do not change copies"
+    params = saved.pop("")
     resumed = DenseStore(plan_of(SYNCHRONOUS), params)
     with pytest.raises(NotReadyError):
         resumed.push(push(0, 4), noise(SIZE, 0, 4))
-    resumed.restore(4, kept)
+    resumed.restore(4, saved)
     with pytest.raises(StaleError):
         resumed.push(push(0, 2), noise(SIZE, 0, 2))
     with pytest.raises(GapError):
@@ -113,10 +113,10 @@ def test_copies_a_due_version_that_is_passed_by_several_steps() -> None:
         push_now(shard, PushId("run", 1, 0, seq, task), noise(SIZE, task))
     assert (shard.steps, shard.take_copies(2)) == (0, None)
     push_now(shard, PushId("run", 1, 1, 0, 1), noise(SIZE, 1))
-    kept = shard.take_copies(2)
-    assert shard.steps == 3 and kept is not None
-    resumed = DenseStore(plan_of(ASYNC), kept.pop(""))
-    resumed.restore(2, kept)
+    saved = shard.take_copies(2)
+    assert shard.steps == 3 and saved is not None
+    resumed = DenseStore(plan_of(ASYNC), saved.pop(""))
+    resumed.restore(2, saved)
     assert push_now(resumed, PushId("run", 1, 0, 0, 3), noise(SIZE, 3)) is Verdict.LATE
     assert push_now(resumed, PushId("run", 1, 0, 1, 4), noise(SIZE, 4)) is Verdict.NEW
 
@@ -130,12 +130,12 @@ def test_asynchronous_shard_copies_when_the_slowest_rank_reaches_the_step() -> N
     push_now(shard, push(1, 1), noise(SIZE, 1, 1))
     at_two = state(shard)
     push_now(shard, push(0, 3), noise(SIZE, 0, 3))
-    kept = shard.take_copies(2)
-    assert kept is not None
-    assert equal(kept, at_two)
-    params = kept.pop("")
+    saved = shard.take_copies(2)
+    assert saved is not None
+    assert equal(saved, at_two)
+    params = saved.pop("")
     resumed = DenseStore(plan_of(ASYNC), params)
-    resumed.restore(2, kept)
+    resumed.restore(2, saved)
     assert (resumed.version, resumed.steps, resumed.pull(0)) == (4, 2, 4)
     assert push_now(resumed, push(0, 2), noise(SIZE, 0, 2)) is Verdict.NEW
     assert (resumed.steps, resumed.staleness_of(0)) == (2, 0)
@@ -159,10 +159,10 @@ def test_take_copies_waits_for_slow_ranks() -> None:
         thread.start()
     for thread in [*threads, waiting]:
         thread.join(60)
-    [(steps, kept)] = results
+    [(steps, saved)] = results
     assert steps == 1
-    assert kept is not None
-    assert kept[""].shape == (SIZE,)
+    assert saved is not None
+    assert saved[""].shape == (SIZE,)
 
 
 def replies(*copies: ShardCopy) -> Any:

@@ -62,11 +62,11 @@ def test_writes_parts_to_files(launch: Launch) -> None:
     give(checkpoints, 1, 2, 3)
     assert [saved.step for saved in checkpoints.take_finished()] == [1, 2, 3]
     assert checkpoints.take_finished() == []
-    found = checkpoints.newest()
-    assert found is not None
-    assert (found.step, checkpoints.step) == (3, 3)
-    assert load_file(found.path / "model.safetensors")["w"].tolist() == [30, 31]
-    assert load_file(found.path / "optimizer.safetensors") == {}
+    checkpoint = checkpoints.newest()
+    assert checkpoint is not None
+    assert (checkpoint.step, checkpoints.step) == (3, 3)
+    assert load_file(checkpoint.path / "model.safetensors")["w"].tolist() == [30, 31]
+    assert load_file(checkpoint.path / "optimizer.safetensors") == {}
     assert Catalogue(launch.folder / "checkpoints").steps() == [2, 3]
 
 
@@ -90,9 +90,9 @@ def test_full_disk_warns_first_and_then_ends_the_run(
     give(checkpoints, 8)
     with pytest.raises(StorageError, match=r"3 checkpoints .*/checkpoints: step 8: No space"):
         checkpoints.take_finished()
-    found = checkpoints.newest()
-    assert found is not None
-    assert found.step == 5
+    checkpoint = checkpoints.newest()
+    assert checkpoint is not None
+    assert checkpoint.step == 5
 
 
 def test_does_not_save_parameters_that_are_not_finite(
@@ -172,16 +172,16 @@ def test_rollback_sets_damaged_checkpoints_aside(launch: Launch) -> None:
     checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     give(checkpoints, 4, 6)
     corrupt(checkpoints._catalogue.path(6))
-    found = checkpoints.newest()
-    assert found is not None
-    assert (found.step, checkpoints.step) == (4, 4)
+    checkpoint = checkpoints.newest()
+    assert checkpoint is not None
+    assert (checkpoint.step, checkpoints.step) == (4, 4)
     give(checkpoints, 5)
     assert [saved.step for saved in checkpoints.take_finished()] == [4, 6, 5]
-    found = checkpoints.newest()
-    assert found is not None and found.step == 5
+    checkpoint = checkpoints.newest()
+    assert checkpoint is not None and checkpoint.step == 5
     give(checkpoints, 6)
-    found = checkpoints.newest()
-    assert found is not None and found.step == 6
+    checkpoint = checkpoints.newest()
+    assert checkpoint is not None and checkpoint.step == 6
 
 
 @pytest.mark.parametrize("fault", ["damaged", "unreadable", "gone"])
@@ -223,8 +223,8 @@ def test_resumed_run_rolls_back_to_its_initial_checkpoint(
     checkpoints = Checkpoints(resumed, 2, lambda ref: ref)
     give(checkpoints, 2)
     corrupt(checkpoints._catalogue.path(2))
-    found = checkpoints.newest()
-    assert found is not None and found.path == initial
+    checkpoint = checkpoints.newest()
+    assert checkpoint is not None and checkpoint.path == initial
     assert (
         "all 1 checkpoints are damaged; the rollback uses the checkpoint of --resume" in caplog.text
     )
@@ -256,8 +256,8 @@ def test_rollback_reads_while_no_checkpoint_is_deleted(
     monkeypatch.setattr(checkpoints._catalogue, "newest", newest)
     for rank in range(2):
         checkpoints.take(delivery(rank, 2))
-    found = checkpoints.newest()
-    assert found is not None
+    checkpoint = checkpoints.newest()
+    assert checkpoint is not None
     checkpoints.drain()
     assert checkpoints._catalogue.steps() == [2]
 
@@ -278,9 +278,9 @@ def test_rollback_waits_for_the_writer_until_a_deadline(
     give(checkpoints, 1)
     for rank in range(2):
         checkpoints.take(delivery(rank, 2))
-    found = checkpoints.newest()
+    checkpoint = checkpoints.newest()
     gate.set()
-    assert found is not None and found.step == 1
+    assert checkpoint is not None and checkpoint.step == 1
     assert "is being written, at most 0.3 s (`failure.storage_timeout_s`)" in caplog.text
     assert "still being written after 0.3 s (`failure.storage_timeout_s`)" in caplog.text
 

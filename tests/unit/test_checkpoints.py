@@ -136,13 +136,13 @@ def test_write_and_read(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         save(catalogue, step)
     assert catalogue.steps() == [20, 30]
-    found = catalogue.newest(fail_on_warning)
-    assert found is not None
-    assert_content(found, 30)
+    checkpoint = catalogue.newest(fail_on_warning)
+    assert checkpoint is not None
+    assert_content(checkpoint, 30)
     assert_content(find(tmp_path, fail_on_warning), 30)
     assert_content(find(tmp_path / "checkpoints", fail_on_warning), 30)
     assert_content(find(tmp_path / "checkpoints" / "step-000020", fail_on_warning), 20)
-    assert {p.name for p in found.path.iterdir()} == {
+    assert {p.name for p in checkpoint.path.iterdir()} == {
         "model.safetensors",
         "optimizer.safetensors",
         "state.json",
@@ -208,9 +208,9 @@ def test_full_disk_keeps_existing_checkpoints(at: int, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         save(Catalogue(folder, FaultyDisk(at, "full")), 20)
     assert [p.name for p in folder.iterdir() if p.suffix == ".partial"] == []
-    found = Catalogue(folder).newest(fail_on_warning)
-    assert found is not None
-    assert found.step in (10, 20)
+    checkpoint = Catalogue(folder).newest(fail_on_warning)
+    assert checkpoint is not None
+    assert checkpoint.step in (10, 20)
 
 
 CHILD = """
@@ -269,9 +269,9 @@ def test_detects_damage_and_loads_the_previous_checkpoint(name: str, tmp_path: P
     for content in damaged_contents(path):
         path.write_bytes(content)
         warnings: list[str] = []
-        found = catalogue.newest(warnings.append)
-        assert found is not None
-        assert_content(found, 10)
+        checkpoint = catalogue.newest(warnings.append)
+        assert checkpoint is not None
+        assert_content(checkpoint, 10)
         assert len(warnings) == 1
         assert str(catalogue.path(20)) in warnings[0]
         with pytest.raises(StorageError):

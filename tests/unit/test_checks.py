@@ -9,7 +9,7 @@ import local_run
 import pytest
 import torch
 import torch.nn.functional as F
-from good_task import FIELDS, Good, fit, samples, told
+from good_task import FIELDS, Good, fit, samples, training_error
 from jobs import job_of
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
@@ -62,7 +62,7 @@ class Wrapped:
 def test_rejects_loss_without_gradient(
     loss: Callable[[Any, Any], Any], message: str, tmp_path: Path
 ) -> None:
-    error = told(with_loss(loss), tmp_path)
+    error = training_error(with_loss(loss), tmp_path)
     assert error.step == 1
     line = with_loss(loss).loss.__code__.co_firstlineno
     with pytest.raises(UserCodeError, match=rf"test_checks.py:{line}: loss\(\) .*{message}"):
@@ -79,7 +79,7 @@ def test_rejects_model_that_detaches_its_output(tmp_path: Path) -> None:
         def model(self) -> nn.Module:
             return Detaching(3, 2)
 
-    assert "does not either: its forward() detaches it" in told(Bad, tmp_path).summary
+    assert "does not either: its forward() detaches it" in training_error(Bad, tmp_path).summary
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_rejects_metrics_that_are_not_numbers(metrics: Any, message: str, tmp_pa
         def metrics(self, outputs: Any, targets: Any) -> Any:
             return metrics
 
-    error = told(Bad, tmp_path)
+    error = training_error(Bad, tmp_path)
     assert message in error.summary
     assert "test_checks.py:" in error.summary
     assert "in the evaluation after step 2" in str(error)
@@ -134,7 +134,7 @@ def test_rejects_invalid_models(build: Callable[[], Any], message: str, tmp_path
         def model(self) -> Any:
             return build()
 
-    error = told(Bad, tmp_path)
+    error = training_error(Bad, tmp_path)
     assert message in error.summary
     assert error.step is None
 
@@ -157,7 +157,7 @@ def test_batch_norm_fails_on_a_batch_of_one_sample(tmp_path: Path) -> None:
         def train_data(self) -> Dataset[Any]:
             return samples(5)
 
-    error = told(WithBatchNorm, tmp_path)
+    error = training_error(WithBatchNorm, tmp_path)
     assert error.step == 2
     assert "`data.drop_last: true` leaves out a short last batch" in error.remedy
     assert str(error).endswith(f"hint: {error.remedy}")
@@ -174,7 +174,7 @@ def test_out_of_memory_error_names_settings_that_save_memory(tmp_path: Path) -> 
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
     for task in (Large, OutOfGpuMemory):
-        remedy = told(task, tmp_path).remedy
+        remedy = training_error(task, tmp_path).remedy
         assert "raise `gradient_accumulation`" in remedy
         assert "lower `global_batch_size`" in remedy
 

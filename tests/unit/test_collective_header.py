@@ -75,12 +75,12 @@ def test_compares_sizes_and_offsets_of_parts(other: Header) -> None:
     assert "the sizes of the ranks' parts differ, or their offsets" in error.cause
 
 
-@pytest.mark.parametrize("wrong", [ONES[:3], ONES.int()])
-def test_check_message_rejects_other_size_or_dtype(wrong: torch.Tensor) -> None:
+@pytest.mark.parametrize("mismatched", [ONES[:3], ONES.int()])
+def test_check_message_rejects_other_size_or_dtype(mismatched: torch.Tensor) -> None:
     expected = header("send", [ONES], number=2)
     check_message("g", 0, 1, header("send", [ONES], number=2), expected)
     with pytest.raises(MismatchError, match=r"rank 0 sends .*; rank 1 expects 7 float32") as caught:
-        check_message("g", 0, 1, header("send", [wrong], number=2), expected)
+        check_message("g", 0, 1, header("send", [mismatched], number=2), expected)
     assert (caught.value.missing, caught.value.operation, caught.value.number) == ((0,), "recv", 2)
 
 

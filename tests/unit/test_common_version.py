@@ -77,25 +77,25 @@ def test_ranks_agree_on_one_version(count: int, total: int, data: st.DataObject)
             slowest = min(rank.steps for rank in ranks)
             data.draw(st.sampled_from([r for r in ranks if r.steps == slowest])).step()
 
-    held: set[int] = set()
+    ready: set[int] = set()
     for _ in range(20):
         target, passed = common.target, {}
         for number, rank in enumerate(ranks):
-            held |= {number} if rank.request(target) else set()
+            ready |= {number} if rank.request(target) else set()
             passed[number] = rank.steps
             advance()
-        if common.observe(passed, held):
+        if common.observe(passed, ready):
             assert 0 < target <= total
-            assert len(held) == count
+            assert len(ready) == count
             return
-        held = held if common.target == target else set()
+        ready = ready if common.target == target else set()
     for rank in ranks:  # the end of the run is common to all
         while rank.steps < total:
             rank.step()
     for _ in range(2):
         target = common.target
-        held |= {number for number, rank in enumerate(ranks) if rank.request(target)}
-        if common.observe(dict.fromkeys(range(count), total), held):
+        ready |= {number for number, rank in enumerate(ranks) if rank.request(target)}
+        if common.observe(dict.fromkeys(range(count), total), ready):
             return
-        held = held if common.target == target else set()
+        ready = ready if common.target == target else set()
     raise AssertionError("no common version")

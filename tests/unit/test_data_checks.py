@@ -9,7 +9,7 @@ import local_run
 import pytest
 import torch
 import torch.nn.functional as F
-from good_task import Good, fit, samples, told
+from good_task import Good, fit, samples, training_error
 from jobs import job_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -52,7 +52,7 @@ def test_rejects_data_that_is_not_map_style(
     build: Callable[[], Any], message: str, method: str, tmp_path: Path
 ) -> None:
     bad = type("Bad", (Good,), {method: lambda self: build()})
-    summary = told(bad, tmp_path).summary
+    summary = training_error(bad, tmp_path).summary
     assert f"{method}() must return a map-style data set" in summary or "__getitem__" in summary
     assert message in summary
 
@@ -66,12 +66,12 @@ def test_rejects_data_that_is_not_map_style(
 )
 def test_rejects_data_without_samples(method: str, message: str, tmp_path: Path) -> None:
     bad = type("Bad", (Good,), {method: lambda self: samples(0)})
-    assert message in told(bad, tmp_path).summary
+    assert message in training_error(bad, tmp_path).summary
 
 
 def test_rejects_missing_training_data(tmp_path: Path) -> None:
     bad = type("Bad", (Good,), {"train_data": lambda self: None})
-    assert "got None: is there a `return`?" in told(bad, tmp_path).summary
+    assert "got None: is there a `return`?" in training_error(bad, tmp_path).summary
 
 
 def test_samples_of_different_shapes_suggest_collate(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_samples_of_different_shapes_suggest_collate(tmp_path: Path) -> None:
         def train_data(self) -> Any:
             return [(torch.zeros(1 + number % 3), 0) for number in range(8)]
 
-    error = told(Ragged, tmp_path)
+    error = training_error(Ragged, tmp_path)
     assert "stack expects each tensor to be equal size" in error.summary
     assert "in the task's `collate(samples)`" in error.remedy
     assert 'File "' not in error.traceback, "no frame of user code"
@@ -160,20 +160,20 @@ def test_sys_exit_in_a_task_is_an_error(where: str, tmp_path: Path) -> None:
     members: Mapping[str, Any] = (
         {"train_data": lambda self: ExitsOrRaises()} if where == "data" else {where: exit_with_0}
     )
-    error = told(type("Bad", (Good,), dict(members)), tmp_path)
+    error = training_error(type("Bad", (Good,), dict(members)), tmp_path)
     assert error.summary == "SystemExit: 0"
     assert error.remedy.startswith("sys.exit() was called")
 
 
 def test_sys_exit_in_a_loader_is_an_error(tmp_path: Path) -> None:
     bad = type("Bad", (Good,), {"train_data": lambda self: ExitsOrRaises()})
-    error = told(bad, tmp_path, data={"num_workers": 1})
+    error = training_error(bad, tmp_path, data={"num_workers": 1})
     assert "a loader process ended: sys.exit() in the data set" in error.remedy
 
 
 def test_error_in_a_loader_has_the_original_traceback(tmp_path: Path) -> None:
     bad = type("Bad", (Good,), {"train_data": lambda self: ExitsOrRaises(raises=True)})
-    error = told(bad, tmp_path, data={"num_workers": 1})
+    error = training_error(bad, tmp_path, data={"num_workers": 1})
     assert error.summary.startswith("KeyError: 'no sample ")
     frames = [line for line in error.traceback.splitlines() if line.startswith('  File "')]
     assert len(frames) == 1
