@@ -38,8 +38,8 @@ def test_work_request_waits_until_work_is_available(monkeypatch: pytest.MonkeyPa
         scheduler = make_scheduler(Consistency(asynchronous=True, bound=0))
         for rank in range(2):
             await scheduler.join(rank, 0, PLAN)
-        first = [await scheduler.work(rank, 0, 0, (), ()) for rank in range(2)]
-        assert [list(work.tasks) for work in first if work] == [[0], [1]]
+        leases = [await scheduler.work(rank, 0, 0, (), ()) for rank in range(2)]
+        assert [list(lease.tasks) for lease in leases if lease] == [[0], [1]]
         pending = asyncio.create_task(scheduler.work(0, 0, 1, (0,), ()))
         await asyncio.sleep(0.05)
         assert not pending.done()

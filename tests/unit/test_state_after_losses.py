@@ -66,7 +66,7 @@ def test_bit_identical_after_loss_at_any_operation(strategy: str, after: int, vi
 
 
 class CutOff(Attempt):
-    """Attempt in which each rank is abandoned by itself."""
+    """Attempt in which each rank raises `Abandoned` independently."""
 
     ends = (Abandoned,)
 

@@ -139,9 +139,7 @@ def test_all_ranks_stop_after_the_same_step(
     elif not lost:
         assert state.restart == Restart(1, (), restarts_all=False, wait_s=0.0, world=5)
         assert state.max_step == state.steps_done < steps, "a worker continued after the stop"
-        assert not any(worker.in_step for worker in run.workers), (
-            "a worker computes a gradient in vain"
-        )
+        assert not any(worker.in_step for worker in run.workers), "a worker stopped within a step"
     else:
         assert state.restart is not None
         assert (state.restart.replace, state.restart.restarts_all) == (tuple(lost), False)
