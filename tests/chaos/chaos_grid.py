@@ -1,12 +1,12 @@
 """
-`make chaos`: faults of every kind, under every strategy, on real processes, and a table.
+`make chaos`: each fault of docs/faults.md under each strategy, on real processes.
 
     chaos_grid.py                                     every row and strategy, once
-    chaos_grid.py --trials 5 --row F1 --row F11       five of each of these
-    chaos_grid.py --seed 17 --row F7 --strategy ring  that trial again
-    chaos_grid.py --folder FOLDER                     what is left of a grid that was broken off
+    chaos_grid.py --trials 5 --row F1 --row F11       five trials of each of these rows
+    chaos_grid.py --seed 17 --row F7 --strategy ring  repeats that trial
+    chaos_grid.py --folder FOLDER                     continues an interrupted grid
 
-Exits with 1 if a trial went wrong, or if a fault did not fire.
+Exits with 1 if a trial is wrong, or if a fault did not fire.
 """
 
 import argparse
@@ -19,69 +19,73 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from chaos_cluster import AnyCluster, HeadApart, OneCluster, with_token
+from chaos_cluster import AnyCluster, OneCluster, SeparateHead, with_token
 from chaos_rows import ALL, ROWS
 from chaos_trial import Outcome, Runs
 
 OUTCOMES = "outcomes.jsonl"
-"""File of a grid's folder: a line for each trial."""
+"""File in a grid's folder with one line per trial."""
 
 
 def main() -> int:
-    """Run the grid as the command line says; give the exit code."""
+    """Run the grid; return the exit code."""
     args = _arguments()
     with_token()
-    sys.path.append(str(Path(__file__).parent.parent / "support"))  # for rows in memory
+    sys.path.append(str(Path(__file__).parent.parent / "support"))  # used by rows in memory
     folder = Path(args.folder or tempfile.mkdtemp(prefix="chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     print(f"first seed {args.seed}; runs, logs and results are in {folder}", flush=True)
-    outcomes = earlier(folder)
-    done = {(one.row, one.strategy, one.seed) for one in outcomes}
+    outcomes = read_outcomes(folder)
+    done = {(o.row, o.strategy, o.seed) for o in outcomes}
     deadline = time.monotonic() + args.minutes * 60
-    for nodes, apart in ((0, False), (1, False), (3, False), (1, True)):
-        wanted = [
+    for nodes, separate_head in ((0, False), (1, False), (3, False), (1, True)):
+        trials = [
             (name, strategy, seed)
             for name, strategy, seed in _trials(args)
-            if (ROWS[name].nodes, ROWS[name].apart) == (nodes, apart)
+            if (ROWS[name].nodes, ROWS[name].separate_head) == (nodes, separate_head)
             and (name, strategy, seed) not in done
         ]
-        if not wanted:
+        if not trials:
             continue
-        cluster: AnyCluster | None = HeadApart() if apart else OneCluster(nodes) if nodes else None
+        cluster: AnyCluster | None = (
+            SeparateHead() if separate_head else OneCluster(nodes) if nodes else None
+        )
         try:
-            runs = Runs(cluster, folder / ("apart" if apart else f"nodes-{nodes}"))
-            for name, strategy, seed in wanted:
+            runs = Runs(cluster, folder / ("separate-head" if separate_head else f"nodes-{nodes}"))
+            for name, strategy, seed in trials:
                 if time.monotonic() > deadline:
                     break
                 outcomes.append(runs.trial(name, strategy, seed))
-                note(folder, outcomes[-1])
+                record(folder, outcomes[-1])
                 print(line(outcomes[-1]), flush=True)
         finally:
             if cluster is not None:
                 cluster.close()
     print("\n" + table(outcomes))
-    return 0 if outcomes and all(one.verdict == "ok" for one in outcomes) else 1
+    return 0 if outcomes and all(outcome.verdict == "ok" for outcome in outcomes) else 1
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else "")
     parser.add_argument("--row", action="append", choices=sorted(ROWS), help="default: all")
     parser.add_argument("--strategy", action="append", choices=ALL, help="default: all")
-    parser.add_argument("--trials", type=int, default=1, help="of each row and strategy")
-    parser.add_argument("--seed", type=int, default=1, help="of the first; the next ones follow")
-    parser.add_argument("--minutes", type=float, default=600.0, help="begin no trial after that")
-    parser.add_argument("--folder", help="for what runs leave; default: a new one in /tmp")
+    parser.add_argument("--trials", type=int, default=1, help="number for each row and strategy")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="of the first trial; later trials count up"
+    )
+    parser.add_argument("--minutes", type=float, default=600.0, help="start no trial afterwards")
+    parser.add_argument("--folder", help="for the files of runs; default: a new one in /tmp")
     return parser.parse_args()
 
 
-def note(folder: Path, outcome: Outcome) -> None:
-    """Write an outcome down."""
+def record(folder: Path, outcome: Outcome) -> None:
+    """Append an outcome to the file."""
     with (folder / OUTCOMES).open("a") as file:
         file.write(json.dumps(asdict(outcome), default=str) + "\n")
 
 
-def earlier(folder: Path) -> list[Outcome]:
-    """Read the outcomes of a grid that was broken off; what is told of their deeds is not read."""
+def read_outcomes(folder: Path) -> list[Outcome]:
+    """Read the outcomes of an interrupted grid, without their faults."""
     path = folder / OUTCOMES
     lines = path.read_text().splitlines() if path.exists() else []
     return [
@@ -91,7 +95,7 @@ def earlier(folder: Path) -> list[Outcome]:
 
 
 def _trials(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
-    """Give row, strategy and seed of each trial, one of everything before a second one."""
+    """Yield row, strategy and seed of each trial, in the order of seeds."""
     for seed in range(args.seed, args.seed + args.trials):
         for name, row in ROWS.items():
             for strategy in row.strategies:
@@ -100,56 +104,54 @@ def _trials(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
 
 
 def line(outcome: Outcome) -> str:
-    """Say what came of a trial, and of one that is not well everything."""
+    """Describe an outcome; with all details unless it is ok."""
     recovery = "-" if outcome.recovery_s is None else f"{outcome.recovery_s:.1f}"
     head = f"{outcome.row:<15} {outcome.strategy:<9} seed {outcome.seed:<4} {outcome.verdict:<9}"
     text = f"{head} recovery {recovery:>5} s, run {outcome.seconds:5.1f} s"
     if outcome.found_s is not None:
-        text += f", found after {outcome.found_s:.1f} s"
+        text += f", detected after {outcome.found_s:.1f} s"
     if outcome.verdict == "ok":
         return text
     deeds = [f"deed: {deed}" for deed in outcome.deeds]
     found = [f"{fired.proof}" for fired in outcome.fired]
-    missed = [f"not fired: {one}" for one in outcome.not_fired]
+    missed = [f"not fired: {deed}" for deed in outcome.not_fired]
     more = [*deeds, *found, *missed, *outcome.problems, f"see {outcome.folder}"]
     return "\n    ".join([text, *more])
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Make tables in Markdown: a row for each fault, a column for each strategy."""
-    lines = _rows(outcomes, lambda one: one.recovery_s)
-    found = [one for one in outcomes if one.found_s is not None]
-    if found:
-        lines += ["", "Frozen processes, until a log says so:", ""]
-        lines += _rows(found, lambda one: one.found_s)
-    wrong = sum(one.verdict == "wrong" for one in outcomes)
-    missed = sum(one.verdict == "not fired" for one in outcomes)
-    end = f"{len(outcomes)} trials: {wrong} wrong, {missed} without their fault"
-    return "\n".join([*lines, "", f"{end}; recovery: median, and the longest of several."])
+    """Return Markdown tables with a row per fault and a column per strategy."""
+    lines = _rows(outcomes, lambda outcome: outcome.recovery_s)
+    detected = [outcome for outcome in outcomes if outcome.found_s is not None]
+    if detected:
+        lines += ["", "Frozen processes, time until a log reports them:", ""]
+        lines += _rows(detected, lambda outcome: outcome.found_s)
+    wrong = sum(outcome.verdict == "wrong" for outcome in outcomes)
+    missed = sum(outcome.verdict == "not fired" for outcome in outcomes)
+    end = f"{len(outcomes)} trials: {wrong} wrong, {missed} not fired"
+    return "\n".join([*lines, "", f"{end}; recovery: median (maximum)."])
 
 
 def _rows(outcomes: list[Outcome], time_of: Callable[[Outcome], float | None]) -> list[str]:
-    """Give the lines of one table of times."""
+    """Return the lines of a table of times."""
     lines = [f"| row | fault | {' | '.join(ALL)} |", "|---|---|" + "---|" * len(ALL)]
     for name, row in ROWS.items():
         cells = [
-            _figures(
-                [one for one in outcomes if (one.row, one.strategy) == (name, strategy)], time_of
-            )
+            _figures([o for o in outcomes if (o.row, o.strategy) == (name, strategy)], time_of)
             for strategy in ALL
         ]
         if any(cells):
-            lines.append(f"| {name} | {row.what} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {row.label} | {' | '.join(cells)} |")
     return lines
 
 
 def _figures(outcomes: list[Outcome], time_of: Callable[[Outcome], float | None]) -> str:
-    """Give `ok/trials, median to maximum` of one row under one strategy."""
+    """Return `ok/trials median (maximum)` of one row under one strategy."""
     if not outcomes:
         return ""
-    good = [one for one in outcomes if one.verdict == "ok"]
-    times = [seconds for one in good if (seconds := time_of(one))]
-    count = f"{len(good)}/{len(outcomes)}"
+    ok = [outcome for outcome in outcomes if outcome.verdict == "ok"]
+    times = [seconds for outcome in ok if (seconds := time_of(outcome))]
+    count = f"{len(ok)}/{len(outcomes)}"
     if not times:
         return count
     longest = f" ({max(times):.1f})" if len(times) > 1 else ""

@@ -1,8 +1,8 @@
 """
-Does to a run what a trial asks for, at the moment it asks for, and proves that it was done.
+Injects the faults of a trial into a run at given moments, and checks their effects.
 
-A deed is done from outside: a signal to a process, by its number. It counts as fired if the process
-was there, and is gone (SIGKILL) or stopped (SIGSTOP) afterwards.
+Most faults are signals to processes. A fault has fired if the process existed before, and is gone
+(SIGKILL) or stopped (SIGSTOP) afterwards.
 """
 
 import contextlib
@@ -21,28 +21,28 @@ from typing import Protocol
 import psutil
 import ray
 
-GONE_WITHIN_S = 10.0
+EXIT_TIMEOUT_S = 10.0
 POLL_S = 0.002
-WHOLE = "*/checkpoints/step-" + "[0-9]" * 6
-"""A checkpoint that is whole, from the folder of the run directories."""
+COMPLETE_CHECKPOINTS = "*/checkpoints/step-" + "[0-9]" * 6
+"""Pattern of complete checkpoints, relative to the folder of the run directories."""
 TITLES = {
     "server": "ServerNode",
     "server-manager": "ServerManager",
     "task-scheduler": "Scheduler",
     "controller": "ControllerActor",
 }
-"""Roles, and the classes of their actors as Ray writes them into the title of a process."""
+"""Roles, and the classes of their actors, which Ray writes to the titles of processes."""
 
 STARVE = "starve"
-"""Instead of a signal: memory is refused."""
+"""Action: the kernel's OOM killer kills the process."""
 CGROUPS = Path("/sys/fs/cgroup/memory")
-"""Of version 1."""
+"""Memory controller of cgroups version 1."""
 
-ASKED = ("data", "model", "renewed", "forward", "between", "backward", "evaluation")
+REPORTED = ("data", "model", "renewed", "forward", "between", "backward", "evaluation")
 """
-Moments that a worker gets to; `between` a forward and its backward, where a step is the number of a
-forward. The others are seen from outside: `partial`, a checkpoint is being written; `checkpoint`,
-one is whole.
+Moments that the task reports. `between` is between a forward and its backward; its step is the
+number of the forward. The injector detects two more moments: `partial`, a checkpoint is being
+written; `checkpoint`, a checkpoint is complete.
 """
 
 
@@ -51,94 +51,94 @@ class Deed:
     """One fault."""
 
     moment: str
-    """See `ASKED`."""
+    """See `REPORTED`."""
     rank: int = 0
-    """Who gets there."""
+    """Rank that reaches the moment."""
     step: int = 0
-    """At which step, or the first one after it that this rank makes."""
+    """Step of the moment, or the first later step of this rank."""
     victim: str = "self"
-    """`self`, `worker-1`, `workers` (all of them), `server`, `servers`, `primary` (of a shard whose
-    backup is ready), a role of `TITLES`, `driver`, `disk`, `node`, `head` (of the cluster)."""
+    """`self`, `worker-1`, `workers` (all), `server`, `servers`, `primary` (of a shard with a ready
+    backup), a role of `TITLES`, `driver`, `disk`, `node`, `head` (of the cluster)."""
     action: int | str = signal.SIGKILL
-    """A signal, or `STARVE`; for `self` also what the task does itself, for `disk` an action of
-    `Disk`, for the link of a `node` `cut` or `slow`."""
+    """A signal, or `STARVE`. For `self` also an action of the task, for `disk` an action of `Disk`,
+    for the link of a `node` `cut` or `slow`."""
     hold: bool = True
-    """Whether who gets there waits until it is done; else only for what it waits for itself."""
+    """Whether the rank waits at the moment until the fault is injected."""
     delay_s: float = 0.0
-    """From the moment to the deed."""
+    """Seconds from the moment to the fault."""
     saved: bool = False
-    """Wait for a whole checkpoint first."""
+    """Whether to wait for a complete checkpoint first."""
     undo_s: float = 0.0
-    """So long afterwards a frozen process goes on, a full disk is empty again; 0: never."""
+    """Seconds until a frozen process resumes, or a full disk is emptied; 0: never."""
 
     @property
     def request(self) -> list[object]:
-        """What the task is told: moment, rank, step, and whether to hold still there."""
+        """Moment, rank, step, and whether to wait there: an item of the task's `moments`."""
         return [self.moment, self.rank, self.step, self.hold or self.saved]
 
     def __str__(self) -> str:
-        what = signal.Signals(self.action).name if isinstance(self.action, int) else self.action
-        return f"{what} {self.victim} at {self.moment} of rank {self.rank}, step {self.step}"
+        action = signal.Signals(self.action).name if isinstance(self.action, int) else self.action
+        return f"{action} {self.victim} at {self.moment} of rank {self.rank}, step {self.step}"
 
 
 @dataclass
 class Fired:
-    """A deed that was done."""
+    """An injected fault."""
 
     deed: Deed
     at: float
-    """`time.time()` when it was done."""
+    """`time.time()` of the fault."""
     proof: str
-    """What was seen of it."""
+    """Observed effect."""
 
 
 class Nodes(Protocol):
-    """The nodes of a cluster, to be hit as a whole."""
+    """Nodes of a cluster, for faults of a whole node."""
 
-    def hit_node(self, action: int | str) -> str:
+    def inject_node_fault(self, action: int | str) -> str:
         """
-        Hit a node that has a worker and is not the driver's; give a proof.
+        Inject a fault into a node with a worker, not the driver's node; return the effect.
 
         Args:
-            action: a signal for all of it, or what happens to its link.
+            action: a signal to its processes, or a change of its link.
         """
 
-    def mend(self) -> None:
-        """Let frozen nodes go on, and links be as they were."""
+    def restore(self) -> None:
+        """Resume frozen nodes and restore links."""
 
 
 @dataclass
 class Scene:
-    """Where a run takes place."""
+    """Folders, disk and nodes of a run."""
 
     folder: Path
     """For the files of task and injector."""
     storage: Path
-    """Where the run directory is made."""
+    """Folder of the run directories."""
     disk: "Disk | None" = None
     nodes: "Nodes | None" = None
     driver: int = 0
-    """Process of the present driver."""
+    """Process of the current driver."""
 
 
 @dataclass
 class Disk:
-    """A small disk of its own (tmpfs) for run directories."""
+    """A small disk (tmpfs) for run directories."""
 
     path: Path
     run: Callable[[list[str]], None]
     """Runs a command as root."""
     ballast: list[Path] = field(default_factory=list)
-    _covered: bool = False  #: by a mount that nobody may write to, or that does not answer
-    _unserved: int = -1  #: descriptor of the latter
+    _covered: bool = False  #: by a mount that is read-only or does not respond
+    _unserved: int = -1  #: descriptor of the mount that does not respond
 
     def act(self, action: int | str) -> str:
-        """Do something to it (`fill`, `read-only`, `remove`, `hang`); give a proof."""
+        """Inject a fault (`fill`, `read-only`, `remove`, `hang`); return the effect."""
         actions = {"fill": self.fill, "read-only": self.read_only}
         return (actions | {"remove": self.remove, "hang": self.hang})[str(action)]()
 
     def fill(self) -> str:
-        """Leave no byte."""
+        """Fill the disk."""
         path = self.path / f"ballast-{len(self.ballast)}"
         self.ballast.append(path)
         try:
@@ -151,9 +151,9 @@ class Disk:
 
     def read_only(self) -> str:
         """
-        Let nobody open a file to write; those that are open for it go on.
+        Make the disk read-only; files that are already open stay writable.
 
-        They would keep the disk itself from it, and so it is mounted once more, above itself.
+        Open files prevent a remount of the disk itself, so a bind mount covers it.
         """
         self.run(["mount", "--bind", str(self.path), str(self.path)])
         self._covered = True
@@ -166,9 +166,7 @@ class Disk:
 
     def hang(self) -> str:
         """
-        Let whoever comes to it wait, by a file system (FUSE) above it that nobody serves.
-
-        Files that are open go on: they are below it.
+        Block all accesses by a FUSE mount without a server; open files are not affected.
         """
         self._unserved = file = os.open("/dev/fuse", os.O_RDWR)
         options = f"fd={file},rootmode=40000,user_id=0,group_id=0"
@@ -189,13 +187,13 @@ class Disk:
         gone = [path.name for path in found if not (path / "job.yaml").exists()]
         return f"deleted: {', '.join(gone)}" if gone else ""
 
-    def mend(self) -> None:
-        """Let everybody write again."""
+    def restore(self) -> None:
+        """Restore write access."""
         if self._covered:
             self._covered = False
             self.run(["umount", "-l", str(self.path)])
         if self._unserved >= 0:
-            os.close(self._unserved)  # who still waits gets an error
+            os.close(self._unserved)  # blocked accesses get an error
             self._unserved = -1
         for path in self.ballast:
             path.unlink(missing_ok=True)
@@ -204,11 +202,11 @@ class Disk:
 
 class Injector(threading.Thread):
     """
-    Carries the deeds of one trial out.
+    Injects the faults of a trial.
 
     Args:
         scene: of the run.
-        deeds: each once, when its moment comes; the file `ask-<n>` is that of the n-th.
+        deeds: the faults; the task creates the file `ask-<n>` at the moment of fault n.
     """
 
     def __init__(self, scene: Scene, deeds: tuple[Deed, ...]) -> None:
@@ -216,60 +214,62 @@ class Injector(threading.Thread):
         self.scene, self.deeds = scene, deeds
         self.fired: list[Fired] = []
         self.problems: list[str] = []
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._undo: list[tuple[float, Callable[[], None]]] = []
 
     def run(self) -> None:
-        """Look for moments until all deeds are done and undone, or the run is over."""
+        """Poll for moments until all faults are injected and undone, or until `end`."""
         left = dict(enumerate(self.deeds))
-        while (left or self._undo) and not self._over.is_set():
+        while (left or self._undo) and not self._stopped.is_set():
             for number, deed in list(left.items()):
-                if not self._reached(number, deed):
+                if not self._is_reached(number, deed):
                     continue
                 del left[number]
                 try:
-                    self._carry_out(number, deed)
+                    self._handle(number, deed)
                 except (LookupError, OSError, psutil.Error, ray.exceptions.RayError) as error:
                     self.problems.append(f"{deed}: {type(error).__name__}: {error}")
-            self._undo_what_is_due()
-            self._over.wait(0.0005 if any(d.moment == "partial" for d in left.values()) else POLL_S)
+            self._undo_due()
+            self._stopped.wait(
+                0.0005 if any(d.moment == "partial" for d in left.values()) else POLL_S
+            )
 
     def end(self) -> None:
-        """Stop, and undo what is still to be undone."""
-        self._over.set()
-        if self.ident is not None:  # else it was never started
-            self.join(GONE_WITHIN_S + 60)
+        """Stop the thread, and undo the remaining faults."""
+        self._stopped.set()
+        if self.ident is not None:  # the thread was started
+            self.join(EXIT_TIMEOUT_S + 60)
         for _, undo in self._undo:
             with contextlib.suppress(OSError):
                 undo()
 
-    def _reached(self, number: int, deed: Deed) -> bool:
-        if deed.moment in ASKED:
+    def _is_reached(self, number: int, deed: Deed) -> bool:
+        if deed.moment in REPORTED:
             return (self.scene.folder / f"ask-{number}").exists()
-        whole = any(self.scene.storage.glob(WHOLE))
+        is_complete = any(self.scene.storage.glob(COMPLETE_CHECKPOINTS))
         if deed.moment == "checkpoint":
-            return whole
-        return whole >= deed.saved and any(self.scene.storage.glob("*/checkpoints/*.partial"))
+            return is_complete
+        return is_complete >= deed.saved and any(self.scene.storage.glob("*/checkpoints/*.partial"))
 
-    def _carry_out(self, number: int, deed: Deed) -> None:
+    def _handle(self, number: int, deed: Deed) -> None:
         if deed.saved:
             self._wait_for_checkpoint()
         if deed.victim == "self" and isinstance(deed.action, str):
-            self.fired.append(Fired(deed, time.time(), "the task was told"))
+            self.fired.append(Fired(deed, time.time(), "the task was asked"))
             self._answer(number, deed.action)
             return
         if not deed.hold:
             self._answer(number, "")
         time.sleep(deed.delay_s)
-        # The primary of a shard is waited for until its backup is ready; that is no recovery.
+        # The wait for the backup of a primary does not count as recovery.
         wait = deed.victim == "primary"
         victims = self._victims(number, deed) if wait else None
         at = time.time()
-        proof = self._do(number, deed, victims)
+        proof = self._inject(number, deed, victims)
         if proof:
             self.fired.append(Fired(deed, at, proof))
         else:
-            self.problems.append(f"{deed}: it was done, and had no effect")
+            self.problems.append(f"{deed}: no effect")
         if deed.hold:
             self._answer(number, "")
 
@@ -278,17 +278,17 @@ class Injector(threading.Thread):
         part.write_text(text)
         part.rename(self.scene.folder / f"done-{number}")
 
-    def _do(self, number: int, deed: Deed, found: list[psutil.Process] | None) -> str:
+    def _inject(self, number: int, deed: Deed, found: list[psutil.Process] | None) -> str:
         if deed.victim == "disk":
             disk = self.scene.disk
             assert disk is not None
             proof = disk.act(deed.action)
-            self._later(deed, disk.mend)
+            self._schedule_undo(deed, disk.restore)
             return proof
         if deed.victim == "node":
             assert self.scene.nodes is not None
-            proof = self.scene.nodes.hit_node(deed.action)
-            self._later(deed, self.scene.nodes.mend)
+            proof = self.scene.nodes.inject_node_fault(deed.action)
+            self._schedule_undo(deed, self.scene.nodes.restore)
             return proof
         victims = self._victims(number, deed) if found is None else found
         if deed.action == STARVE:
@@ -297,17 +297,17 @@ class Injector(threading.Thread):
         for process in victims:
             process.send_signal(deed.action)
         if deed.action == signal.SIGSTOP:
-            self._later(deed, lambda: _wake(victims))
+            self._schedule_undo(deed, lambda: _resume(victims))
         return ", ".join(_proof(process, deed.action) for process in victims)
 
-    def _later(self, deed: Deed, undo: Callable[[], None]) -> None:
+    def _schedule_undo(self, deed: Deed, undo: Callable[[], None]) -> None:
         if deed.undo_s:
             self._undo.append((time.monotonic() + deed.undo_s, undo))
 
-    def _undo_what_is_due(self) -> None:
+    def _undo_due(self) -> None:
         now = time.monotonic()
-        due = [undo for at, undo in self._undo if at <= now]
-        self._undo = [(at, undo) for at, undo in self._undo if at > now]
+        due = [undo for time_s, undo in self._undo if time_s <= now]
+        self._undo = [(time_s, undo) for time_s, undo in self._undo if time_s > now]
         for undo in due:
             undo()
 
@@ -341,29 +341,29 @@ class Injector(threading.Thread):
         raise LookupError(f"no process of {name}")
 
     def _wait_for_checkpoint(self) -> None:
-        until = time.monotonic() + 20
-        while not any(self.scene.storage.glob(WHOLE)):
-            if time.monotonic() > until or self._over.is_set():
-                raise LookupError("no checkpoint came")
+        deadline = time.monotonic() + 20
+        while not any(self.scene.storage.glob(COMPLETE_CHECKPOINTS)):
+            if time.monotonic() > deadline or self._stopped.is_set():
+                raise LookupError("no checkpoint was written")
             time.sleep(0.01)
 
     def _primary(self) -> int:
-        """Find who serves shard 0, once every shard has a backup that is ready."""
+        """Wait until every shard has a ready backup; return the process of shard 0's primary."""
         named = ray.util.list_named_actors(all_namespaces=True)
-        manager = next(one for one in named if "/server-manager" in one["name"])
+        manager = next(actor for actor in named if "/server-manager" in actor["name"])
         handle = ray.get_actor(manager["name"], namespace=manager["namespace"])
-        until = time.monotonic() + 30
+        deadline = time.monotonic() + 30
         while not all(
             assignment.ready for assignment in ray.get(handle.assignments.remote(), timeout=30)
         ):
-            if time.monotonic() > until or self._over.is_set():
+            if time.monotonic() > deadline or self._stopped.is_set():
                 raise LookupError("backups were not ready")
             time.sleep(0.02)
         return int(ray.get(handle.follow.remote(0, 0, 0, 1.0), timeout=30).parameters[0].pid)
 
 
 def actors(title: str) -> Iterator[psutil.Process]:
-    """Give the processes of a class of actors that come from this process."""
+    """Yield the descendants of this process that are actors of a class."""
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if re.match(rf"ray::{title}\b", " ".join(process.cmdline())):
@@ -372,10 +372,10 @@ def actors(title: str) -> Iterator[psutil.Process]:
 
 def head_process() -> psutil.Process:
     """
-    Give the process of the cluster's head that this process, or a child of it, has started.
+    Return the process of the cluster's head, a descendant of this process.
 
     Raises:
-        LookupError: there is none.
+        LookupError: there is no such process.
     """
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
@@ -385,23 +385,23 @@ def head_process() -> psutil.Process:
 
 
 def inner_pid(pid: int) -> int:
-    """Give the number of a process as it is in its own namespace."""
+    """Return the pid of a process in its own namespace."""
     status = Path(f"/proc/{pid}/status").read_text()
     found = re.search(r"^NSpid:.*?(\d+)$", status, re.MULTILINE)
     return int(found[1]) if found else pid
 
 
 def pid_space(pid: int) -> str:
-    """Name the namespace of a process's number."""
+    """Return the name of the pid namespace of a process."""
     return os.readlink(f"/proc/{pid}/ns/pid")
 
 
 def _proof(process: psutil.Process, number: int) -> str:
-    """Say what became of a process; empty: nothing."""
+    """Wait for the effect of a signal; return a description, or an empty string."""
     if number not in (signal.SIGKILL, signal.SIGSTOP):
         return f"process {process.pid} was sent {signal.Signals(number).name}"
-    until = time.monotonic() + GONE_WITHIN_S
-    while time.monotonic() < until:
+    deadline = time.monotonic() + EXIT_TIMEOUT_S
+    while time.monotonic() < deadline:
         try:
             status = process.status()
         except psutil.NoSuchProcess:
@@ -416,10 +416,10 @@ def _proof(process: psutil.Process, number: int) -> str:
 
 def starve(process: psutil.Process) -> str:
     """
-    Have the kernel kill a process for memory, by a group (cgroup) that is given none; give a proof.
+    Trigger the kernel's OOM killer by a cgroup without memory; return the effect.
 
     Raises:
-        OSError: there are no such groups here, or they are not ours to make.
+        OSError: cgroups are not available, or not permitted.
     """
     group = CGROUPS / f"chaos-{process.pid}"
     group.mkdir()
@@ -431,14 +431,14 @@ def starve(process: psutil.Process) -> str:
         killed = re.search(r"^oom_kill ([1-9])", (group / "memory.oom_control").read_text(), re.M)
         return f"the kernel killed process {process.pid} for memory" if killed else ""
     finally:
-        until = time.monotonic() + GONE_WITHIN_S
-        while group.exists() and time.monotonic() < until:
-            with contextlib.suppress(OSError):  # its last process is not all gone yet
+        deadline = time.monotonic() + EXIT_TIMEOUT_S
+        while group.exists() and time.monotonic() < deadline:
+            with contextlib.suppress(OSError):  # its last process has not ended yet
                 group.rmdir()
             time.sleep(0.01)
 
 
-def _wake(processes: list[psutil.Process]) -> None:
+def _resume(processes: list[psutil.Process]) -> None:
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.send_signal(signal.SIGCONT)

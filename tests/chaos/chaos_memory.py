@@ -1,14 +1,13 @@
 """
-A thousand faults in memory: one job after the other, each with several faults at drawn moments.
+Random faults in memory: a sequence of jobs, each with several faults at random moments.
 
-    chaos_memory.py --minutes 10            the next seeds, for so long
-    chaos_memory.py --seed 17 --trials 1    that one again
+    chaos_memory.py --minutes 10            runs trials for ten minutes
+    chaos_memory.py --seed 17 --trials 1    repeats that trial
 
-All of distplat is the real one: driver, controller, workers, servers, checkpoints on the disk. Ray
-alone is not (`tests/support/ray_in_memory.py`): processes are threads, so a job takes a second.
+Only Ray is replaced (`tests/support/ray_in_memory.py`): driver, controller, workers, servers and
+checkpoints on the disk are those of distplat. Processes are threads, so a job takes a second.
 
-Exits with 1 if a run went wrong, or if no fault of any fired: of a single run all may have had no
-occasion.
+Exits with 1 if a trial is wrong, or if no fault of any trial fired.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from call_faults import add_rule
 from chaos_memory_loops import setting_of
 from chaos_memory_plan import (
     ALL,
-    KINDS,
+    FAULT_LABELS,
     STEPS,
     SYNCHRONOUS,
     Deed,
@@ -49,7 +48,7 @@ from chaos_memory_plan import (
     Setting,
     draw_deeds,
 )
-from chaos_trial import hash_of, quietly
+from chaos_trial import hash_of, run_quietly
 from in_memory_processes import Killed
 from rank_threads import stacks_of
 from ray_in_memory import InMemoryRay
@@ -62,26 +61,26 @@ from distplat.platform.errors import InfrastructureError
 
 HERE = Path(__file__).parent
 PER_JOB = 6
-"""Trials of a job, one after the other: what comes of it without a fault is made once."""
+"""Number of consecutive trials of a job; its run without a fault is cached."""
 LIMIT_S = 240.0
-"""A run that takes longer hangs."""
-DRIVERS = 6
-"""So often a run is begun or resumed at most."""
+"""Deadline of a run."""
+MAX_DRIVERS = 6
+"""Maximum number of drivers of a trial."""
 TRAINED = "nothing is left to train"
-"""Of a checkpoint after the last step: its model is the trained one."""
-WORTH_RESUMING = (
+"""In the error of a run resumed from the checkpoint of the last step."""
+RESUMABLE_ERRORS = (
     "controller",
     "without a step between",
     "in a row could not be written",
-    "`failure.start_timeout_s` changes",  # who stands still before its first answer is not replaced
-    "SHA-256 is",  # what the run began from was damaged, and there was no other checkpoint yet
+    "`failure.start_timeout_s` changes",  # a process frozen before its first answer is not replaced
+    "SHA-256 is",  # the resumed checkpoint was damaged, and there is no other
 )
-"""In errors that end a run for which a trial may be the reason; then the user resumes."""
+"""In errors that a fault may cause; the run is resumed."""
 
 
 @dataclass
 class Outcome:
-    """What came of a trial."""
+    """Result of a trial."""
 
     seed: int
     setting: Setting
@@ -90,19 +89,19 @@ class Outcome:
     problems: list[str]
     seconds: float
     drivers: int
-    """How often a driver was started."""
+    """Number of started drivers."""
     reasons: list[str]
-    """Why a run ended, though nobody ended it, and was resumed."""
+    """Errors after which the run was resumed."""
 
 
 @dataclass
-class Finished:
-    """What a run without a fault leaves."""
+class Expected:
+    """Results of a run without a fault."""
 
     model: str
-    """Hash."""
+    """Hash of the model."""
     tables: str
-    """Hashes of all that is left."""
+    """Hashes of all files of tensors."""
     losses: dict[int, float]
     metrics: dict[int, dict[str, float]]
     seen: Moments
@@ -111,53 +110,53 @@ class Finished:
 @dataclass
 class Soak:
     """
-    Makes trials.
+    Runs trials.
 
     Args:
-        folder: for what runs leave.
+        folder: for the files of runs.
     """
 
     folder: Path
-    _undisturbed: dict[str, Finished] = field(default_factory=dict)
+    _unfailed: dict[str, Expected] = field(default_factory=dict)
 
     def trial(self, seed: int) -> Outcome:
-        """Make the trial that a seed names."""
-        began = time.monotonic()
+        """Run the trial of a seed."""
+        start = time.monotonic()
         setting = setting_of(seed // PER_JOB)
-        expected = self.undisturbed(setting)
+        expected = self.unfailed(setting)
         deeds = draw_deeds(setting, Random(f"deeds {seed}"), expected.seen)
         run = OneRun(setting, self.folder / f"seed-{seed}", deeds, seed)
-        run.make()
+        run.run_to_end()
         if not run.problems:
             run.compare(expected)
         if not run.problems:
             shutil.rmtree(run.folder)
-        lasted = time.monotonic() - began
+        duration = time.monotonic() - start
         fired = run.injector.fired
         ends = run.drivers, run.reasons
-        return Outcome(seed, setting, deeds, fired, run.problems, lasted, *ends)
+        return Outcome(seed, setting, deeds, fired, run.problems, duration, *ends)
 
-    def undisturbed(self, setting: Setting) -> Finished:
-        """Give what comes of the job without a fault; made once."""
+    def unfailed(self, setting: Setting) -> Expected:
+        """Return the results of the job without a fault, which are cached."""
         key = json.dumps([setting.fields, setting.nodes], sort_keys=True)
-        if key not in self._undisturbed:
-            run = OneRun(setting, self.folder / "undisturbed", ())
-            run.make()
+        if key not in self._unfailed:
+            run = OneRun(setting, self.folder / "unfailed", ())
+            run.run_to_end()
             if run.problems:
-                raise RuntimeError(f"the run without a fault went wrong: {run.problems}")
-            losses, metrics = run.told()
+                raise RuntimeError(f"the run without a fault has failed: {run.problems}")
+            losses, metrics = run.reported()
             seen, hashes = run.injector.seen, (run.model_hash(), run.tables_hash())
-            self._undisturbed[key] = Finished(*hashes, losses, metrics, seen)
-        return self._undisturbed[key]
+            self._unfailed[key] = Expected(*hashes, losses, metrics, seen)
+        return self._unfailed[key]
 
 
 class OneRun:
     """
-    A run, and those that resume it.
+    A run, and the runs that resume it.
 
     Args:
         setting: the job.
-        folder: for what it leaves.
+        folder: for the files of the runs.
         deeds: the faults.
         seed: of the trial.
     """
@@ -173,23 +172,25 @@ class OneRun:
         self.injector = Injector(self.ray, self.storage, deeds, seed)
         self.problems: list[str] = []
         self.drivers = 0
-        self.reasons: list[str] = []  #: why a run ended, and was resumed
-        self.trained: Path | None = None  #: the last checkpoint, where the run ended after it
+        self.reasons: list[str] = []  #: errors after which the run was resumed
+        self.trained: Path | None = None  #: checkpoint of the last step, if the run ended after it
 
-    def make(self) -> None:
-        """Run it to its end; where driver or controller is lost, be the user who resumes it."""
-        with ExitStack() as around, _LogFile(self.folder / "log.txt"):
-            around.enter_context(self.ray)
+    def run_to_end(self) -> None:
+        """Run to the end; resume if driver or controller is lost."""
+        with ExitStack() as patches, _LogFile(self.folder / "log.txt"):
+            patches.enter_context(self.ray)
             add_rule(self.ray.cluster, self.injector.rule)
-            around.enter_context(mock.patch.object(chaos_memory_task, "heard", self.injector.reach))
+            patches.enter_context(
+                mock.patch.object(chaos_memory_task, "on_moment", self.injector.reach)
+            )
             for name in ("make", "write", "sync", "rename", "remove"):
                 on_disk = self.injector.on_disk(name)
-                around.enter_context(mock.patch.object(Disk, name, on_disk))
+                patches.enter_context(mock.patch.object(Disk, name, on_disk))
             while self._drive():
                 pass
 
     def _drive(self) -> bool:
-        """Start a driver, and wait for its end; say whether another one is to resume the run."""
+        """Start a driver and wait for its end; return whether to resume the run."""
         self.drivers += 1
         raised: list[BaseException] = []
 
@@ -203,98 +204,98 @@ class OneRun:
         thread.start()
         thread.join(LIMIT_S)
         if thread.is_alive():
-            everybody = dict(enumerate(threading.enumerate()))
-            (self.folder / "stacks.txt").write_text("\n".join(stacks_of(everybody)))
-            self.problems.append(f"it is still at it after {LIMIT_S:g} s")
+            threads = dict(enumerate(threading.enumerate()))
+            (self.folder / "stacks.txt").write_text("\n".join(stacks_of(threads)))
+            self.problems.append(f"still running after {LIMIT_S:g} s")
             return False
         if not raised:
             return False
-        with self.injector.ending:  # what was on the disk then is to be there
+        with self.injector.kill_lock:  # wait for the copy of the disk
             pass
         if TRAINED in str(raised[0]):
             self.trained = max(self.directories()[-1].glob("checkpoints/step-" + "[0-9]" * 6))
             return False
-        if self._worth_resuming(raised[0]) and self.drivers < DRIVERS:
+        if self._is_resumable(raised[0]) and self.drivers < MAX_DRIVERS:
             self.ray.kill_process("driver")
-            kept, self.injector.kept = self.injector.kept, None
-            if kept is not None:
-                self.storage = self.injector.storage = kept
+            disk_copy, self.injector.disk_copy = self.injector.disk_copy, None
+            if disk_copy is not None:
+                self.storage = self.injector.storage = disk_copy
             return True
         text = "".join(traceback.format_exception(raised[0]))[-1500:]
         self.problems.append(f"{type(raised[0]).__name__}: {raised[0]}\n{text}")
         return False
 
-    def _worth_resuming(self, error: BaseException) -> bool:
-        """Say whether a fault may have been the reason, and a user would go on from there."""
+    def _is_resumable(self, error: BaseException) -> bool:
+        """Return whether a fault may have caused the error, so that a user would resume."""
         if not self.injector.fired or isinstance(error, Killed):
             return bool(self.injector.fired)
         self.reasons.append(str(error).splitlines()[0])
-        known = any(text in str(error) for text in WORTH_RESUMING)
-        # After the last step nothing is trained again: who had the model may be lost with it.
-        return known or (isinstance(error, InfrastructureError) and STEPS in self.told()[0])
+        known = any(text in str(error) for text in RESUMABLE_ERRORS)
+        # After the last step nothing is trained again: the model may be lost with its holders.
+        return known or (isinstance(error, InfrastructureError) and STEPS in self.reported()[0])
 
     def _trainer(self) -> Trainer:
         job = {**self.setting.fields, "storage_path": str(self.storage)}
         job["task"] = f"chaos_memory_task:{self.setting.task}"
         found = self.directories()
-        whole = [one for one in found if any(one.glob("checkpoints/step-" + "[0-9]" * 6))]
+        saved = [path for path in found if any(path.glob("checkpoints/step-" + "[0-9]" * 6))]
         more: dict[str, Any] = {"working_dir": str(HERE), "progress": False, "log_to_driver": False}
-        return Trainer(job, resume=whole[-1] if whole else None, **more)
+        return Trainer(job, resume=saved[-1] if saved else None, **more)
 
     def directories(self) -> list[Path]:
-        """Give the run directories, the oldest first."""
+        """Return the run directories, oldest first."""
         found = [path.parent for path in self.storage.glob("*/job.yaml")]
         return sorted(found, key=lambda path: path.stat().st_mtime)
 
     def model_hash(self) -> str:
-        """Hash the trained model."""
+        """Return the hash of the trained model."""
         return hash_of((self.trained or self.directories()[-1]) / "model.safetensors")
 
     def tables_hash(self) -> str:
-        """Hash what else is left: embedding tables, and an average of the model."""
+        """Return the hashes of all files: model, embedding tables, average."""
         files = sorted(self.directories()[-1].glob("*.safetensors"))
         return " ".join(f"{path.name} {hash_of(path)}" for path in files)
 
-    def told(self) -> tuple[dict[int, float], dict[int, dict[str, float]]]:
+    def reported(self) -> tuple[dict[int, float], dict[int, dict[str, float]]]:
         """
-        Give the loss of each step and the metrics of each evaluation, as last told.
+        Return the loss of each step and the metrics of each evaluation, as reported last.
 
-        A step that lacks a lost worker's report is told without its samples: no loss is given.
+        The loss is NaN if the report of a lost worker is missing.
         """
         losses: dict[int, float] = {}
         metrics: dict[int, dict[str, float]] = {}
         for directory in self.directories():
             for line in _lines(directory):
                 if line["kind"] == "step":
-                    whole = line["samples"] == self.setting.samples
-                    losses[line["step"]] = line["loss"] if whole else math.nan
+                    is_complete = line["samples"] == self.setting.samples
+                    losses[line["step"]] = line["loss"] if is_complete else math.nan
                 elif line["kind"] == "evaluation":
                     metrics[line["step"]] = line["metrics"]
         return losses, metrics
 
-    def compare(self, expected: Finished) -> None:
-        """Compare what is left with what the run without a fault left."""
+    def compare(self, expected: Expected) -> None:
+        """Compare the results with the run without a fault."""
         for directory in self.directories():
             steps = [line["step"] for line in _lines(directory) if line["kind"] == "step"]
             if steps != sorted(set(steps)):
-                self.problems.append(f"{directory.name}: steps were told as {steps}")
-        losses, metrics = self.told()
+                self.problems.append(f"{directory.name}: reported steps: {steps}")
+        losses, metrics = self.reported()
         if self.setting.strategy in SYNCHRONOUS or self.setting.own_loop:
             self._compare_all(expected, losses, metrics)
         else:
             self._audit()
 
     def _compare_all(
-        self, expected: Finished, losses: dict[int, float], metrics: dict[int, dict[str, float]]
+        self, expected: Expected, losses: dict[int, float], metrics: dict[int, dict[str, float]]
     ) -> None:
         missing = {step for step in expected.losses if step >= self._first()} - losses.keys()
         if missing:
-            self.problems.append(f"steps were not told: {sorted(missing)}")
+            self.problems.append(f"steps were not reported: {sorted(missing)}")
         if any(loss is None for loss in losses.values()):  # in strict JSON NaN is null
             self.problems.append(f"a loss is not finite: {losses}")
         resized = any(deed.kind == "scale" for deed, _ in self.injector.fired)
-        lost_debt = self.setting.owes and (self.drivers > 1 or self._failures())
-        if resized or lost_debt or not self.setting.repeats:
+        lost_feedback = self.setting.has_error_feedback and (self.drivers > 1 or self._failures())
+        if resized or lost_feedback or not self.setting.is_reproducible:
             return
         wrong = [
             step
@@ -311,32 +312,32 @@ class OneRun:
             self.problems.append("a table or an average has other bits")
 
     def _failures(self) -> list[dict[str, Any]]:
-        """Give what is told of failures after which the last run went on."""
+        """Return the failure records of the last run."""
         return [line for line in _lines(self.directories()[-1]) if line["kind"] == "failure"]
 
     def _first(self) -> int:
-        """Give the first step that must be told: those before, nobody may have told the driver."""
+        """Return the first step that must be reported: a killed driver may miss earlier steps."""
         if self.trained is not None:
             return STEPS + 1
         last = [line["step"] for line in _lines(self.directories()[-1]) if line["kind"] == "step"]
         return min(last, default=1) if self.drivers > 1 else 1
 
-    def _evaluated(self, expected: Finished) -> list[int]:
+    def _evaluated(self, expected: Expected) -> list[int]:
         return [step for step in expected.metrics if step >= self._first()]
 
     def _audit(self) -> None:
-        """Every task was applied once at each shard, and the run can be made again from that."""
+        """Check that each shard applied every task once, and that the run replays."""
         directory = self.directories()[-1]
         if not (directory / FILE_NAME).exists():
-            return  # a run that was rolled back, or resumed, has none
+            return  # rolled back and resumed runs have no log
         world = self.setting.workers
         for log in read_logs(str(directory / FILE_NAME))[0]:
             self.problems += log_flaws(log, world, STEPS)
         if self.problems or "embeddings" in self.setting.fields:
-            return  # no log says in which order tables were updated
-        code, said = quietly(["replay", str(directory), "--working-dir", str(HERE)])
-        if code and not (code == 5 and self._failures()):  # a task that was made by two workers
-            self.problems.append(f"`distplat replay`: exit code {code} {said}")
+            return  # the logs do not contain updates of tables
+        code, stderr = run_quietly(["replay", str(directory), "--working-dir", str(HERE)])
+        if code and not (code == 5 and self._failures()):  # a task computed by two workers
+            self.problems.append(f"`distplat replay`: exit code {code} {stderr}")
 
 
 def _lines(directory: Path) -> Iterable[dict[str, Any]]:
@@ -345,7 +346,7 @@ def _lines(directory: Path) -> Iterable[dict[str, Any]]:
 
 
 class _LogFile(logging.FileHandler):
-    """Has distplat's own log in a file, in a block."""
+    """Writes distplat's log to a file during the block."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -353,16 +354,16 @@ class _LogFile(logging.FileHandler):
         self.setFormatter(logging.Formatter(form))
 
     def __enter__(self) -> None:
-        ours = logging.getLogger("distplat")
-        ours.handlers, ours.propagate = [self], False
-        ours.setLevel(logging.INFO)
+        logger = logging.getLogger("distplat")
+        logger.handlers, logger.propagate = [self], False
+        logger.setLevel(logging.INFO)
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
 
 def line(outcome: Outcome) -> str:
-    """Say what came of a trial, and of one that is not well everything."""
+    """Describe an outcome; with all details if it is wrong."""
     verdict = "wrong" if outcome.problems else "ok" if outcome.fired else "not fired"
     count = f"{len(outcome.fired)}/{len(outcome.deeds)} fired"
     head = f"seed {outcome.seed:<6} {outcome.setting.strategy:<9} {verdict:<9} {count}"
@@ -370,55 +371,59 @@ def line(outcome: Outcome) -> str:
     if verdict != "wrong":
         return "\n    resumed: ".join([text, *outcome.reasons])
     fired = [f"fired: {deed}: {proof}" for deed, proof in outcome.fired]
-    missed = [f"not fired: {deed}" for deed in _missed(outcome)]
-    return "\n    ".join([text, str(outcome.setting.fields), *fired, *missed, *outcome.problems])
+    not_fired = [f"not fired: {deed}" for deed in _not_fired(outcome)]
+    return "\n    ".join([text, str(outcome.setting.fields), *fired, *not_fired, *outcome.problems])
 
 
-def _missed(outcome: Outcome) -> list[Deed]:
-    done = [deed for deed, _ in outcome.fired]
-    return [deed for deed in outcome.deeds if deed not in done]
+def _not_fired(outcome: Outcome) -> list[Deed]:
+    fired = [deed for deed, _ in outcome.fired]
+    return [deed for deed in outcome.deeds if deed not in fired]
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Make the table in Markdown: faults that fired, by kind and strategy."""
+    """Return a Markdown table of fired faults by kind and strategy."""
     lines = [f"| fault | {' | '.join(ALL)} | all |", "|---|" + "---|" * (len(ALL) + 1)]
     fired = Counter((deed.kind, o.setting.strategy) for o in outcomes for deed, _ in o.fired)
-    for kind, what in KINDS.items():
+    for kind, label in FAULT_LABELS.items():
         counts = [fired[kind, strategy] for strategy in ALL]
-        lines.append(f"| {what} | {' | '.join(map(str, [*counts, sum(counts)]))} |")
-    for what, some in (
+        lines.append(f"| {label} | {' | '.join(map(str, [*counts, sum(counts)]))} |")
+    for label, numbers in (
         ("all faults", fired),
         ("runs", Counter(("", o.setting.strategy) for o in outcomes)),
         ("wrong", Counter(("", o.setting.strategy) for o in outcomes if o.problems)),
     ):
-        counts = [sum(n for (_, one), n in some.items() if one == strategy) for strategy in ALL]
-        lines.append(f"| {what} | {' | '.join(map(str, [*counts, sum(counts)]))} |")
-    missed = sum(len(_missed(one)) for one in outcomes)
-    return "\n".join([*lines, "", f"{missed} faults had no occasion, and count nowhere."])
+        counts = [
+            sum(n for (_, name), n in numbers.items() if name == strategy) for strategy in ALL
+        ]
+        lines.append(f"| {label} | {' | '.join(map(str, [*counts, sum(counts)]))} |")
+    not_fired = sum(len(_not_fired(outcome)) for outcome in outcomes)
+    return "\n".join([*lines, "", f"{not_fired} faults did not fire, and are not counted."])
 
 
 def exit_code(outcomes: list[Outcome]) -> int:
-    """Give that of the command: 1 also where no fault has fired."""
-    wrong = any(one.problems for one in outcomes)
-    return int(wrong or not any(one.fired for one in outcomes))
+    """Return the exit code: 1 if a trial is wrong, or if no fault fired."""
+    wrong = any(outcome.problems for outcome in outcomes)
+    return int(wrong or not any(outcome.fired for outcome in outcomes))
 
 
 def main() -> int:
-    """Inject faults until the time is over; give the exit code."""
+    """Run trials until the time is over; return the exit code."""
     parser = argparse.ArgumentParser(description="Random faults in memory.")
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--trials", type=int, default=10**6, help="at most so many runs")
-    parser.add_argument("--seed", type=int, default=1, help="of the first; the next ones follow")
-    parser.add_argument("--folder", help="for what runs leave; default: a new one in /tmp")
+    parser.add_argument("--trials", type=int, default=10**6, help="maximum number of runs")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="of the first trial; later trials count up"
+    )
+    parser.add_argument("--folder", help="for the files of runs; default: a new one in /tmp")
     args = parser.parse_args()
     folder = Path(args.folder or tempfile.mkdtemp(prefix="memory-"))
-    print(f"first seed {args.seed}; what runs that go wrong leave is in {folder}", flush=True)
+    print(f"first seed {args.seed}; files of wrong trials are in {folder}", flush=True)
     retrying_calls.RETRY_PAUSE_S = 0.005
     outcomes: list[Outcome] = []
-    until = time.monotonic() + args.minutes * 60
-    with InMemoryRay():  # who is late to come out must never meet the real one
+    deadline = time.monotonic() + args.minutes * 60
+    with InMemoryRay():  # late threads must not call the real Ray
         soak = Soak(folder)
-        while len(outcomes) < args.trials and time.monotonic() < until:
+        while len(outcomes) < args.trials and time.monotonic() < deadline:
             outcomes.append(soak.trial(args.seed + len(outcomes)))
             print(line(outcomes[-1]), flush=True)
     print("\n" + table(outcomes))
@@ -428,4 +433,4 @@ def main() -> int:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # threads of the killed may wait for ever, and nobody waits for them
+    os._exit(code)  # do not wait for threads of killed processes

@@ -1,4 +1,4 @@
-"""The train functions of the soak in memory: jobs of `loop`, drawn like those of tasks."""
+"""Random jobs of a train function for the soak in memory."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from chaos_memory_plan import COLLECTIVE_S, EVERY, HEARTBEAT_S, STEP_S, STEPS, S
 from distplat.strategies.catalog import make_job
 
 BATCH = 12
-"""Of all ranks."""
-RATES = (("SGD", 0.1), ("AdamW", 0.01), ("Adagrad", 0.05))
+"""Samples of a step over all ranks."""
+OPTIMIZERS = (("SGD", 0.1), ("AdamW", 0.01), ("Adagrad", 0.05))
 
 
 def setting_of(number: int) -> Setting:
-    """Draw the job of this number; every third one is a train function's."""
+    """Draw the job of this number; every third job has a train function."""
     if number % 3 == 2:
         return draw_loop(Random(f"loop {number}"))
     return draw_setting(Random(f"job {number}"))
@@ -24,9 +24,9 @@ def setting_of(number: int) -> Setting:
 def draw_loop(draw: Random) -> Setting:
     """Draw the job of a train function."""
     name = draw.choice(("ring", "ps-sync", "ps-async"))
-    together = name != "ps-async"
-    workers = draw.choice((2, 2, 3)) if together else draw.choice((1, 1, 2))
-    optimizer, lr = draw.choice(RATES)
+    synchronous = name != "ps-async"
+    workers = draw.choice((2, 2, 3)) if synchronous else draw.choice((1, 1, 2))
+    optimizer, lr = draw.choice(OPTIMIZERS)
     fields: dict[str, Any] = {
         "name": "soak",
         "strategy": _some_strategy(name, draw),
@@ -42,13 +42,13 @@ def draw_loop(draw: Random) -> Setting:
             "steps": STEPS,
             "every": EVERY,
             "batch": BATCH // workers,
-            "stateful": together and draw.random() < 0.5,
+            "stateful": synchronous and draw.random() < 0.5,
             "models": draw.choice((1, 1, 2)),
             "optimizer": optimizer,
             "lr": lr,
             "accumulate": draw.choice((1, 1, 2)),
             "clip": draw.random() < 0.4,
-            "talks": together and draw.random() < 0.5,
+            "talks": synchronous and draw.random() < 0.5,
             "files": draw.random() < 0.3,
         },
     }

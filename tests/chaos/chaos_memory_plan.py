@@ -1,4 +1,4 @@
-"""What a trial of the soak in memory is made of: a job and faults, drawn from its seed."""
+"""Random jobs and faults of the soak in memory, and the injection of these faults."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from distplat.strategies.catalog import make_job
 
 STEPS, EVERY = 16, 3
 HEARTBEAT_S, STEP_S, COLLECTIVE_S = 5.0, 10.0, 5.0
-"""Deadlines: what froze is found by the first that applies."""
+"""Deadlines; the first applicable one detects a frozen process."""
 BURST, SHARE = 60, 0.25
-"""Calls of a burst of bad ones, and how many of them each of four things happens to."""
+"""Number of calls with faults in a burst, and the share of each type of fault."""
 SYNCHRONOUS = ("ring", "ps-sync", "hybrid")
 ALL = ("ring", "ps-sync", "ps-async", "hybrid")
-KINDS = {
+FAULT_LABELS = {
     "kill": "a process is killed",
-    "kill-many": "several are, at once",
-    "freeze": "a process stands still, for less than its deadline or for more",
-    "burst": "a quarter of some calls is lost, of others the answer; some come late or twice",
-    "disk": "the disk refuses what is written to it, or takes half of it",
+    "kill-many": "several processes are killed at once",
+    "freeze": "a process is frozen, for less or more than its deadline",
+    "burst": "a quarter of requests and a quarter of replies are lost; some are late or repeated",
+    "disk": "a disk operation fails, or writes half of a file",
     "damage": "the newest checkpoint is damaged, and all workers are killed",
-    "scale": "another number of workers is asked for",
+    "scale": "the number of workers is changed",
     "driver": "the driver or the controller is killed; resume",
 }
 
@@ -49,34 +49,35 @@ class Deed:
     kind: str
     """See `KINDS`."""
     moment: str
-    """What the task tells, `call METHOD`, `disk OPERATION`, or `soon`: after the deed before."""
-    who: str
-    """Who gets there, without its attempt; of a call who is called; empty: anybody."""
+    """Moment of the task, `call METHOD`, `disk OPERATION`, or `soon`: after the previous fault."""
+    process: str
+    """Role that reaches the moment, without its attempt, or the called actor; empty: any."""
     count: int
-    """The how many-th time."""
+    """Number of the occurrence of the moment, from 1."""
     victim: str = ""
-    """`self`, a role, or a role in the plural: all of its processes."""
+    """`self`, a role, or the plural of a role: all of its processes."""
     seconds: float = 0.0
-    """From the moment to the deed."""
-    still_s: float = 0.0
-    """How long a frozen process stands still."""
+    """Seconds from the moment to the fault."""
+    frozen_s: float = 0.0
+    """Seconds for which a process is frozen."""
     workers: int = 0
-    """How many are asked for."""
+    """Requested number of workers."""
 
     def __str__(self) -> str:
-        what = " ".join(filter(None, (self.kind, self.victim, str(self.workers or ""))))
-        still = f" for {self.still_s:g} s" if self.still_s else ""
-        when = f"{self.seconds:.2f} s after {self.moment} of {self.who or 'anybody'}"
-        return f"{what}{still}, {when}, the {self.count}. time"
+        # Do not change this text: it is part of the seed of a burst.
+        action = " ".join(filter(None, (self.kind, self.victim, str(self.workers or ""))))
+        duration = f" for {self.frozen_s:g} s" if self.frozen_s else ""
+        time = f"{self.seconds:.2f} s after {self.moment} of {self.process or 'anybody'}"
+        return f"{action}{duration}, {time}, the {self.count}. time"
 
 
 Moments = Counter[tuple[str, str]]
-"""How often was got to a moment, by its name and who got there; empty: anybody."""
+"""Number of occurrences of a moment, by its name and process; empty: all processes."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A job, and where it runs."""
+    """A job, and its number of nodes."""
 
     fields: dict[str, Any]
     nodes: int
@@ -84,30 +85,30 @@ class Setting:
 
     @property
     def strategy(self) -> str:
-        """Its name."""
+        """Name of the strategy."""
         return str(self.fields["strategy"]["name"])
 
     @property
     def workers(self) -> int:
-        """At the start."""
+        """Initial number of workers."""
         return int(self.fields["scaling"]["num_workers"])
 
     @property
     def own_loop(self) -> bool:
-        """Whether it is a train function's."""
+        """Whether the job has a train function."""
         return self.task == "loop"
 
     @property
     def samples(self) -> int:
-        """Of a step, on all ranks."""
+        """Samples of a step over all ranks."""
         if self.own_loop:
             args = self.fields["task_args"]
             return int(args["batch"] * args["accumulate"] * self.workers)
         return int(self.fields["global_batch_size"])
 
     @property
-    def repeats(self) -> bool:
-        """Whether a run has the bits of another one, as long as nothing fails."""
+    def is_reproducible(self) -> bool:
+        """Whether two runs without a failure are bit-identical."""
         strategy, tables = self.fields["strategy"], self.fields.get("embeddings", {})
         if self.own_loop:
             return strategy["name"] != "ps-async" or self.workers == 1
@@ -115,13 +116,13 @@ class Setting:
         return not (free or tables.get("asynchronous", False))
 
     @property
-    def owes(self) -> bool:
-        """Whether a worker has what no other has: gradients that it has not sent yet."""
+    def has_error_feedback(self) -> bool:
+        """Whether a worker has error feedback, which is lost with it."""
         return self.fields["strategy"].get("compression") in ("topk", "powersgd")
 
 
 def draw_setting(draw: Random) -> Setting:
-    """Draw a job that the job file allows."""
+    """Draw a valid job."""
     while True:
         setting = _some_setting(draw)
         try:
@@ -161,7 +162,7 @@ def _some_setting(draw: Random) -> Setting:
             "servers": draw.choice((1, 2)),
             "replication": draw.choice((1, 2)),
             "asynchronous": asynchronous,
-            "optimizer": draw.choice(ROW_RULES),
+            "optimizer": draw.choice(TABLE_OPTIMIZERS),
         }
     elif name != "ps-async" and draw.random() < 0.4:
         fields["clip_norm"] = 1.0
@@ -186,7 +187,7 @@ OPTIMIZERS: tuple[dict[str, Any], ...] = (
     {"name": "AdamW", "lr": 0.01},
     {"name": "Adagrad", "lr": 0.05},
 )
-ROW_RULES: tuple[dict[str, Any], ...] = (
+TABLE_OPTIMIZERS: tuple[dict[str, Any], ...] = (
     {"name": "SGD", "lr": 0.1},
     {"name": "Adagrad", "lr": 0.1},
     {"name": "SparseAdam", "lr": 0.01},
@@ -216,7 +217,7 @@ def _some_strategy(draw: Random) -> tuple[dict[str, Any], int]:
 
 
 def _vary(fields: dict[str, Any], draw: Random) -> None:
-    """Have some jobs slice layers, do without late gradients, or compress gradients."""
+    """Add tensor parallelism, backup workers or compression to some jobs."""
     strategy, name = fields["strategy"], fields["strategy"]["name"]
     if name == "hybrid" and draw.random() < 0.4:
         pipeline, data = draw.choice(((1, 1), (2, 1), (1, 2)))
@@ -235,26 +236,26 @@ def draw_deeds(setting: Setting, draw: Random, seen: Moments) -> tuple[Deed, ...
     Draw three to six faults.
 
     Args:
-        setting: the run's.
-        draw: of the trial.
-        seen: how often a run without a fault gets to which moment.
+        setting: job of the run.
+        draw: generator of the trial.
+        seen: occurrences of moments in a run without a fault.
     """
     count = draw.randint(3, 6)
     return tuple(_some_deed(setting, draw, seen, at > 0) for at in range(count))
 
 
-def _some_deed(setting: Setting, draw: Random, seen: Moments, later: bool) -> Deed:
+def _some_deed(setting: Setting, draw: Random, seen: Moments, is_later: bool) -> Deed:
     scales = setting.strategy in ("ps-sync", "ps-async") and not setting.own_loop
     kinds = ["kill"] * 6 + ["kill-many", "freeze", "burst", "burst", "disk", "damage", "driver"]
     kind = draw.choice(kinds + (["scale", "scale"] if scales else []))
-    moment, who, count = _some_moment(setting, draw, seen)
+    moment, process, count = _some_moment(setting, draw, seen)
     seconds = draw.choice((0.0, 0.0, draw.uniform(0, 0.05)))
-    if later and draw.random() < 0.4:
-        moment, who, count, seconds = "soon", "", 1, draw.uniform(0, 0.5)
-    late = HEARTBEAT_S + 1
-    still_s = draw.choice((0.5, late, late, 60.0)) if kind == "freeze" else 0.0
+    if is_later and draw.random() < 0.4:
+        moment, process, count, seconds = "soon", "", 1, draw.uniform(0, 0.5)
+    beyond_s = HEARTBEAT_S + 1
+    frozen_s = draw.choice((0.5, beyond_s, beyond_s, 60.0)) if kind == "freeze" else 0.0
     if kind == "disk":
-        seconds, moment, who = 0.0, f"disk {draw.choice(('write', 'rename', 'make'))}", ""
+        seconds, moment, process = 0.0, f"disk {draw.choice(('write', 'rename', 'make'))}", ""
         count = draw.randint(1, 12)
     victim = {
         "kill": draw.choice(_victims(setting)),
@@ -263,7 +264,7 @@ def _some_deed(setting: Setting, draw: Random, seen: Moments, later: bool) -> De
         "driver": draw.choice(("driver", "controller")),
     }.get(kind, "")
     workers = draw.randint(1, 4) if kind == "scale" else 0
-    return Deed(kind, moment, who, count, victim, seconds, still_s, workers)
+    return Deed(kind, moment, process, count, victim, seconds, frozen_s, workers)
 
 
 def _victims(setting: Setting) -> list[str]:
@@ -276,28 +277,31 @@ def _victims(setting: Setting) -> list[str]:
 
 
 def _some_moment(setting: Setting, draw: Random, seen: Moments) -> tuple[str, str, int]:
-    calls = sorted(one for one in seen if one[0].startswith("call ") and one[1])
+    calls = sorted(key for key in seen if key[0].startswith("call ") and key[1])
     if calls and draw.random() < 0.5:
-        moment, who = draw.choice(calls)
-        return moment, who, min(draw.choice((1, 2, 3, 5, 8, 13)), max(1, seen[moment, who] // 2))
+        moment, process = draw.choice(calls)
+        return (
+            moment,
+            process,
+            min(draw.choice((1, 2, 3, 5, 8, 13)), max(1, seen[moment, process] // 2)),
+        )
     rank = f"worker-{draw.randrange(setting.workers)}"
     once = "report" if setting.own_loop else "evaluation"
     moment = draw.choice(("model", "data", once, *["forward"] * 4, *["backward"] * 4))
     if moment in ("model", "data"):
-        return moment, rank, draw.choice((1, 2))  # the second is a replacement's
-    most = max(1, seen[moment, rank])
-    return moment, rank, draw.randint(1, most)
+        return moment, rank, draw.choice((1, 2))  # the second is that of a replacement
+    return moment, rank, draw.randint(1, max(1, seen[moment, rank]))
 
 
 @dataclass
 class Injector:
     """
-    Carries the deeds of a trial out, and notes which it could.
+    Injects the faults of a trial, and records their effects.
 
     Args:
-        ray: where.
-        storage: of the run directories.
-        deeds: each once, when its moment comes.
+        ray: cluster of the run.
+        storage: folder of the run directories.
+        deeds: the faults; each is injected once, at its moment.
     """
 
     ray: InMemoryRay
@@ -305,42 +309,42 @@ class Injector:
     deeds: tuple[Deed, ...]
     seed: int = 0
     fired: list[tuple[Deed, str]] = field(default_factory=list)
-    """With what was seen of it."""
-    kept: Path | None = None
-    """What was on the disk when driver or controller was killed."""
+    """Injected faults and their effects."""
+    disk_copy: Path | None = None
+    """Copy of the disk at the kill of driver or controller."""
     seen: Moments = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.ending = threading.Lock()  #: held while driver or controller is killed
+        self.kill_lock = threading.Lock()  #: held while driver or controller is killed
         self._left = list(self.deeds)
         self._changing = threading.Lock()
         self._bursts: list[list[Any]] = []
         self._copies = 0
 
     def reach(self, moment: str, name: str) -> None:
-        """Be told that a process has got to a moment."""
+        """Inject the faults of a moment that a process has reached."""
         for deed in self._due(moment, role_of(name)):
             if deed.seconds:
-                _later(deed.seconds, self._carry_out, deed, name)
+                _start_timer(deed.seconds, self._inject, deed, name)
             else:
-                self._carry_out(deed, name)
+                self._inject(deed, name)
 
     def _due(self, moment: str, role: str) -> list[Deed]:
         with self._changing:
-            for who in (role, ""):
-                self.seen[moment, who] += 1
+            for process in (role, ""):
+                self.seen[moment, process] += 1
             due = [
                 deed
                 for deed in self._left
                 if deed.moment == moment
-                and deed.who in (role, "")
-                and self.seen[moment, deed.who] >= deed.count
+                and deed.process in (role, "")
+                and self.seen[moment, deed.process] >= deed.count
             ]
             self._left = [deed for deed in self._left if deed not in due]
         return due
 
     def rule(self, call: Call) -> Fault | None:
-        """Decide on a call; see `Rule`."""
+        """Return the fault of a call; see `Rule`."""
         self.reach(f"call {call.method}", call.actor)
         with self._changing:
             for burst in self._bursts:
@@ -349,58 +353,59 @@ class Injector:
                     continue
                 burst[0] -= 1
                 fault = _some_fault(random)
-                if fault != Fault() and deed not in [one for one, _ in self.fired]:
+                if fault != Fault() and deed not in [fired for fired, _ in self.fired]:
                     self.fired.append((deed, f"{fault}"))
                 return fault
         return None
 
-    def _carry_out(self, deed: Deed, name: str) -> None:
+    def _inject(self, deed: Deed, name: str) -> None:
         after = self.deeds.index(deed) + 1
         if after < len(self.deeds) and self.deeds[after].moment == "soon":
-            _later(self.deeds[after].seconds, self._carry_out, self.deeds[after], "worker")
+            _start_timer(self.deeds[after].seconds, self._inject, self.deeds[after], "worker")
         proof = getattr(self, "_" + deed.kind.replace("-", "_"))(deed, name)
         if proof:
             self.fired.append((deed, proof))
 
     def _kill(self, deed: Deed, name: str) -> str:
-        return self._end(self._of(deed.victim, name)[:1])
+        return self._end(self._find_victims(deed.victim, name)[:1])
 
     def _kill_many(self, deed: Deed, name: str) -> str:
-        parts = [self._of(part, name) for part in deed.victim.split("+")]
-        return self._end([one for found in parts for one in found[: 1 if len(parts) > 1 else None]])
+        parts = [self._find_victims(part, name) for part in deed.victim.split("+")]
+        count = 1 if len(parts) > 1 else None
+        return self._end([victim for victims in parts for victim in victims[:count]])
 
     def _end(self, names: list[str]) -> str:
         return ", ".join(name for name in names if self.ray.kill_process(name))
 
-    def _of(self, victim: str, name: str) -> list[str]:
-        """Name the processes that are meant."""
+    def _find_victims(self, victim: str, name: str) -> list[str]:
+        """Return the names of the victims."""
         if victim == "self":
             found = self.ray.living(name)
             return found if name not in ("driver", "controller") else []
         if victim == "node":
             last, here = self.ray.node_names[-1], self.ray.node_names[0]
-            processes = [self.ray.processes[one] for one in self.ray.living("")]
-            found = [one.name for one in processes if one.node == last != here]
-            return [one for one in found if one not in ("driver", "controller")]
+            processes = [self.ray.processes[alive] for alive in self.ray.living("")]
+            found = [process.name for process in processes if process.node == last != here]
+            return [role for role in found if role not in ("driver", "controller")]
         if victim.endswith("s"):
-            return [one for one in self.ray.living("") if victim[:-1] in one]
+            return [alive for alive in self.ray.living("") if victim[:-1] in alive]
         found = self.ray.living(f"{victim}-" if victim == "server" else victim)
-        found = [one for one in found if victim != "server" or "manager" not in one]
-        at = self.seed % len(found) if found else 0
-        return found[at:] + found[:at]
+        found = [role for role in found if victim != "server" or "manager" not in role]
+        first = self.seed % len(found) if found else 0
+        return found[first:] + found[:first]
 
     def _freeze(self, deed: Deed, name: str) -> str:
-        for victim in self._of(deed.victim, name)[:1]:
+        for victim in self._find_victims(deed.victim, name)[:1]:
             process = self.ray.processes[victim]
             process.freeze()
-            _later(deed.still_s, process.go_on)
-            return f"{victim} stands still"
+            _start_timer(deed.frozen_s, process.go_on)
+            return f"{victim} is frozen"
         return ""
 
     def _burst(self, deed: Deed, name: str) -> str:
         with self._changing:
             self._bursts.append([BURST, Random(f"{self.seed} {deed}"), deed])
-        return ""  # it has fired when something was lost
+        return ""  # fired by the first fault of a call
 
     def _disk(self, deed: Deed, name: str) -> str:
         self.fired.append((deed, f"the disk refused to {deed.moment.removeprefix('disk ')}"))
@@ -408,7 +413,7 @@ class Injector:
 
     def _damage(self, deed: Deed, name: str) -> str:
         found = sorted(self.storage.glob("*/checkpoints/step-" + "[0-9]" * 6))
-        workers = self._of("workers", name)
+        workers = self._find_victims("workers", name)
         if len(found) < 2 or not workers:
             return ""
         path = found[-1] / "model.safetensors"
@@ -422,20 +427,22 @@ class Injector:
         return f"{found[-1].name} is damaged"
 
     def _scale(self, deed: Deed, name: str) -> str:
-        with suppress(TransportError, DistplatError, KeyError):  # it is refused, or nobody is there
+        with suppress(TransportError, DistplatError, KeyError):  # refused, or no controller
             return f"{self.ray.ask('controller', 'scale', deed.workers)}"
         return ""
 
     def _driver(self, deed: Deed, name: str) -> str:
-        with self.ending:
+        with self.kill_lock:
             if self.ray.kill_process(deed.victim):
                 self._copies += 1
-                self.kept = snapshot(self.storage, self.storage.with_name(f"kept-{self._copies}"))
-                self.fired.append((deed, f"{deed.victim} is gone"))
+                self.disk_copy = snapshot(
+                    self.storage, self.storage.with_name(f"kept-{self._copies}")
+                )
+                self.fired.append((deed, f"{deed.victim} was killed"))
         return ""
 
     def on_disk(self, operation: str) -> Callable[..., Any]:
-        """Give what does an operation of `Disk`, and tells of it before."""
+        """Return a replacement of an operation of `Disk` that reports the moment first."""
         real = getattr(Disk, operation)
 
         def work(disk: Disk, path: Path, *more: Any) -> Any:
@@ -450,32 +457,32 @@ class Injector:
         return work
 
 
-def _later(seconds: float, work: Callable[..., object], *args: Any) -> None:
+def _start_timer(seconds: float, work: Callable[..., object], *args: Any) -> None:
     timer = threading.Timer(seconds, work, args)
     timer.daemon = True
     timer.start()
 
 
 def role_of(name: str) -> str:
-    """Give an actor's name without its attempt."""
+    """Return an actor's name without its attempt."""
     return name.partition("/")[0]
 
 
 def _some_fault(draw: Random) -> Fault:
     lose: Any = draw.choices(("", "request", "reply"), (1 - 2 * SHARE, SHARE, SHARE))[0]
-    late = draw.choice((0.0, 0.0, 0.02, 0.3))
-    return Fault(late, draw.choice((0.0, 0.0, 0.1)), lose, draw.random() < SHARE)
+    delay_s = draw.choice((0.0, 0.0, 0.02, 0.3))
+    return Fault(delay_s, draw.choice((0.0, 0.0, 0.1)), lose, draw.random() < SHARE)
 
 
 def snapshot(folder: Path, to: Path) -> Path:
-    """Copy what is on the disk now; who is dead may still be at it."""
-    until = time.monotonic() + 5
+    """Copy a folder; threads of killed processes may still write to it."""
+    deadline = time.monotonic() + 5
     while True:
         shutil.rmtree(to, ignore_errors=True)
         try:
             shutil.copytree(folder, to)
         except (shutil.Error, OSError):
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise
         else:
             return to

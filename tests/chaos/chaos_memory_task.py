@@ -1,7 +1,7 @@
 """
-The tasks of the soak in memory: they tell whoever listens of each moment that a worker gets to.
+The tasks of the soak in memory, which report each moment that a worker reaches.
 
-Ranks are threads and share torch's generator: nothing here draws from it.
+Rank threads share torch's global generator, so these tasks do not use it.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,16 +21,16 @@ from distplat import Task
 from distplat.nn import ShardedEmbedding
 
 SAMPLES, IDS = 48, 23
-heard: Callable[[str, str], None] = lambda moment, who: None  # noqa: E731
-"""Told of a moment, and which process has got there."""
+on_moment: Callable[[str, str], None] = lambda moment, who: None  # noqa: E731
+"""Called with a moment and the name of the process; replaced by trials."""
 
 
 def reach(moment: str) -> None:
-    """Tell of a moment; does not return in a process that is killed there."""
+    """Report a moment; does not return in a process that is killed there."""
     process = process_here()
-    if process is not None:  # else it is `distplat replay`
+    if process is not None:  # `distplat replay` has no process
         process.check()
-        heard(moment, process.name)
+        on_moment(moment, process.name)
         process.check()
 
 
@@ -49,7 +49,7 @@ class Dense(Task):
         reach("model")
         inner = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 16))
         layers = [nn.Linear(5, 16), Block(self.stateful), inner, Block(self.stateful)]
-        return filled(nn.Sequential(*layers, nn.Linear(16, 3)))
+        return fill_parameters(nn.Sequential(*layers, nn.Linear(16, 3)))
 
     def train_data(self) -> Dataset[Any]:
         reach("data")
@@ -65,13 +65,13 @@ class Dense(Task):
 
 
 class Rows(Dense):
-    """The same of ids, whose rows are on servers."""
+    """A classifier of ids, whose embedding is on servers."""
 
     def model(self) -> nn.Module:
         reach("model")
         table = ShardedEmbedding(IDS, 4, init_std=0.3)
         layers = [nn.Flatten(), nn.Linear(12, 16), Block(self.stateful), nn.Linear(16, 3)]
-        return nn.Sequential(table, filled(nn.Sequential(*layers)))
+        return nn.Sequential(table, fill_parameters(nn.Sequential(*layers)))
 
     def train_data(self) -> Dataset[Any]:
         reach("data")
@@ -81,7 +81,7 @@ class Rows(Dense):
 
 
 class Block(nn.Module):
-    """Layers that may keep state; tells of each forward and backward."""
+    """Layers, optionally with buffers; report each forward and backward."""
 
     def __init__(self, stateful: bool) -> None:
         super().__init__()
@@ -95,8 +95,8 @@ class Block(nn.Module):
         return outputs
 
 
-def filled(model: nn.Module) -> nn.Module:
-    """Fill the parameters with what is the same in every process."""
+def fill_parameters(model: nn.Module) -> nn.Module:
+    """Set the parameters to the same values in every process."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -106,52 +106,52 @@ def filled(model: nn.Module) -> nn.Module:
 
 class Loop:
     """
-    What a train function trains, and how: `config` of `chaos_memory_loops.py` says it.
+    Models, optimizers and loader of the train function.
 
     Args:
-        config: the job's `task_args`.
+        config: the job's `task_args`, see `chaos_memory_loops.py`.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config, self.step = config, 0
         dense = Dense(config["stateful"])
         self.models = [dense.model() for _ in range(config["models"])]
-        kind = getattr(torch.optim, config["optimizer"])
+        cls = getattr(torch.optim, config["optimizer"])
         rates = [0.5**n * config["lr"] for n in range(len(self.models))]
-        made = zip(self.models, rates, strict=True)
-        self.optimizers = [kind(model.parameters(), lr=lr) for model, lr in made]
-        self.schedulers = [StepLR(one, 3, 0.8) for one in self.optimizers]
+        pairs = zip(self.models, rates, strict=True)
+        self.optimizers = [cls(model.parameters(), lr=lr) for model, lr in pairs]
+        self.schedulers = [StepLR(optimizer, 3, 0.8) for optimizer in self.optimizers]
         loader = DataLoader(dense.train_data(), config["batch"], shuffle=True)
-        things = *self.models, *self.optimizers, *self.schedulers, loader
-        *_, self.loader = distplat.prepare(*things)
+        prepared = *self.models, *self.optimizers, *self.schedulers, loader
+        *_, self.loader = distplat.prepare(*prepared)
         self.load(distplat.get_checkpoint())
 
     def state(self) -> dict[str, Any]:
-        """Give all that the loop goes on from."""
+        """Return the state of a checkpoint."""
         parts = {name: getattr(self, name) for name in ("models", "optimizers", "schedulers")}
-        states = {name: [one.state_dict() for one in some] for name, some in parts.items()}
+        states = {name: [part.state_dict() for part in group] for name, group in parts.items()}
         return {**states, "loader": self.loader.state_dict(), "step": self.step}
 
     def load(self, saved: Any) -> None:
-        """Go on from a checkpoint, of either form; None: the run begins."""
+        """Load a checkpoint, if any: a state or a directory."""
         if saved is None:
             return
         if isinstance(saved, distplat.Checkpoint):
             with saved.as_directory() as path:
                 saved = torch.load(Path(path) / "state.pt")
         for name in ("models", "optimizers", "schedulers"):
-            for one, state in zip(getattr(self, name), saved[name], strict=True):
-                one.load_state_dict(state)
+            for part, state in zip(getattr(self, name), saved[name], strict=True):
+                part.load_state_dict(state)
         self.loader.load_state_dict(saved["loader"])
         self.step = saved["step"]
 
     def batches(self) -> Iterator[Any]:
-        """Give batches without end."""
+        """Yield batches of endless epochs."""
         while True:
             yield from self.loader
 
     def losses(self, batch: Any) -> Iterator[Tensor]:
-        """Give the loss of each model; the second one learns what the first one says."""
+        """Yield the loss of each model; the second model is trained on the first one's outputs."""
         inputs, targets = batch
         outputs = None
         for model in self.models:
@@ -161,25 +161,26 @@ class Loop:
             yield nn.functional.cross_entropy(outputs, targets)
 
     def train(self, batches: Iterator[Any]) -> Tensor:
-        """Make a step; give the first model's loss."""
+        """Train a step; return the first model's loss."""
         count = self.config["accumulate"]
         first = torch.zeros(())
         for n in range(count):
             with distplat.no_sync() if n + 1 < count else nullcontext():
-                for at, loss in enumerate(self.losses(next(batches))):
+                for number, loss in enumerate(self.losses(next(batches))):
                     (loss / count).backward()
-                    first = first + loss.detach() / count if at == 0 else first
-        for model, one, schedule in zip(self.models, self.optimizers, self.schedulers, strict=True):
+                    first = first + loss.detach() / count if number == 0 else first
+        parts = zip(self.models, self.optimizers, self.schedulers, strict=True)
+        for model, optimizer, scheduler in parts:
             if self.config["clip"]:
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            one.step()
-            one.zero_grad()
-            schedule.step()
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
         self.step += 1
         return first
 
-    def told(self, loss: Tensor) -> float:
-        """Give the loss that is reported; talks with the other ranks, where the job says so."""
+    def reported_loss(self, loss: Tensor) -> float:
+        """Return the loss to report; communicates with other ranks if `talks` is set."""
         if not self.config["talks"]:
             return loss.item()
         distplat.barrier()
@@ -188,19 +189,19 @@ class Loop:
 
 
 def loop(config: dict[str, Any]) -> None:
-    """Train in a loop of one's own."""
-    made = Loop(config)
-    batches = made.batches()
+    """Train with a train function."""
+    training = Loop(config)
+    batches = training.batches()
     main = distplat.get_context().is_main_process
-    while made.step < config["steps"]:
-        loss = made.told(made.train(batches))
+    while training.step < config["steps"]:
+        loss = training.reported_loss(training.train(batches))
         reach("report")
-        if not main or made.step % config["every"]:
+        if not main or training.step % config["every"]:
             distplat.report({"loss": loss})
         elif not config["files"]:
-            distplat.report({"loss": loss}, made.state())
+            distplat.report({"loss": loss}, training.state())
         else:
             with TemporaryDirectory() as path:
-                torch.save(made.state(), Path(path) / "state.pt")
-                kept = distplat.Checkpoint.from_directory(path)
-                distplat.report({"loss": loss}, kept)
+                torch.save(training.state(), Path(path) / "state.pt")
+                checkpoint = distplat.Checkpoint.from_directory(path)
+                distplat.report({"loss": loss}, checkpoint)

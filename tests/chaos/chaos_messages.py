@@ -1,11 +1,10 @@
 """
-Row F25: a quarter of all requests and a quarter of all answers lost; some late, some twice.
+Row F25: a quarter of all requests and a quarter of all replies are lost; some are late or repeated.
 
-In memory: the real servers, manager, scheduler and clients over `LocalTransport`, ranks as threads.
-Ranks are on another node than servers, so pushes and what servers answer are messages, too.
-Ranks of `ring` send no such messages; what the controller asks is lost in `chaos_memory.py`, under
-every strategy. On real processes Ray takes seconds to notice that a message is lost
-(`tests/cluster/test_lost_replies.py`).
+Servers, manager, scheduler and clients run over `LocalTransport`, ranks are threads. Ranks and
+servers are on different nodes, so pushes and their replies are messages. Ranks of `ring` send no
+such messages; calls of the controller are lost in `chaos_memory.py`, under every strategy. On real
+processes Ray takes seconds to detect a lost message (`tests/cluster/test_lost_replies.py`).
 """
 
 import hashlib
@@ -27,7 +26,7 @@ from distplat.actors import retrying_calls
 from distplat.platform.apply_log import ApplyLog, log_flaws
 
 SHARE = 0.25
-"""Of requests that are lost, and of answers."""
+"""Share of lost requests, and of lost replies."""
 STEPS = 12
 PLANS: dict[str, dict[str, Any]] = {
     "ps-sync": {"name": "ps-sync", "num_servers": 2},
@@ -42,16 +41,16 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 
 
-class Still(Watched):
-    """Without dropout: ranks are threads, and share torch's generator."""
+class WithoutDropout(Watched):
+    """A model without dropout: rank threads share torch's generator."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
 
 
-class Lossy:
+class LossRule:
     """
-    A rule that decides on each call by its name and number: one seed is one set of lost messages.
+    A rule that draws the fault of each call from the seed, the call's name and its number.
 
     Args:
         seed: of the trial.
@@ -59,7 +58,7 @@ class Lossy:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.lost: Counter[str] = Counter()  #: by what became of calls
+        self.faults: Counter[str] = Counter()  #: number of calls by fault
         self._calls: Counter[tuple[str, str, str]] = Counter()
         self._counting = threading.Lock()
 
@@ -71,7 +70,7 @@ class Lossy:
             share = (1 - 2 * SHARE, SHARE, SHARE)
             lose: Any = draw.choices(("", "request", "reply"), share)[0]
             twice = draw.random() < SHARE
-            self.lost[lose or ("twice" if twice else "kept")] += 1
+            self.faults[lose or ("twice" if twice else "kept")] += 1
         return Fault(draw.choice((0.0, 0.0, 0.01)), 0.0, lose, twice)
 
 
@@ -81,44 +80,46 @@ def run(strategy: str, seed: int | None) -> tuple[str, list[str], Counter[str]]:
 
     Args:
         strategy: one of `PLANS`.
-        seed: of the lost messages; None: none is lost.
+        seed: of the lost messages; None: no message is lost.
 
     Returns:
-        A hash of the model, what is wrong with the updates, and what became of the calls.
+        The model's hash, the problems of the updates, and the number of calls by fault.
     """
-    given = {"steps": STEPS, "global_batch_size": 8, "task_args": {"pause": 0.0}}
-    job = job_of(PLANS[strategy], WORLD[strategy], **given)
-    made = LocalRun(job, Still, timeout_s=60.0)
-    rule = Lossy(seed or 0)
+    fields = {"steps": STEPS, "global_batch_size": 8, "task_args": {"pause": 0.0}}
+    job = job_of(PLANS[strategy], WORLD[strategy], **fields)
+    local_run = LocalRun(job, WithoutDropout, timeout_s=60.0)
+    rule = LossRule(seed or 0)
     if seed is not None:
-        for cluster in (made.servers.cluster, made.desk.cluster):
+        for cluster in (local_run.servers.cluster, local_run.desk.cluster):
             add_rule(cluster, rule)
-    Attempt(made, apart=True).make()
-    stores = [service.store for service in made.servers.shard_servers()]
-    problems = [f"a shard made {one.version} updates" for one in stores if one.version != STEPS]
+    Attempt(local_run, apart=True).make()
+    stores = [service.store for service in local_run.servers.shard_servers()]
+    problems = [
+        f"a shard made {store.version} updates" for store in stores if store.version != STEPS
+    ]
     if strategy == "ps-async":
-        logs = made.servers.logs()
+        logs = local_run.servers.logs()
         problems = [flaw for log in logs for flaw in log_flaws(ApplyLog(log), 2, STEPS)]
-    made.close()
-    parameters = made.parameters()
+    local_run.close()
+    parameters = local_run.parameters()
     digest = hashlib.sha256()
     for name in sorted(parameters):
         digest.update(parameters[name].numpy().tobytes())
         if not torch.isfinite(parameters[name].double()).all():
             problems.append(f"{name} is not finite")
-    return digest.hexdigest(), problems, rule.lost
+    return digest.hexdigest(), problems, rule.faults
 
 
-_undisturbed: dict[str, str] = {}
+_unfailed: dict[str, str] = {}
 
 
 def trial(strategy: str, seed: int) -> tuple[list[str], Counter[str]]:
-    """Compare a run that loses messages with one that does not; give what is wrong."""
+    """Compare a run with lost messages with a run without; return the problems and the faults."""
     retrying_calls.RETRY_PAUSE_S = 0.001
     logging.getLogger(retrying_calls.__name__).setLevel(logging.ERROR)
-    if strategy not in _undisturbed:
-        _undisturbed[strategy] = run(strategy, None)[0]
-    found, problems, lost = run(strategy, seed)
-    if strategy != "ps-async" and found != _undisturbed[strategy]:
+    if strategy not in _unfailed:
+        _unfailed[strategy] = run(strategy, None)[0]
+    found, problems, faults = run(strategy, seed)
+    if strategy != "ps-async" and found != _unfailed[strategy]:
         problems.append("the model has other bits than that of the run without a fault")
-    return problems, lost
+    return problems, faults

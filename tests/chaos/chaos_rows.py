@@ -1,8 +1,8 @@
 """
-The rows of the fault grid: what is done to a run, at which moment, and how the run has to end.
+The rows of the fault grid: the fault, its time, and the expected end of the run.
 
-A row draws its moments from a generator, so one seed names one trial. Numbers are those of the list
-of faults in docs/faults.md.
+A row draws the time of its fault from a generator, so a seed determines a trial. Row names are the
+numbers in docs/faults.md.
 """
 
 import signal
@@ -16,12 +16,12 @@ from chaos_injector import STARVE, Deed
 STEPS, EVERY, BATCH = 24, 4, 12
 KILL, STOP = int(signal.SIGKILL), int(signal.SIGSTOP)
 HEARTBEAT_S, COLLECTIVE_S, STEP_S = 8.0, 5.0, 20.0
-"""Deadlines of a trial: what froze is found by the first that applies."""
+"""Deadlines of a trial; the first applicable one detects a frozen process."""
 STORAGE_S = 6.0
-"""That of a disk of its own."""
+"""`storage_timeout_s` on a small disk."""
 MICRO_BATCHES = 2
 WIDE = 768
-"""Width of a model whose exchange takes milliseconds, and its checkpoints some more."""
+"""Width of a model with an exchange of some milliseconds, and longer checkpoints."""
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ring": {"name": "ring", "timeout_s": COLLECTIVE_S},
@@ -41,7 +41,7 @@ ALL = tuple(STRATEGIES)
 SERVED = ("ps-sync", "ps-async")
 SYNCHRONOUS = ("ring", "ps-sync", "hybrid")
 STORES_AT = {"hybrid": {"data_strategy": "ps-sync", "num_servers": 1}}
-"""Options with which a strategy has servers that has none by itself."""
+"""Options that add servers to a strategy without servers."""
 
 
 @dataclass(frozen=True)
@@ -50,52 +50,56 @@ class Plan:
 
     deeds: tuple[Deed, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the strategy, besides those of `STRATEGIES`."""
+    """Options of the strategy, added to those of `STRATEGIES`."""
     width: int = 16
     codes: tuple[int, ...] = (0,)
-    """Exit codes that are right."""
+    """Expected exit codes."""
     resumes: bool = False
-    """The run ends, and another one goes on from its run directory."""
+    """Whether the run ends and is resumed."""
     damage: str = ""
-    """What becomes of the newest checkpoint in between: `flip` or `cut`."""
+    """Damage to the newest checkpoint before the run is resumed: `flip` or `cut`; empty: none."""
     small_disk: bool = False
-    """The run directory is on a disk of its own."""
+    """Whether the run directory is on a separate small disk."""
     pause_s: float = 0.02
-    """Seconds that each step takes at least."""
+    """Minimum duration of each step, in seconds."""
     max_failures: int = 6
     quiet: bool = False
-    """Nothing of it may be taken for a failure."""
+    """Whether no failure may be reported."""
     saves: bool = False
-    """The run that ends takes a checkpoint of its last step."""
+    """Whether the run saves a checkpoint of its last step when it ends."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One fault of the list."""
+    """One fault of docs/faults.md."""
 
     name: str
-    what: str
+    label: str
     strategies: tuple[str, ...]
     plan: Callable[[str, Random], Plan]
     nodes: int = 1
-    """Of the cluster; 0: it needs none, and the plan is of no account."""
-    apart: bool = False
-    """The grid is no part of the cluster, whose head may die."""
+    """Nodes of the cluster; 0: the row needs no cluster, and its plan is not used."""
+    separate_head: bool = False
+    """Whether the cluster's head is in a separate process, so that it can be killed."""
 
 
 ROWS: dict[str, Row] = {}
 
 
 def row(
-    name: str, what: str, strategies: tuple[str, ...] = ALL, nodes: int = 1, apart: bool = False
+    name: str,
+    label: str,
+    strategies: tuple[str, ...] = ALL,
+    nodes: int = 1,
+    separate_head: bool = False,
 ) -> Callable[[Callable[[str, Random], Plan]], Callable[[str, Random], Plan]]:
-    """Enter a function as the row's plan."""
+    """Register a function as the plan of a row."""
 
-    def enter(plan: Callable[[str, Random], Plan]) -> Callable[[str, Random], Plan]:
-        ROWS[name] = Row(name, what, strategies, plan, nodes, apart)
+    def register(plan: Callable[[str, Random], Plan]) -> Callable[[str, Random], Plan]:
+        ROWS[name] = Row(name, label, strategies, plan, nodes, separate_head)
         return plan
 
-    return enter
+    return register
 
 
 def rank_of(strategy: str, draw: Random) -> int:
@@ -103,30 +107,29 @@ def rank_of(strategy: str, draw: Random) -> int:
 
 
 def some_step(draw: Random) -> int:
-    """Draw a step with one before it and some after it; boundaries of checkpoints are likely."""
+    """Draw a step, neither the first nor one of the last; often at a checkpoint."""
     return draw.choice((1, 2, EVERY - 1, EVERY, 7, 2 * EVERY, 11, 13))
 
 
-def late(strategy: str) -> int:
+def first_checkpoint(strategy: str) -> int:
     """
-    Give the forwards after which a rank may stand still, and there is a checkpoint all the same.
+    Return the number of forwards after which a held rank does not delay the first checkpoint.
 
-    Under `ps-async` a rank may have made both parts of the first steps: its seventh forward may be
-    of the fourth step.
+    Under `ps-async` a rank may have computed both parts of the first steps.
     """
     return 2 * EVERY if strategy == "ps-async" else EVERY
 
 
-def late_step(strategy: str, draw: Random) -> int:
-    """Draw a step after a checkpoint."""
-    return some_step(draw) + late(strategy)
+def step_after_checkpoint(strategy: str, draw: Random) -> int:
+    """Draw a step after the first checkpoint."""
+    return some_step(draw) + first_checkpoint(strategy)
 
 
 def inside(draw: Random) -> str:
     return draw.choice(("forward", "backward"))
 
 
-@row("F1-setup", "SIGKILL a worker while it makes its model or reads its data")
+@row("F1-setup", "SIGKILL a worker while it builds the model or loads its data")
 def _(strategy: str, draw: Random) -> Plan:
     return Plan((Deed(draw.choice(("model", "data")), rank_of(strategy, draw)),))
 
@@ -146,26 +149,25 @@ def _(strategy: str, draw: Random) -> Plan:
     return Plan((Deed("evaluation", 0),))
 
 
-@row("F2", "SIGKILL a worker while its push is on the way", ("ps-sync", "ps-async", "hybrid"))
+@row("F2", "SIGKILL a worker during its push", ("ps-sync", "ps-async", "hybrid"))
 def _(strategy: str, draw: Random) -> Plan:
     return _in_exchange(strategy, rank_of(strategy, draw), draw)
 
 
 @row(
     "F3",
-    "SIGKILL a worker that has pushed to all servers, and waits for what they make of it",
+    "SIGKILL a worker that has pushed to all servers and waits for the update",
     ("ps-sync", "hybrid"),
 )
 def _(strategy: str, draw: Random) -> Plan:
-    """A rank holds still before its own push; one of another replica waits for it, and is hit.
-    Under `ps-async` nobody waits for another's push."""
+    """Hold a rank before its push, and kill a rank of another replica, which waits for it."""
     rank = draw.choice((0, WORLD[strategy] - 1))
     other = WORLD[strategy] - 1 - rank
     deed = Deed("backward", rank, some_step(draw), f"worker-{other}", delay_s=0.5)
     return Plan((deed,), STORES_AT.get(strategy, {}))
 
 
-@row("F4", "SIGKILL another rank than 0 in an all-reduce", ("ring", "hybrid"))
+@row("F4", "SIGKILL a rank other than 0 in an all-reduce", ("ring", "hybrid"))
 def _(strategy: str, draw: Random) -> Plan:
     return _in_exchange(strategy, draw.randrange(1, WORLD[strategy]), draw, served=False)
 
@@ -176,7 +178,7 @@ def _(strategy: str, draw: Random) -> Plan:
 
 
 def _in_exchange(strategy: str, rank: int, draw: Random, served: bool = True) -> Plan:
-    """Let a rank that has its gradients go on, and hit it within the length of an exchange."""
+    """Kill a rank after its backward, at a random time within the duration of an exchange."""
     delay = draw.uniform(0, 0.03)
     options = STORES_AT.get(strategy, {}) if served else {}
     deed = Deed("backward", rank, some_step(draw), hold=False, delay_s=delay)
@@ -203,7 +205,7 @@ def _(strategy: str, draw: Random) -> Plan:
     return _while_writing("server", draw)
 
 
-@row("F7", "SIGKILL the controller, which writes checkpoints, while it does; resume")
+@row("F7", "SIGKILL the controller while it writes a checkpoint; resume")
 def _(strategy: str, draw: Random) -> Plan:
     return _while_writing("controller", draw, resumes=True, codes=(4,))
 
@@ -213,27 +215,27 @@ def _while_writing(victim: str, draw: Random, **more: Any) -> Plan:
     return Plan((saved,), width=WIDE, **more)
 
 
-@row("F8", "SIGKILL the replacement of a lost worker while it makes its model")
+@row("F8", "SIGKILL the replacement of a lost worker while it builds the model")
 def _(strategy: str, draw: Random) -> Plan:
     rank = rank_of(strategy, draw)
     return Plan((Deed(inside(draw), rank, some_step(draw)), Deed("renewed", rank)))
 
 
-@row("F8-other", "SIGKILL another worker while a lost one is replaced")
+@row("F8-other", "SIGKILL another worker while a lost worker is replaced")
 def _(strategy: str, draw: Random) -> Plan:
     rank = rank_of(strategy, draw)
     other = (rank + draw.randrange(1, WORLD[strategy])) % WORLD[strategy]
-    first = Deed(inside(draw), rank, late_step(strategy, draw), saved=True)
+    first = Deed(inside(draw), rank, step_after_checkpoint(strategy, draw), saved=True)
     return Plan((first, Deed("renewed", rank, victim=f"worker-{other}")))
 
 
 @row("F9", "SIGKILL all workers at once")
 def _(strategy: str, draw: Random) -> Plan:
-    step = late_step(strategy, draw)
+    step = step_after_checkpoint(strategy, draw)
     return Plan((Deed(inside(draw), 0, step, victim="workers", saved=True),))
 
 
-@row("F10", "SIGKILL a server that has no backup", (*SERVED, "hybrid"))
+@row("F10", "SIGKILL a server without a backup", (*SERVED, "hybrid"))
 def _(strategy: str, draw: Random) -> Plan:
     return _servers(strategy, "server", draw)
 
@@ -246,22 +248,22 @@ def _(strategy: str, draw: Random) -> Plan:
 def _servers(strategy: str, victim: str, draw: Random, **options: Any) -> Plan:
     options = {**STORES_AT.get(strategy, {}), **options}
     hold, delay = draw.choice(((True, 0.0), (False, draw.uniform(0, 0.03))))
-    step = late_step(strategy, draw)
+    step = step_after_checkpoint(strategy, draw)
     deed = Deed(inside(draw), 0, step, victim, hold=hold, delay_s=delay, saved=True)
     return Plan((deed,), options, WIDE)
 
 
 @row(
     "F11",
-    "SIGKILL the primary of a shard that is kept twice, sometimes its successor, too",
+    "SIGKILL the primary of a replicated shard, in some trials also the promoted backup",
     (*SERVED, "hybrid"),
 )
 def _(strategy: str, draw: Random) -> Plan:
     options = {**STORES_AT.get(strategy, {}), "replication": 2}
-    at = some_step(draw)
-    deeds = [Deed(inside(draw), 0, at, "primary")]
+    step = some_step(draw)
+    deeds = [Deed(inside(draw), 0, step, "primary")]
     if draw.random() < 0.5:
-        deeds.append(Deed("forward", 0, at + 2, "primary"))
+        deeds.append(Deed("forward", 0, step + 2, "primary"))
     return Plan(tuple(deeds), options, WIDE)
 
 
@@ -300,9 +302,8 @@ def _(strategy: str, draw: Random) -> Plan:
 
 
 def _ended(strategy: str, victim: str, number: int, draw: Random, **more: Any) -> Plan:
-    """End the run once there is something to resume from; who is at work there waits, and is slow
-    enough for the run not to end before."""
-    step = late_step(strategy, draw)
+    """End the run once a checkpoint exists; the rank of the moment waits until then."""
+    step = step_after_checkpoint(strategy, draw)
     deed = Deed(inside(draw), 0, step, victim, number, saved=True)
     return Plan((deed,), resumes=True, **more)
 
@@ -314,46 +315,46 @@ def _(strategy: str, draw: Random) -> Plan:
     )
 
 
-@row("F22", "SIGSTOP a worker for good")
+@row("F22", "SIGSTOP a worker permanently")
 def _(strategy: str, draw: Random) -> Plan:
     return Plan((Deed(inside(draw), rank_of(strategy, draw), some_step(draw), action=STOP),))
 
 
-@row("F22-back", "SIGSTOP a worker, SIGCONT after its deadline: it is fenced off")
+@row("F22-back", "SIGSTOP a worker, SIGCONT after its deadline: its messages are rejected")
 def _(strategy: str, draw: Random) -> Plan:
     undo = HEARTBEAT_S + draw.uniform(0, 4)
     rank, step = rank_of(strategy, draw), some_step(draw)
     return Plan((Deed(inside(draw), rank, step, action=STOP, undo_s=undo),))
 
 
-@row("F23", "SIGSTOP a worker for 1.5 s, less than any deadline: nothing is a failure")
+@row("F23", "SIGSTOP a worker for 1.5 s, less than any deadline: no failure is reported")
 def _(strategy: str, draw: Random) -> Plan:
     rank, step = rank_of(strategy, draw), some_step(draw)
     return Plan((Deed(inside(draw), rank, step, action=STOP, undo_s=1.5),), quiet=True)
 
 
-@row("F24", "SIGSTOP a server for good, with a backup or without", (*SERVED, "hybrid"))
+@row("F24", "SIGSTOP a server permanently, with a backup or without", (*SERVED, "hybrid"))
 def _(strategy: str, draw: Random) -> Plan:
     replication = draw.choice((1, 2))
     options = {**STORES_AT.get(strategy, {}), "replication": replication}
     victim = "primary" if replication == 2 else "server"
-    deed = Deed(inside(draw), 0, late_step(strategy, draw), victim, STOP, saved=True)
+    deed = Deed(inside(draw), 0, step_after_checkpoint(strategy, draw), victim, STOP, saved=True)
     return Plan((deed,), options)
 
 
-@row("F24-manager", "SIGSTOP the server manager for good", (*SERVED, "hybrid"))
+@row("F24-manager", "SIGSTOP the server manager permanently", (*SERVED, "hybrid"))
 def _(strategy: str, draw: Random) -> Plan:
     deed = Deed(inside(draw), 0, some_step(draw), "server-manager", STOP)
     return Plan((deed,), STORES_AT.get(strategy, {}))
 
 
-@row("F24-scheduler", "SIGSTOP the task scheduler for good", (*SERVED, "hybrid"))
+@row("F24-scheduler", "SIGSTOP the task scheduler permanently", (*SERVED, "hybrid"))
 def _(strategy: str, draw: Random) -> Plan:
     deed = Deed(inside(draw), 0, some_step(draw), "task-scheduler", STOP)
     return Plan((deed,), STORES_AT.get(strategy, {}))
 
 
-@row("F24-controller", "SIGSTOP the controller for good; resume")
+@row("F24-controller", "SIGSTOP the controller permanently; resume")
 def _(strategy: str, draw: Random) -> Plan:
     return _ended(strategy, "controller", STOP, draw, codes=(4,))
 
@@ -365,13 +366,13 @@ def _(strategy: str, draw: Random) -> Plan:
     return Plan((deed,), quiet=True)
 
 
-@row("F28", "a disk that is full for a tenth of a second while a checkpoint is due")
+@row("F28", "the disk is full for 0.1 s during a checkpoint")
 def _(strategy: str, draw: Random) -> Plan:
     deed = Deed("forward", 0, some_step(draw), "disk", "fill", undo_s=0.1)
     return Plan((deed,), width=WIDE, small_disk=True)
 
 
-@row("F28-for-good", "a disk that stays full: exit code 5")
+@row("F28-for-good", "the disk stays full: exit code 5")
 def _(strategy: str, draw: Random) -> Plan:
     deed = Deed("forward", 0, some_step(draw), "disk", "fill")
     return Plan((deed,), width=WIDE, small_disk=True, codes=(5,))
@@ -382,51 +383,51 @@ def _(strategy: str, draw: Random) -> Plan:
     return _without_disk(strategy, "remove", draw)
 
 
-@row("F29-read-only", "a disk that nobody may write to any more: exit code 5")
+@row("F29-read-only", "the disk becomes read-only: exit code 5")
 def _(strategy: str, draw: Random) -> Plan:
     return _without_disk(strategy, "read-only", draw)
 
 
-@row("F29-hangs", "a disk that gives no answer any more: exit code 5")
+@row("F29-hangs", "the disk stops responding: exit code 5")
 def _(strategy: str, draw: Random) -> Plan:
     return _without_disk(strategy, "hang", draw)
 
 
 def _without_disk(strategy: str, action: str, draw: Random) -> Plan:
     saved = draw.random() < 0.5
-    step = late_step(strategy, draw) if saved else some_step(draw)
+    step = step_after_checkpoint(strategy, draw) if saved else some_step(draw)
     deed = Deed(inside(draw), 0, step, "disk", action, saved=saved)
     return Plan((deed,), small_disk=True, codes=(5,))
 
 
-@row("F30", "stopped, its newest checkpoint damaged, resumed from the one before")
+@row("F30", "the newest checkpoint of a stopped run is damaged; resume from the previous one")
 def _(strategy: str, draw: Random) -> Plan:
     deed = Deed("forward", 0, 3 * EVERY + 2, "driver", int(signal.SIGINT), saved=True)
     damage = draw.choice(("flip", "cut"))
     return Plan((deed,), resumes=True, codes=(130,), damage=damage, pause_s=0.1)
 
 
-@row("F32", "the kernel kills a server, or a worker of strategies without one, for memory")
+@row("F32", "the kernel's OOM killer kills a server, or a worker if the strategy has no servers")
 def _(strategy: str, draw: Random) -> Plan:
     if strategy in SERVED:
-        at, victim = late_step(strategy, draw), "server"
+        step, victim = step_after_checkpoint(strategy, draw), "server"
     else:
-        at, victim = some_step(draw), f"worker-{rank_of(strategy, draw)}"
-    deed = Deed("forward", 0, at, victim, STARVE, hold=False, saved=victim == "server")
+        step, victim = some_step(draw), f"worker-{rank_of(strategy, draw)}"
+    deed = Deed("forward", 0, step, victim, STARVE, hold=False, saved=victim == "server")
     return Plan((deed,))
 
 
-@row("F34", "a task that raises: exit code 1, at once")
+@row("F34", "a task raises an exception: exit code 1 at once")
 def _(strategy: str, draw: Random) -> Plan:
     return _user(strategy, "raise", draw, codes=(1,))
 
 
-@row("F35-exit", "a task that calls sys.exit(0): exit code 1")
+@row("F35-exit", "a task calls sys.exit(0): exit code 1")
 def _(strategy: str, draw: Random) -> Plan:
     return _user(strategy, "exit", draw, codes=(1,))
 
 
-@row("F35", "a task that calls os._exit(0), crashes in C or never returns, once")
+@row("F35", "a task once calls os._exit(0), crashes in C or does not return")
 def _(strategy: str, draw: Random) -> Plan:
     return _user(strategy, draw.choice(("quit", "segfault", "loop")), draw)
 
@@ -436,21 +437,21 @@ def _user(strategy: str, action: str, draw: Random, **more: Any) -> Plan:
     return Plan((deed,), **more)
 
 
-@row("F40", "a worker that dies in the same step again and again: exit code 4", SYNCHRONOUS)
+@row("F40", "a worker dies in the same step repeatedly: exit code 4", SYNCHRONOUS)
 def _(strategy: str, draw: Random) -> Plan:
-    """Under `ps-async` others make the lost task, and steps: that is progress."""
+    """Under `ps-async` other workers compute the lost task, which counts as progress."""
     rank, step = rank_of(strategy, draw), some_step(draw)
     return Plan(tuple(Deed("forward", rank, step) for _ in range(3)), codes=(4,))
 
 
-@row("F41", "the clock of a worker's process jumps by an hour: nothing is a failure")
+@row("F41", "the clock of a worker's process jumps by an hour: no failure is reported")
 def _(strategy: str, draw: Random) -> Plan:
     return _user(strategy, "clock", draw, quiet=True)
 
 
 @row("F9-two", "SIGKILL a worker and a server at the same moment", (*SERVED, "hybrid"))
 def _(strategy: str, draw: Random) -> Plan:
-    rank, step = rank_of(strategy, draw), late_step(strategy, draw)
+    rank, step = rank_of(strategy, draw), step_after_checkpoint(strategy, draw)
     first = Deed(inside(draw), 0, step, "server", saved=True)
     second = Deed(first.moment, 0, step, f"worker-{rank}", hold=False)
     return Plan((second, first), STORES_AT.get(strategy, {}))
@@ -468,21 +469,20 @@ def _(strategy: str, draw: Random) -> Plan:
 
 def _node(strategy: str, draw: Random, **more: Any) -> Plan:
     """
-    Hit a node, whose processes live on for a while.
+    Kill or freeze a node, whose processes survive for a while.
 
-    Under `hybrid` they are not waited for, and the steps that are left must take longer than Ray
-    takes to notice.
+    Under `hybrid` the run does not wait for them, so the steps must outlast Ray's detection.
     """
     if strategy != "hybrid":
-        step, pause_s = late_step(strategy, draw), 0.02
+        step, pause_s = step_after_checkpoint(strategy, draw), 0.02
     else:
         step, pause_s = EVERY + draw.randrange(4), 1.5
     return Plan((Deed(inside(draw), 0, step, "node", saved=True, **more),), pause_s=pause_s)
 
 
-@row("F21", "SIGKILL the head of the cluster; resume on another one", apart=True)
+@row("F21", "SIGKILL the head of the cluster; resume on a new one", separate_head=True)
 def _(strategy: str, draw: Random) -> Plan:
-    """The workers live on, so the steps that are left must take longer than the loss's deadline."""
+    """Workers survive: the remaining steps must take longer than the deadline of the loss."""
     deed = Deed(inside(draw), 0, EVERY + draw.randrange(4), "head", KILL, saved=True)
     return Plan((deed,), resumes=True, codes=(4,), pause_s=1.5)
 
@@ -492,9 +492,9 @@ def _no_plan(strategy: str, draw: Random) -> Plan:
     return Plan(())
 
 
-_LOSSY = "in memory: 25 % of requests, 25 % of answers lost, some late or twice"
+_LOSSY = "in memory: 25 % of requests and 25 % of replies are lost, some are late or repeated"
 row("F25", _LOSSY, (*SERVED, "hybrid"), 0)(_no_plan)
-row("B1", "200 mutants of a job file: exit code 0 or 2", ("ring",), 0)(_no_plan)
+row("B1", "200 mutated job files: exit code 0 or 2", ("ring",), 0)(_no_plan)
 row(
     "B2", "12 damaged checkpoints to resume from: exit code 2 or 5, or the same model", ("ring",), 0
 )(_no_plan)

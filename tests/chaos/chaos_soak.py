@@ -1,11 +1,11 @@
 """
-`make soak`: one job after the other, each with several random faults, on three hosts.
+`make soak`: a sequence of jobs with random faults, on three hosts.
 
-    chaos_soak.py --minutes 30            hosts as in `chaos_hosts.py`; where they cannot be made,
-                                          three Ray nodes on this one
-    chaos_soak.py --seed 17 --trials 1    that one again
+    chaos_soak.py --minutes 30            hosts of `chaos_hosts.py`; without namespaces, three Ray
+                                          nodes on this host
+    chaos_soak.py --seed 17 --trials 1    repeats that trial
 
-Exits with 1 if a run went wrong, or if no fault of one fired.
+Exits with 1 if a trial is wrong, or if no fault of a trial fired.
 """
 
 import argparse
@@ -19,31 +19,44 @@ from random import Random
 
 from chaos_cluster import OneCluster, with_token
 from chaos_grid import line
-from chaos_hosts import ThreeHosts, isolated, possible
+from chaos_hosts import ThreeHosts, can_create_hosts, isolate
 from chaos_injector import Deed
-from chaos_rows import ALL, HEARTBEAT_S, KILL, SERVED, STEPS, STOP, WIDE, WORLD, Plan, late
+from chaos_rows import (
+    ALL,
+    HEARTBEAT_S,
+    KILL,
+    SERVED,
+    STEPS,
+    STOP,
+    WIDE,
+    WORLD,
+    Plan,
+    first_checkpoint,
+)
 from chaos_trial import Outcome, Runs
 
 
 def main() -> int:
-    """Inject faults until the time is over; give the exit code."""
+    """Run trials until the time is over; return the exit code."""
     parser = argparse.ArgumentParser(description="Random faults on three hosts.")
     parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--trials", type=int, default=10_000, help="at most so many runs")
-    parser.add_argument("--seed", type=int, default=1, help="of the first; the next ones follow")
-    parser.add_argument("--folder", help="for what the runs leave; default: a new one in /tmp")
+    parser.add_argument("--trials", type=int, default=10_000, help="maximum number of runs")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="of the first trial; later trials count up"
+    )
+    parser.add_argument("--folder", help="for the files of runs; default: a new one in /tmp")
     args = parser.parse_args()
-    hosts = possible()
-    (isolated if hosts else with_token)()
+    hosts = can_create_hosts()
+    (isolate if hosts else with_token)()
     folder = Path(args.folder or tempfile.mkdtemp(prefix="soak-"))
     where = "three hosts" if hosts else "three Ray nodes on this host"
-    print(f"{where}, first seed {args.seed}; what runs leave is in {folder}", flush=True)
+    print(f"{where}, first seed {args.seed}; files of runs are in {folder}", flush=True)
     cluster = ThreeHosts() if hosts else OneCluster(3)
     outcomes: list[Outcome] = []
-    until = time.monotonic() + args.minutes * 60
+    deadline = time.monotonic() + args.minutes * 60
     try:
         runs = Runs(cluster, folder)
-        while len(outcomes) < args.trials and time.monotonic() < until:
+        while len(outcomes) < args.trials and time.monotonic() < deadline:
             seed = args.seed + len(outcomes)
             strategy = ALL[seed % len(ALL)]
             plan = random_plan(strategy, Random(seed), hosts)
@@ -52,12 +65,12 @@ def main() -> int:
     finally:
         cluster.close()
     print("\n" + summary(outcomes))
-    return int(not outcomes or any(one.problems or not one.fired for one in outcomes))
+    return int(not outcomes or any(o.problems or not o.fired for o in outcomes))
 
 
 def random_plan(strategy: str, draw: Random, hosts: bool) -> Plan:
-    """Draw one to three faults, each some steps after the one before; a checkpoint comes first."""
-    step, deeds = late(strategy) + 1, list[Deed]()
+    """Draw one to three faults in ascending steps, after the first checkpoint."""
+    step, deeds = first_checkpoint(strategy) + 1, list[Deed]()
     for _ in range(draw.randint(1, 3)):
         step += draw.randint(1, 4)
         moment = draw.choice(("forward", "backward"))
@@ -84,19 +97,20 @@ def _draw_deed(strategy: str, draw: Random, moment: str, step: int, hosts: bool)
 
 
 def summary(outcomes: list[Outcome]) -> str:
-    """Count by strategy: runs, faults that fired, what went wrong, recovery."""
+    """Return a Markdown table of runs, fired faults, wrong runs and recovery times."""
     lines = [
         "| strategy | runs | faults fired | wrong | recovery median | max |",
         "|---|---|---|---|---|---|",
     ]
     for strategy in (*ALL, "all"):
-        some = [one for one in outcomes if strategy in (one.strategy, "all")]
-        if not some:
+        selected = [o for o in outcomes if strategy in (o.strategy, "all")]
+        if not selected:
             continue
-        fired, wrong = sum(len(one.fired) for one in some), sum(bool(one.problems) for one in some)
-        times = [one.recovery_s for one in some if one.recovery_s and not one.problems] or [0.0]
+        fired = sum(len(o.fired) for o in selected)
+        wrong = sum(bool(o.problems) for o in selected)
+        times = [o.recovery_s for o in selected if o.recovery_s and not o.problems] or [0.0]
         figures = f"{statistics.median(times):.1f} s | {max(times):.1f} s"
-        lines.append(f"| {strategy} | {len(some)} | {fired} | {wrong} | {figures} |")
+        lines.append(f"| {strategy} | {len(selected)} | {fired} | {wrong} | {figures} |")
     return "\n".join(lines)
 
 

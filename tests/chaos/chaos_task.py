@@ -1,9 +1,9 @@
 """
-The task of the fault grid: it tells when it gets to a moment, and waits there to be hit.
+The task of the fault grid: it reports when it reaches a moment, and waits there for the fault.
 
-What is to happen is not known here. `moments` says of which moments the injector
-(`chaos_injector.py`) wants to hear; a moment that is reached becomes a file `ask-<number>`, and who
-holds still does so until there is a file `done-<number>`. It says what the task is to do itself.
+`moments` lists the moments to report to the injector (`chaos_injector.py`). At a moment the task
+creates the file `ask-<number>`, and may wait for the file `done-<number>`, whose content is the
+action of the task, if any.
 """
 
 import ctypes
@@ -21,21 +21,21 @@ from torch.utils.data import Dataset, TensorDataset
 from distplat import Task
 
 SAMPLES = 48
-HOLD_S = 30.0
-now = time.time  # also after `jump`
+HOLD_TIMEOUT_S = 30.0
+now = time.time  # not affected by `jump`
 
 
 class Watched(Task):
     """
-    A small classifier with batch norm and dropout: all that is kept must come out the same.
+    A small classifier with batch norm and dropout.
 
     Args:
-        folder: for files by which injector and task talk to each other.
-        moments: by number: name, rank, step, and whether to hold still there.
+        folder: for files exchanged by injector and task.
+        moments: name, rank, step, and whether to wait there; see `Deed.request`.
         width: of the layers; a wide model has long exchanges and checkpoints.
-        pause: seconds that each forward takes at least.
+        pause: minimum duration of each forward, in seconds.
         per_step: forwards of a rank in one step.
-        stateful: whether layers keep buffers. Those of a lost worker of `ps-async` begin anew.
+        stateful: whether layers have buffers, which a lost worker of `ps-async` resets.
     """
 
     def __init__(
@@ -53,7 +53,9 @@ class Watched(Task):
         self.worker = name.split("/")[1] if folder and "/worker-" in name else ""
         self.renewed = "attempt" in name
         if self.worker:
-            put(self.folder, self.worker, f"{os.getpid()} {os.readlink('/proc/self/ns/pid')}")
+            write_file(
+                self.folder, self.worker, f"{os.getpid()} {os.readlink('/proc/self/ns/pid')}"
+            )
 
     def model(self) -> nn.Module:
         self.reach("renewed" if self.renewed else "model")
@@ -75,25 +77,25 @@ class Watched(Task):
         return nn.functional.cross_entropy(outputs, targets)
 
     def reach(self, moment: str, step: int = 0) -> None:
-        """Tell of a moment, once, and do there what is asked."""
-        for number, (name, rank, at, hold) in enumerate(self.moments):
-            if (name, f"worker-{rank}") != (moment, self.worker) or step < at:
+        """Report a moment once, and run the requested action."""
+        for number, (name, rank, first_step, hold) in enumerate(self.moments):
+            if (name, f"worker-{rank}") != (moment, self.worker) or step < first_step:
                 continue
-            if not first(self.folder, f"reached-{number}"):
+            if not create_marker(self.folder, f"reached-{number}"):
                 continue
-            put(self.folder, f"ask-{number}", self.worker)
+            write_file(self.folder, f"ask-{number}", self.worker)
             if hold:
-                act(answer(Path(self.folder, f"done-{number}")))
+                act(wait_for_answer(Path(self.folder, f"done-{number}")))
 
     def count(self) -> None:
-        """Note the time of a forward: the injector finds in it when training went on."""
+        """Append the time of a forward to a file, for the recovery time."""
         if self.worker:
             with Path(self.folder, f"steps-{self.worker}").open("a") as file:
                 file.write(f"{now()}\n")
 
 
 class Block(nn.Module):
-    """Layers that keep state; tells of each forward and backward in training."""
+    """Layers with state; report each forward and backward in training."""
 
     def __init__(self, task: Watched, width: int) -> None:
         super().__init__()
@@ -101,7 +103,7 @@ class Block(nn.Module):
         norm = nn.BatchNorm1d(width) if task.stateful else nn.LayerNorm(width)
         self.parts = nn.Sequential(norm, nn.Tanh(), nn.Dropout(0.1))
         forwards = torch.zeros((), dtype=torch.int64)
-        if task.stateful:  # so that a replacement knows in which step it is
+        if task.stateful:  # a replacement continues the count
             self.register_buffer("forwards", forwards)
         else:
             self.forwards = forwards
@@ -125,15 +127,15 @@ class Block(nn.Module):
         return outputs
 
 
-def put(folder: str, name: str, content: str) -> None:
-    """Write a file that others see as a whole."""
+def write_file(folder: str, name: str, content: str) -> None:
+    """Write a file atomically."""
     part = Path(folder, f".{name}-{os.getpid()}")
     part.write_text(content)
     part.rename(Path(folder, name))
 
 
-def first(folder: str, name: str) -> bool:
-    """Say whether no process has asked before."""
+def create_marker(folder: str, name: str) -> bool:
+    """Create a file; return False if another process has created it."""
     try:
         os.close(os.open(Path(folder, name), os.O_CREAT | os.O_EXCL))
     except FileExistsError:
@@ -141,9 +143,9 @@ def first(folder: str, name: str) -> bool:
     return True
 
 
-def answer(path: Path) -> str:
-    """Hold still until the injector has done what it does here."""
-    deadline = time.monotonic() + HOLD_S
+def wait_for_answer(path: Path) -> str:
+    """Wait for the injector's answer, and return it."""
+    deadline = time.monotonic() + HOLD_TIMEOUT_S
     while not path.exists():
         if time.monotonic() > deadline:
             return ""
@@ -152,7 +154,7 @@ def answer(path: Path) -> str:
 
 
 def act(deed: str) -> None:
-    """Be the user whose code does this."""
+    """Simulate user code that fails."""
     if deed == "raise":
         raise KeyError("no such token: 17")
     if deed == "exit":
@@ -168,6 +170,6 @@ def act(deed: str) -> None:
 
 
 def jump(seconds: float) -> None:
-    """Have this process's clock jump, for all that asks Python for the time."""
-    true = time.time
-    time.time = lambda: true() + seconds
+    """Shift this process's `time.time`."""
+    original = time.time
+    time.time = lambda: original() + seconds

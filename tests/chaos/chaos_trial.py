@@ -1,4 +1,4 @@
-"""One trial: a job with a fault, run by the command as a user runs it, and what came of it."""
+"""One trial: a job with a fault, run by `distplat submit`, and the checks of its result."""
 
 import contextlib
 import hashlib
@@ -39,21 +39,21 @@ from distplat.platform.apply_log import FILE_NAME, log_flaws, read_logs
 
 HERE = Path(__file__).parent
 LIMIT_S = 120.0
-"""A run that takes longer hangs."""
-GONE_WITHIN_S = 20.0
+"""Deadline of a run."""
+CLEANUP_TIMEOUT_S = 20.0
 DISK_MB = 256
-_FOUND = re.compile(r"frozen|has not answered|missing[: ]|was lost")
-"""In what a driver and its actors say of one that gives no answer."""
-FOUND_LATE_S = 3.0
-"""By how much a frozen process may be found after its deadline: the second that is promised, and
-two for the driver's log and a machine whose cores others want."""
-HUGE_CODES = (70, -6, -11)
-"""An error inside distplat, an abort and a crash of the driver: never right."""
+_DETECTION = re.compile(r"frozen|has not answered|missing[: ]|was lost")
+"""In log messages about a process that does not answer."""
+DETECTION_DELAY_S = 3.0
+"""Maximum delay of the detection of a frozen process after its deadline: one guaranteed second, and
+two seconds for the log and other load."""
+CRASH_CODES = (70, -6, -11)
+"""Exit codes of an internal error, an abort and a crash of the driver."""
 
 
 @dataclass
 class Outcome:
-    """What came of a trial."""
+    """Result of a trial."""
 
     row: str
     strategy: str
@@ -62,17 +62,17 @@ class Outcome:
     fired: list[Fired]
     not_fired: list[str]
     problems: list[str]
-    """What is wrong with how the run went on; empty: as it should."""
+    """Failed checks of the run."""
     recovery_s: float | None
-    """From the last deed to the end of the longest pause after it, of any worker."""
+    """Seconds from the last fault to the end of the longest later pause of any worker."""
     seconds: float
     folder: Path
     found_s: float | None = None
-    """From the deed that froze somebody until a driver's log says so; None: it does not."""
+    """Seconds from a SIGSTOP until a driver's log reports it; None: no report."""
 
     @property
     def verdict(self) -> str:
-        """One word for the table."""
+        """`wrong`, `not fired` or `ok`."""
         if self.problems:
             return "wrong"
         return "not fired" if self.not_fired else "ok"
@@ -81,93 +81,93 @@ class Outcome:
 @dataclass
 class Runs:
     """
-    Makes the runs of a grid on one cluster, and keeps those without a fault to compare with.
+    Runs trials on one cluster, and caches the results of runs without a fault.
 
     Args:
-        cluster: where they run; None: rows that need none.
-        folder: for all that they leave.
+        cluster: of the runs; None: for rows without a cluster.
+        folder: for the files of runs.
     """
 
     cluster: AnyCluster | None
     folder: Path
-    _undisturbed: dict[str, str] = field(default_factory=dict)
+    _unfailed: dict[str, str] = field(default_factory=dict)
 
     def trial(self, name: str, strategy: str, seed: int) -> Outcome:
-        """Make the trial that row, strategy and seed name."""
+        """Run the trial of a row, a strategy and a seed."""
         if not ROWS[name].nodes:
             return self.in_memory(name, strategy, seed)
         plan = ROWS[name].plan(strategy, Random(f"{name} {strategy} {seed}"))
         return self.make(name, strategy, seed, plan)
 
     def in_memory(self, name: str, strategy: str, seed: int) -> Outcome:
-        """Make a trial of a row that needs no cluster."""
+        """Run a trial of a row without a cluster."""
         import chaos_inputs
         import chaos_messages
 
         folder = self.folder / f"{name}-{strategy}-{seed}"
-        _anew(folder)
-        began, missed = time.monotonic(), list[str]()
+        _create_empty(folder)
+        start, not_fired = time.monotonic(), list[str]()
         if name == "F25":
-            problems, became = chaos_messages.trial(strategy, seed)
-            missed = [
-                f"nothing: {what}" for what in ("request", "reply", "twice") if not became[what]
+            problems, faults = chaos_messages.trial(strategy, seed)
+            not_fired = [
+                f"no fault: {fault}" for fault in ("request", "reply", "twice") if not faults[fault]
             ]
         else:
             problems = {"B1": chaos_inputs.jobs, "B2": chaos_inputs.checkpoints}[name](seed, folder)
-        lasted = time.monotonic() - began
-        return Outcome(name, strategy, seed, (), [], missed, problems, None, lasted, folder)
+        duration = time.monotonic() - start
+        return Outcome(name, strategy, seed, (), [], not_fired, problems, None, duration, folder)
 
     def make(self, name: str, strategy: str, seed: int, plan: Plan) -> Outcome:
-        """Make a trial of a plan."""
-        expected = None if strategy == "ps-async" else self.undisturbed(strategy, plan)
+        """Run a trial of a plan."""
+        expected = None if strategy == "ps-async" else self.unfailed_model(strategy, plan)
         folder = self.folder / f"{name}-{strategy}-{seed}"
         assert self.cluster is not None
         run = OneRun(self.cluster, folder, strategy, plan)
-        began = time.monotonic()
+        start = time.monotonic()
         try:
             problems = run.make(expected)
         finally:
             run.end()
-        missed = [str(deed) for deed in plan.deeds if deed not in [f.deed for f in run.fired]]
-        missed += [text for text in run.injector_problems if text not in missed]
-        lasted = time.monotonic() - began
+        not_fired = [str(deed) for deed in plan.deeds if deed not in [f.deed for f in run.fired]]
+        not_fired += [text for text in run.injector_problems if text not in not_fired]
+        duration = time.monotonic() - start
         return Outcome(
             name,
             strategy,
             seed,
             plan.deeds,
             run.fired,
-            missed,
+            not_fired,
             problems,
             run.recovery(),
-            lasted,
+            duration,
             folder,
             run.found_s,
         )
 
-    def undisturbed(self, strategy: str, plan: Plan) -> str:
-        """Give the hash of the model of the same job without a fault; made once."""
-        same = Plan((), plan.options, plan.width)
+    def unfailed_model(self, strategy: str, plan: Plan) -> str:
+        """Return the hash of the model of the job without a fault, which is cached."""
+        unfailed = Plan((), plan.options, plan.width)
         key = json.dumps([strategy, dict(plan.options), plan.width], sort_keys=True)
-        if key not in self._undisturbed:
-            name = f"undisturbed-{len(self._undisturbed)}-{strategy}"
+        if key not in self._unfailed:
+            name = f"unfailed-{len(self._unfailed)}-{strategy}"
             assert self.cluster is not None
-            run = OneRun(self.cluster, self.folder / name, strategy, same)
+            run = OneRun(self.cluster, self.folder / name, strategy, unfailed)
             try:
                 if problems := run.make(None):
-                    raise RuntimeError(f"the run without a fault went wrong: {problems}")
+                    raise RuntimeError(f"the run without a fault has failed: {problems}")
             finally:
                 run.end()
-            self._undisturbed[key] = run.model_hash()
-        return self._undisturbed[key]
+            self._unfailed[key] = run.model_hash()
+        return self._unfailed[key]
 
 
 class OneRun:
-    """A run, and the one that resumes it."""
+    """A run, and the run that resumes it."""
 
     def __init__(self, cluster: AnyCluster, folder: Path, strategy: str, plan: Plan) -> None:
         self._cluster, self._folder, self._strategy, self._plan = cluster, folder, strategy, plan
-        _anew(folder)
+        _create_empty(folder)
         (folder / "talk").mkdir()
         self._storage = folder / "runs"
         self._storage.mkdir()
@@ -178,53 +178,53 @@ class OneRun:
         self._drivers = 0
         self._ended_at = 0.0
         self.found_s: float | None = None  #: see `Outcome`
-        self._found_as = ""  #: what was said of it
+        self._found_text = ""  #: log message of the detection
 
     @property
     def fired(self) -> list[Fired]:
-        """The deeds that were done."""
+        """Injected faults."""
         return self._injector.fired
 
     @property
     def injector_problems(self) -> list[str]:
-        """Deeds that could not be done."""
+        """Faults that could not be injected."""
         return self._injector.problems
 
     def make(self, expected: str | None) -> list[str]:
         """
-        Run it to its end, and once more where it is to be resumed.
+        Run to the end, and resume if planned; return the problems.
 
         Args:
-            expected: hash of the model; None: it is not compared.
+            expected: hash of the model; None: not compared.
         """
         self._cluster.before_run()
         self._injector.start()
         codes, problems = self._plan.codes, []
-        code = self._drive(())
+        code = self._submit(())
         if code not in codes:
-            problems.append(f"exit code {code}, not one of {codes}: {self._last_words()}")
+            problems.append(f"exit code {code}, not one of {codes}: {self._log_tail()}")
         elif self._plan.resumes:
             problems += self._unsaved() + self._damage()
-            self._cluster.before_run()  # where its head has died
-            code = self._drive(("--resume", str(self._directories()[0])))
+            self._cluster.before_run()  # restarts a killed head
+            code = self._submit(("--resume", str(self._directories()[0])))
             if code != 0:
-                problems.append(f"resumed: exit code {code}: {self._last_words()}")
+                problems.append(f"resumed: exit code {code}: {self._log_tail()}")
         self._ended_at = time.time()
-        problems += found_late(self._plan.deeds, self.found_s, self._found_as)
-        problems += self._left_behind()
+        problems += found_late(self._plan.deeds, self.found_s, self._found_text)
+        problems += self._leftovers()
         if code == 0 and not problems:
             problems += self._compare(expected)
         return problems
 
     def end(self) -> None:
-        """Undo what is still to be undone."""
+        """Undo the remaining faults."""
         self._injector.end()
         if self._disk is not None:
-            self._disk.mend()
+            self._disk.restore()
             _root(["umount", "-l", str(self._storage)])
 
     def recovery(self) -> float | None:
-        """Give the seconds from the last deed to the end of the longest pause after it."""
+        """Return the seconds from the last fault to the end of the longest later pause."""
         if not self.fired:
             return None
         at = max(fired.at for fired in self.fired)
@@ -233,7 +233,7 @@ class OneRun:
         return max((_longest_pause(at, times or [self._ended_at]) for times in later), default=None)
 
     def model_hash(self) -> str:
-        """Hash the trained model."""
+        """Return the hash of the trained model."""
         return hash_of(self._directories()[-1] / "model.safetensors")
 
     def _mount(self) -> Disk:
@@ -241,7 +241,7 @@ class OneRun:
         return Disk(self._storage, _root)
 
     def _directories(self) -> list[Path]:
-        """Give the run directories, the oldest first."""
+        """Return the run directories, oldest first."""
         found = [path.parent for path in self._storage.glob("*/job.yaml")]
         return sorted(found, key=lambda path: path.stat().st_mtime)
 
@@ -280,8 +280,8 @@ class OneRun:
             **clip,
         }
 
-    def _drive(self, more: tuple[str, ...]) -> int | str:
-        """Be the user; give the exit code, or say that it never came."""
+    def _submit(self, more: tuple[str, ...]) -> int | str:
+        """Run `submit`; return the exit code, or a description of the timeout."""
         path = self._folder / "job.json"
         path.write_text(json.dumps(self._job()))
         options = ["--working-dir", str(HERE), "--address", self._cluster.address, *more]
@@ -291,11 +291,11 @@ class OneRun:
         with log.open("wb") as out:
             process = self._cluster.start_driver(submit, stdout=out, stderr=subprocess.STDOUT)
         self._scene.driver = process.pid
-        until, read = time.monotonic() + LIMIT_S, 0
-        while (code := process.poll()) is None and time.monotonic() < until:
-            read = self._listen(log, read)
+        deadline, read = time.monotonic() + LIMIT_S, 0
+        while (code := process.poll()) is None and time.monotonic() < deadline:
+            read = self._read_log(log, read)
             time.sleep(0.05)
-        self._listen(log, read)
+        self._read_log(log, read)
         if code is not None:
             return code
         process.send_signal(signal.SIGCONT)
@@ -303,39 +303,40 @@ class OneRun:
         process.wait()
         return f"none after {LIMIT_S:g} s"
 
-    def _listen(self, log: Path, read: int) -> int:
-        """Note when somebody is told to be frozen; give up to where the log was read."""
-        frozen = [one.at for one in self.fired if one.deed.action == signal.SIGSTOP]
+    def _read_log(self, log: Path, read: int) -> int:
+        """Record the detection of a frozen process; return the new position in the log."""
+        frozen = [fired.at for fired in self.fired if fired.deed.action == signal.SIGSTOP]
         with log.open("rb") as file:
             file.seek(read)
             new = file.read()
         text = new.decode(errors="replace")
-        if frozen and self.found_s is None and _FOUND.search(text):
-            self.found_s, self._found_as = time.time() - max(frozen), text
-        return read + new.rfind(b"\n") + 1  # a line may come in pieces
+        if frozen and self.found_s is None and _DETECTION.search(text):
+            self.found_s, self._found_text = time.time() - max(frozen), text
+        return read + new.rfind(b"\n") + 1  # the last line may be incomplete
 
-    def _last_words(self) -> str:
+    def _log_tail(self) -> str:
         text = (self._folder / f"driver-{self._drivers}.log").read_text(errors="replace")
         return " | ".join(text.strip().splitlines()[-3:])[-500:]
 
     def _unsaved(self) -> list[str]:
-        """Compare the last step of a run that was stopped with its newest checkpoint's."""
+        """Compare the last step of a stopped run with its newest checkpoint."""
         if not self._plan.saves:
             return []
         directory = self._directories()[0]
-        told = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
-        made = max(one["step"] for one in told if one["kind"] == "step")
+        lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+        last = max(line["step"] for line in lines if line["kind"] == "step")
         saved = max(path.name for path in directory.glob("checkpoints/step-" + "[0-9]" * 6))
-        same = saved == f"step-{made:06d}"
-        return [] if same else [f"stopped after step {made}, and the newest checkpoint is {saved}"]
+        if saved == f"step-{last:06d}":
+            return []
+        return [f"stopped after step {last}, but the newest checkpoint is {saved}"]
 
     def _damage(self) -> list[str]:
-        """Spoil the newest checkpoint, where there is an older one."""
+        """Damage the newest checkpoint, if there is an older one."""
         if not self._plan.damage:
             return []
         found = sorted(self._directories()[0].glob("checkpoints/step-" + "[0-9]" * 6))
         if len(found) < 2:
-            return [f"{len(found)} checkpoints: none could be damaged"]
+            return [f"{len(found)} checkpoints: at least 2 are needed"]
         path = found[-1] / "model.safetensors"
         content = bytearray(path.read_bytes())
         if self._plan.damage == "flip":
@@ -345,94 +346,94 @@ class OneRun:
         path.write_bytes(content)
         return []
 
-    def _left_behind(self) -> list[str]:
-        """Wait for the end of all that belonged to the run."""
-        until = time.monotonic() + GONE_WITHIN_S
+    def _leftovers(self) -> list[str]:
+        """Wait for the end of the run's actors and processes; return the remaining ones."""
+        deadline = time.monotonic() + CLEANUP_TIMEOUT_S
         while left := [*self._cluster.named_actors(), *(str(p.pid) for p in _processes())]:
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 return [f"left behind: {left}"]
             time.sleep(0.1)
         return []
 
     def _compare(self, expected: str | None) -> list[str]:
-        """Compare the result with that of the run without a fault."""
+        """Compare the result with the run without a fault; return the problems."""
         directory = self._directories()[-1]
         lines = (directory / "metrics.jsonl").read_text().splitlines()
-        told = [json.loads(line) for line in lines]
-        steps = [one["step"] for one in told if one["kind"] == "step"]
-        failures = [one for one in told if one["kind"] == "failure"]
+        records = [json.loads(line) for line in lines]
+        steps = [record["step"] for record in records if record["kind"] == "step"]
+        failures = [record for record in records if record["kind"] == "failure"]
         problems = []
         first = steps[0] if steps and self._plan.resumes else 1
         missing = set(range(first, STEPS + 1)) - set(steps)
         if steps != sorted(set(steps)) or (missing and not self._may_miss(failures)):
-            problems.append(f"steps were told as {steps}")
+            problems.append(f"reported steps: {steps}")
         if self._plan.quiet and failures:
-            problems.append(f"taken for a failure: {failures[0]['cause']}")
+            problems.append(f"reported as a failure: {failures[0]['cause']}")
         if expected is not None and self.model_hash() != expected:
             problems.append("the model has other bits than that of the run without a fault")
-        if any(not math.isfinite(one["loss"]) for one in told if one["kind"] == "step"):
+        if any(not math.isfinite(r["loss"]) for r in records if r["kind"] == "step"):
             problems.append("a loss is not finite")
         if self._strategy == "ps-async":
             problems += self._audit(directory, failures)
         return problems
 
     def _may_miss(self, failures: list[Mapping[str, Any]]) -> bool:
-        """Say whether steps may not be told: of a lost worker alone, or while the disk was full."""
+        """Return whether steps may be missing: of a lost worker, or while the disk was full."""
         log = (self._folder / f"driver-{self._drivers}.log").read_text(errors="replace")
         unwritten = self._plan.small_disk and "of metrics were not written" in log
         return unwritten or (self._strategy == "ps-async" and bool(failures))
 
     def _audit(self, directory: Path, failures: list[Mapping[str, Any]]) -> list[str]:
-        """Every task was applied once at each shard, and the run can be made again from that."""
+        """Check that each shard applied every task once, and that the run replays."""
         path = directory / FILE_NAME
         world = WORLD[self._strategy]
         if not path.exists():
-            rolled_back = any(one["step"] and len(one["replaced"]) >= world for one in failures)
+            rolled_back = any(f["step"] and len(f["replaced"]) >= world for f in failures)
             log = (self._folder / f"driver-{self._drivers}.log").read_text(errors="replace")
             excused = self._plan.resumes or rolled_back or f"no {FILE_NAME}: " in log
-            return [] if excused else [f"no {FILE_NAME}, though nothing was made again"]
+            return [] if excused else [f"no {FILE_NAME}, though no step was repeated"]
         problems = [
             flaw for log in read_logs(str(path))[0] for flaw in log_flaws(log, world, STEPS)
         ]
         if problems:
             return problems
-        code, said = quietly(["replay", str(directory), "--working-dir", str(HERE)])
-        followed = code == 0 or (code == 5 and bool(failures))  # a task made by two workers
-        return [] if followed else [f"`distplat replay`: exit code {code} {said}"]
+        code, stderr = run_quietly(["replay", str(directory), "--working-dir", str(HERE)])
+        followed = code == 0 or (code == 5 and bool(failures))  # a task computed by two workers
+        return [] if followed else [f"`distplat replay`: exit code {code} {stderr}"]
 
 
 def found_late(deeds: Sequence[Deed], found_s: float | None, text: str) -> list[str]:
     """
-    Say if a process that was frozen for good was found too late.
+    Return a problem if a permanently frozen process was detected too late.
 
     Args:
-        deeds: that were planned.
-        found_s: see `Outcome`; None: the driver was told nothing, as where a backup goes on.
-        text: what it was told: one that is asked when all steps are made, as the server manager is
-            for the log of updates, has no heartbeats any more, but the deadline that is named.
+        deeds: planned faults.
+        found_s: see `Outcome`; None: not reported, such as a frozen server with a backup.
+        text: log message. After the last step there are no heartbeats: calls such as that for the
+            log of updates have the deadline `step_timeout_s`.
     """
     frozen = any(deed.action == signal.SIGSTOP and not deed.undo_s for deed in deeds)
-    limit_s = FOUND_LATE_S + (STEP_S if "step_timeout_s" in text else HEARTBEAT_S)
+    limit_s = DETECTION_DELAY_S + (STEP_S if "step_timeout_s" in text else HEARTBEAT_S)
     if not frozen or found_s is None or found_s <= limit_s:
         return []
-    return [f"a frozen process was found after {found_s:.1f} s, not within {limit_s:g} s"]
+    return [f"a frozen process was detected after {found_s:.1f} s, not within {limit_s:g} s"]
 
 
-def _anew(folder: Path) -> None:
-    """Make an empty folder, also where a grid was broken off before."""
+def _create_empty(folder: Path) -> None:
+    """Create an empty folder; remove the files of an interrupted grid."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
-def _longest_pause(at: float, times: list[float]) -> float:
-    """Give the seconds from `at` to the end of the longest pause between forwards."""
-    begins = [at, *times[:-1]]
+def _longest_pause(start: float, times: list[float]) -> float:
+    """Return the seconds from `start` to the end of the longest pause between forwards."""
+    begins = [start, *times[:-1]]
     pauses = {end - begin: end for begin, end in zip(begins, times, strict=True)}
-    return pauses[max(pauses)] - at
+    return pauses[max(pauses)] - start
 
 
 def hash_of(model: Path) -> str:
-    """Hash a model's tensors, in the order of their names."""
+    """Return the hash of a model's tensors, in the order of their names."""
     tensors = load_file(model)
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -449,8 +450,8 @@ def _root(command: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True)
 
 
-def quietly(args: list[str]) -> tuple[int, str]:
-    """Run a command line; give its exit code and what it said."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-        return command(args), said.getvalue()
+def run_quietly(args: list[str]) -> tuple[int, str]:
+    """Run a command; return its exit code and stderr."""
+    stderr = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
+        return command(args), stderr.getvalue()
