@@ -118,10 +118,8 @@ def test_restart_of_all_workers_clears_leaving_ranks(requests: ScaleRequests) ->
 )
 def test_rejects_impossible_requests(max_workers: int, workers: int, message: str) -> None:
     actor_group = FakeActorGroup(0, 1)
-    actor_group.job, actor_group.max_workers = (
-        job_of("ps-sync", 2, global_batch_size=8),
-        max_workers,
-    )
+    actor_group.job = job_of("ps-sync", 2, global_batch_size=8)
+    actor_group.max_workers = max_workers
     with pytest.raises(SpecError, match=message):
         check_scalable(cast(ActorGroup, actor_group), workers)
 

@@ -124,8 +124,8 @@ def test_concurrent_repeats_of_a_push_are_applied_once() -> None:
 def test_push_of_a_completed_task_is_dropped_and_reported() -> None:
     rig = ServerRig(2).open()
     rig.push(1, 0)
-    late = rig.server.push(PushId("run", 1, 0, 0, 1), noise(SIZE, 9), RECORD, rig.deliver(0))
-    assert (late.version, late.dropped, late.done) == (1, 1, 0)
+    reply = rig.server.push(PushId("run", 1, 0, 0, 1), noise(SIZE, 9), RECORD, rig.deliver(0))
+    assert (reply.version, reply.dropped, reply.done) == (1, 1, 0)
     assert torch.equal(rig.vectors[0], rig.server.params)
 
 
@@ -153,8 +153,8 @@ def test_push_repeated_after_commit_returns_the_norm() -> None:
     first = server.push(push, noise(SIZE, 1), RECORD, deliver)
     assert not first.committed and first.squared_norm
     server.commit(0, 0, 2.0, deliver)
-    late = server.push(push, noise(SIZE, 1), RECORD, deliver)
-    assert (late.committed, late.squared_norm) == (False, first.squared_norm)
+    reply = server.push(push, noise(SIZE, 1), RECORD, deliver)
+    assert (reply.committed, reply.squared_norm) == (False, first.squared_norm)
 
 
 def test_first_step_has_the_start_deadline() -> None:

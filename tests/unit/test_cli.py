@@ -281,7 +281,7 @@ USER = UserCodeError(1, 3, "ValueError: no", 'Traceback:\n  File "m.py"\nValueEr
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "shown"),
+    ("error", "code", "expected"),
     [
         (USER, 1, 'Traceback:\n  File "m.py"\nValueError: no\n\nerror: your task failed on rank 1'),
         (ClusterUnreachable("no answer"), 3, "error: no answer\n"),
@@ -308,7 +308,7 @@ USER = UserCodeError(1, 3, "ValueError: no", 'Traceback:\n  File "m.py"\nValueEr
 def test_errors_have_exit_codes_and_no_internal_traceback(
     error: BaseException,
     code: int,
-    shown: str,
+    expected: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -318,7 +318,7 @@ def test_errors_have_exit_codes_and_no_internal_traceback(
     monkeypatch.setattr(render, "print_strategies", fail)
     assert run(["strategies"]) == code
     printed = capsys.readouterr().err
-    assert printed.startswith(shown)
+    assert printed.startswith(expected)
     assert __file__ not in printed
 
 

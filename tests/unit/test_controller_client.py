@@ -501,9 +501,7 @@ def test_reports_events_after_a_signal_until_the_run_stops(seed: int) -> None:
     driver = Driver(RunsUntilStopped, saves=True)
     add_rule(driver.cluster, lossy(seed))
     error = interrupt_after_step_5(driver)
-    assert getattr(error, "exit_code", None) == 130, (
-        "the signal of the driver, not of the controller"
-    )
+    assert getattr(error, "exit_code", None) == 130, "not the driver's own signal"
     assert driver.events == [*range(1, driver.actor.body.last + 1)]
     assert driver.actor.body.stop_orders[0] is StopOrder.SAVE
 

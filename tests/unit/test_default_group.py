@@ -59,10 +59,8 @@ def train_function(
         for step in range(3):
             for number in range(accumulation):
                 inputs = torch.full((2, 3), step + number + 1.0, dtype=torch.float64)
-                is_last = number == accumulation - 1 or not isinstance(
-                    model, DistributedDataParallel
-                )
-                if is_last:
+                is_ddp = isinstance(model, DistributedDataParallel)
+                if number == accumulation - 1 or not is_ddp:
                     backward(model(inputs).square().mean())
                 else:
                     with model.no_sync():
