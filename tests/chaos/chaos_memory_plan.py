@@ -47,7 +47,7 @@ class Deed:
     """One fault."""
 
     kind: str
-    """See `KINDS`."""
+    """See `FAULT_LABELS`."""
     moment: str
     """Moment of the task, `call METHOD`, `disk OPERATION`, or `soon`: after the previous fault."""
     process: str

@@ -36,12 +36,12 @@ class Tagger(nn.Module):
 def padded(samples: list[Any]) -> tuple[Tensor, Tensor, Tensor]:
     """Return padded words, mask, and classes; the class of padding is -100."""
     longest = max(len(words) for words, _ in samples)
-    words = torch.stack([F.pad(one, (0, longest - len(one))) for one, _ in samples])
+    words = torch.stack([F.pad(w, (0, longest - len(w))) for w, _ in samples])
     classes = torch.stack([F.pad(c, (0, longest - len(c)), value=-100) for _, c in samples])
     return words, words > 0, classes
 
 
-def summed(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+def sum_loss(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     flat = logits.flatten(0, 1), classes.flatten()
     return F.cross_entropy(*flat, reduction="sum"), (classes >= 0).sum()
 
@@ -67,7 +67,7 @@ class Dicts(Tags):
         return {"input_ids": words, "attention_mask": mask, "labels": classes}
 
     def loss(self, outputs: Any, targets: Any) -> Any:
-        return summed(outputs["logits"], targets["labels"])
+        return sum_loss(outputs["logits"], targets["labels"])
 
     def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Any]:
         return {"words": targets["attention_mask"].sum() / len(targets["labels"])}
@@ -83,7 +83,7 @@ class Triples(Tags):
         return model(batch[0], batch[1])["logits"]
 
     def loss(self, outputs: Any, targets: Any) -> Any:
-        return summed(outputs, targets[2])
+        return sum_loss(outputs, targets[2])
 
     def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Any]:
         return {"words": targets[1].sum() / len(outputs)}
@@ -101,25 +101,25 @@ class Nested(Triples):
     def step(self, model: nn.Module, batch: Any) -> Any:
         [text, (mask,)] = batch["text"]
         logits = model(text["words"], attention_mask=mask)["logits"]
-        return {"loss": summed(logits, batch["classes"]), "logits": logits}
+        return {"loss": sum_loss(logits, batch["classes"]), "logits": logits}
 
     def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Any]:
         return {"words": targets["text"][1][0].sum() / len(outputs["logits"])}
 
 
 class Listed(Nested):
-    """The batch is a list of sentences of any length: no tensor has a sample dimension."""
+    """The batch is a list of sentences of different lengths."""
 
     def collate(self, samples: list[Any]) -> Any:
         return [words for words, _ in samples]
 
     def step(self, model: nn.Module, batch: Any) -> Any:
-        terms = [self.one(model, words) for words in batch]
+        terms = [self.sentence_loss(model, words) for words in batch]
         return torch.stack(terms).sum(), sum(map(len, batch))
 
-    def one(self, model: nn.Module, words: Tensor) -> Tensor:
+    def sentence_loss(self, model: nn.Module, words: Tensor) -> Tensor:
         logits = model(words[None], torch.ones_like(words)[None])["logits"]
-        return summed(logits, words % 3)[0]
+        return sum_loss(logits, words % 3)[0]
 
     def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Any]:
         return {"words": sum(map(len, targets)) / len(targets)}
@@ -143,7 +143,7 @@ class Packed(Listed):
     def step(self, model: nn.Module, batch: Any) -> Any:
         words = batch.words.data
         logits = model(words[None], torch.ones_like(words)[None])["logits"]
-        return summed(logits, words % 3)
+        return sum_loss(logits, words % 3)
 
     def metrics(self, outputs: Any, targets: Any) -> Mapping[str, Any]:
         return {"words": len(targets.words.data) / targets.samples}

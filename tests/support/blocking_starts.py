@@ -1,4 +1,4 @@
-"""In-memory all-reduces whose start waits for the other ranks, as gloo's first operations do."""
+"""In-memory all-reduces that block at their start, as gloo's first operations do."""
 
 import pytest
 from torch import Tensor
@@ -17,7 +17,7 @@ def block_starts(patch: pytest.MonkeyPatch, *, said: bool) -> None:
     Make each start of an all-reduce wait for the other ranks.
 
     Args:
-        patch: undoes the change.
+        patch: restores the original methods.
         said: value of `start_waits`. With NCCL it is false, though a started operation may block
             the rank's operations in other groups.
     """

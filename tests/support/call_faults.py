@@ -36,13 +36,13 @@ class Fault:
     """Fault of a call."""
 
     delay_s: float = 0.0
-    """Delay of the request; longer than all deadlines: the actor is frozen."""
+    """Delay of the request; a delay beyond all deadlines simulates a frozen actor."""
     reply_delay_s: float = 0.0
     """Delay of the reply."""
     lose: Literal["", "request", "reply"] = ""
-    """Lost message: the caller gets `Unanswered`, and the call was not executed, or it was."""
+    """Lost message; the caller gets `Unanswered`. With `reply` the call was executed."""
     twice: bool = False
-    """Execute the call twice in sequence; the first answer counts."""
+    """Execute the call twice in sequence; the first answer is returned."""
     kill: Literal["", "before", "after"] = ""
     """Kill the actor before the call is executed, or before it is answered."""
     then: Callable[[], object] | None = None
@@ -51,7 +51,7 @@ class Fault:
 
 NO_FAULT = Fault()
 Rule = Callable[[Call], Fault | None]
-"""Returns the fault of a call; if it raises, the caller gets the error, as if it had died."""
+"""Returns the fault of a call, or raises the error that the caller gets."""
 
 
 class _FaultyDelivery:
@@ -119,9 +119,9 @@ def inject(
     Inject a fault into some calls.
 
     Args:
-        cluster: of the actors.
-        method: of the calls.
-        fault: to inject.
+        cluster: cluster of the actors.
+        method: name of the method.
+        fault: the fault.
         actor: name of the called actor; empty: any.
         process: name of the calling process; empty: any.
         after: number of matching calls to pass first.

@@ -15,7 +15,7 @@ from distplat.strategies.task import Task
 
 SAMPLES, BATCH, EPOCHS = 37, 9, 3
 STEPS = 15
-"""4 batches of 9 and one of 1, three times."""
+"""Three epochs of 4 batches of 9 and one of 1."""
 
 
 class Classify(Task):
@@ -106,9 +106,6 @@ def plain(recipe: str) -> tuple[dict[str, Tensor], list[float]]:
         optimizer.step()
         losses.append(loss.item())
     return {name: value.detach() for name, value in model.state_dict().items()}, losses
-
-
-SGD = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
 
 
 def job(strategy: Any, workers: int, **more: Any) -> Job:

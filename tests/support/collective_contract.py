@@ -67,7 +67,7 @@ def check_start_all_reduce(group: Collective, op: ReduceOp) -> None:
 
 
 def check_starts_that_do_not_wait(group: Collective) -> None:
-    """Unless `start_waits`, a rank may start an operation and then send what another rank needs."""
+    """Unless `start_waits`, a rank may send after a start, before the other ranks start."""
     for _ in range(30):
         if group.start_waits:  # equal on all ranks here
             group.all_reduce(torch.ones(1))
@@ -169,7 +169,7 @@ def check_disjoint_subgroups(group: Collective) -> None:
 def check_overlapping_subgroups(group: Collective) -> None:
     """A rank may be in several groups; a sub-group of all ranks may have another rank order."""
     ranks = list(range(group.world))
-    reverse = group.subgroup("turned", ranks[::-1])
+    reverse = group.subgroup("reversed", ranks[::-1])
     assert reverse.rank == group.world - 1 - group.rank
     tensor = part_of(group.rank)
     reverse.broadcast(tensor, 0)
@@ -225,10 +225,10 @@ CHECKS: dict[str, Check] = {
     "disjoint_subgroups": check_disjoint_subgroups,
     "overlapping_subgroups": check_overlapping_subgroups,
 }
-"""By name; all ranks of a group of at least two call them, in any common order."""
+"""Checks by name; all ranks of a group of at least two call them in the same order."""
 
 FAILURES: dict[str, Check] = {
     "late_rank": check_late_rank_is_named,
     "late_rank_of_subgroup": check_late_rank_is_named_by_its_place,
 }
-"""By name; each needs a separate group of at least two ranks, with a short deadline."""
+"""Checks by name; each needs a separate group of at least two ranks, with a short deadline."""

@@ -10,7 +10,7 @@ from distplat.strategies.collective import Collective, ReduceOp
 
 
 def uneven(group: Collective) -> list[int]:
-    """Return the sizes of the ranks' parts; that of rank 1 is empty."""
+    """Return the sizes of the ranks' parts; the part of rank 1 is empty."""
     return [(rank * 7 + 5) % (4 * group.world) if rank != 1 else 0 for rank in range(group.world)]
 
 

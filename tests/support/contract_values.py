@@ -1,4 +1,4 @@
-"""Inputs of the checks of `Collective`, and expected results."""
+"""Inputs and expected results of the checks of `Collective`."""
 
 from collections.abc import Iterator
 
@@ -12,13 +12,13 @@ SHAPES: tuple[tuple[int, ...], ...] = ((1,), (7,), (2, 3, 5))
 
 
 def part_of(rank: int, shape: tuple[int, ...] = (7,), dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the input of a rank: at every position its value differs from the other ranks'."""
+    """Return the input of a rank; at every position all ranks have different values."""
     count = int(torch.Size(shape).numel())
     return ((torch.arange(count) * (rank + 3)) % 11 + rank + 1).view(shape).to(dtype)
 
 
 def combined(parts: list[Tensor], op: ReduceOp) -> Tensor:
-    """Reduce stacked tensors: the expected result."""
+    """Return the expected reduction of the ranks' tensors."""
     stacked = torch.stack(parts)
     match op:
         case ReduceOp.SUM:
@@ -34,7 +34,7 @@ def combined(parts: list[Tensor], op: ReduceOp) -> Tensor:
 
 
 def kinds(op: ReduceOp) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
-    """Yield shapes and dtypes that an operation supports; AVG does not support integers."""
+    """Yield the supported shapes and dtypes; AVG does not support integers."""
     for dtype in DTYPES:
         if dtype.is_floating_point or op is not ReduceOp.AVG:
             yield from ((shape, dtype) for shape in SHAPES)

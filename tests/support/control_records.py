@@ -12,5 +12,5 @@ def full_record(slots: int = 1, rank: int = 0) -> StepControl:
 
 
 def record_of(flat: FlatModel, rank: int = 0) -> StepControl:
-    """Return the record of a rank with one sample and the model's state of its gradients."""
+    """Return the record of a rank with one sample and the gradients of a model."""
     return StepControl(1.0, 1.0, 0, rank, unfrozen=flat.unfreezes, present=flat.present)

@@ -37,8 +37,8 @@ class Counting(Task):
     One sample per row.
 
     Args:
-        until: sleep in every task until this file exists; empty: never sleep.
-        seconds: length of a sleep.
+        until: file; each task sleeps until it exists. Empty: tasks do not sleep.
+        seconds: duration of a sleep.
     """
 
     def __init__(self, until: str = "", seconds: float = 0.0) -> None:
@@ -63,7 +63,7 @@ def counting(parts: int = PARTS, **more: Any) -> dict[str, Any]:
     fields = {
         "name": "counting",
         "strategy": {"name": "ps-async", "num_servers": 2},
-        # A sample weighs 1/batch in its rows, and that times the parts of a step elsewhere.
+        # The weight of a sample is 1/batch in its rows, and parts/batch in `dense`.
         "optimizer": {"name": "SGD", "lr": BATCH / max(1, parts)},
         "embeddings": {
             "servers": 2,

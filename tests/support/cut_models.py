@@ -1,4 +1,4 @@
-"""All stages and layer costs of a model; in a run, a rank builds and measures only its own."""
+"""All stages and layer costs of a model; in a run, a rank builds and measures its own only."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ def stages_of(layers: Sequence[Layer], points: Sequence[int]) -> list[Stage]:
 
 
 def profile(layers: Sequence[Layer], inputs: Tensor, repeats: int = 5) -> list[LayerCost]:
-    """Measure all layers, one after the other."""
+    """Measure all layers in sequence."""
     costs = []
     for layer in layers:
         cost, inputs = measure_layer(layer, inputs, repeats)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 
 def corrupt(checkpoint: Path) -> None:
+    """Flip a bit in a checkpoint's model."""
     path = checkpoint / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-3] ^= 1

@@ -16,7 +16,7 @@ class Dealing(Scheduler):
 
     Args:
         most: number of tasks per lease.
-        name: of the actor.
+        name: name of the actor.
         job: the run's job.
         consistency: how far ahead tasks are leased.
     """
@@ -40,7 +40,7 @@ class Dealing(Scheduler):
         """
         Treat a rank as dead in this attempt.
 
-        A request of the rank may still be in flight and be granted tasks: these are reclaimed, too.
+        Tasks granted to a request in flight are reclaimed, too.
         """
         self._dead.add((rank, self._attempt))
         self._wake()

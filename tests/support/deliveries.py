@@ -1,4 +1,4 @@
-"""Parts of checkpoints as ranks deliver them to the driver, and a full disk."""
+"""Checkpoint parts delivered by ranks, and a full disk."""
 
 import errno
 from dataclasses import replace
@@ -21,6 +21,7 @@ def delivery(rank: int, version: int, attempt: int = 0, **more: Any) -> Delivery
 
 
 def give(checkpoints: Checkpoints, *versions: int) -> None:
+    """Deliver the parts of both ranks of some versions."""
     for version in versions:
         for rank in range(2):
             checkpoints.take(delivery(rank, version))
@@ -28,6 +29,8 @@ def give(checkpoints: Checkpoints, *versions: int) -> None:
 
 
 class Full(Disk):
+    """A disk whose writes fail while `full` is set."""
+
     full = True
 
     def write(self, path: Path, content: Any) -> tuple[int, str]:

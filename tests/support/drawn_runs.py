@@ -12,21 +12,21 @@ from distplat.strategies.verification.reference import train
 from distplat.strategies.verification.switched import Switches
 
 TOLERANCE = 1e-9
-"""For float64, relative to a tensor's largest element; errors after six steps are below 1e-13."""
+"""Tolerance for float64, relative to a tensor's largest element; typical errors are below 1e-13."""
 NARROW_TOLERANCE = 1e-5
-"""For tasks with a float32 layer."""
+"""Tolerance for tasks with a float32 layer."""
 
 
 def compared(drawn: Drawn) -> Comparison:
-    """Train in memory and in plain loops, and compare."""
-    job, kind = drawn.job(), drawn.task()
-    task = lambda: make(kind)(Switches())  # noqa: E731
+    """Train in memory and in plain loops; return the comparison."""
+    job, task_type = drawn.job(), drawn.task()
+    task = lambda: make(task_type)(Switches())  # noqa: E731
     schedule, recipe = (
         split_batches(job, ReferenceSamples(drawn.samples)),
-        recipe_of(job, make(kind)(Switches())),
+        recipe_of(job, make(task_type)(Switches())),
     )
-    plain, backwards = (train(task, schedule, recipe, reverse=way) for way in (False, True))
-    run = trained(job, train_in_memory(job, kind))
+    plain, reversed_order = (train(task, schedule, recipe, reverse=r) for r in (False, True))
+    run = trained(job, train_in_memory(job, task_type))
     names = sorted(set().union(*plain.used))
-    least = NARROW_TOLERANCE if "narrow" in drawn.blocks else TOLERANCE
-    return compare(run, plain, backwards, names, least)
+    tolerance = NARROW_TOLERANCE if "narrow" in drawn.blocks else TOLERANCE
+    return compare(run, plain, reversed_order, names, tolerance)

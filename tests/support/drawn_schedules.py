@@ -1,4 +1,4 @@
-"""Pipeline schedules of any size, drawn by hypothesis or read from a line of text."""
+"""Pipeline schedules drawn by hypothesis, and actions parsed from text."""
 
 import re
 
@@ -17,6 +17,7 @@ CELL = re.compile(r"(?P<kind>[FBW])(?P<micro_batch>\d+)(?P<chunk>'*)")
 
 
 def action(cell: str) -> Action:
+    """Parse an action, such as `F3'`: forward of micro-batch 3, chunk 1."""
     found = CELL.fullmatch(cell)
     assert found, cell
     return Action(ActionKind(found["kind"]), int(found["micro_batch"]), len(found["chunk"]))
@@ -25,13 +26,13 @@ def action(cell: str) -> Action:
 def schedules(
     max_stages: int = 8, max_micro_batches: int = 32
 ) -> st.SearchStrategy[PipelineSchedule]:
-    """Strategy for all schedules, with sizes that they support."""
+    """Return a hypothesis strategy of all schedules, with supported sizes."""
 
     def make(name: str, stages: int, micro_batches: int, chunks: int) -> PipelineSchedule:
         if name != "interleaved":
             return build(name, stages, micro_batches)
-        whole = max(1, micro_batches // stages) * stages
-        return interleaved(stages, whole, chunks)
+        rounded = max(1, micro_batches // stages) * stages
+        return interleaved(stages, rounded, chunks)
 
     return st.builds(
         make,

@@ -1,4 +1,4 @@
-"""Small models with one peculiarity per block, and a task that trains them, for random runs."""
+"""Blocks with special properties, and a task with random blocks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Branches(nn.Module):
 
 
 class Shared(nn.Module):
-    """A layer that is used twice, also under a second name."""
+    """Two layers that share a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Shared(nn.Module):
 
 
 class Unused(Plain):
-    """A layer that is never called, so its parameters have no gradients."""
+    """A layer that is not called, so its parameters have no gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class ZeroGradient(Plain):
 
 
 class Frozen(nn.Module):
-    """A layer without a gradient, and one of whose tensors only one has."""
+    """A frozen layer, and a layer with a frozen bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Views(nn.Module):
 
 
 class Experts(nn.Module):
-    """Each sample goes to one of two layers; one without a sample is not called."""
+    """Routes each sample to one of two layers; a layer without samples is not called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class Experts(nn.Module):
 
 
 class Sometimes(nn.Module):
-    """A layer that every third call uses."""
+    """A layer that is used in every third call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class Unfrozen(nn.Module):
 
 
 class Remembers(nn.Module):
-    """A buffer that every call writes to and uses, and a counter."""
+    """A running mean that each call updates and uses, and a counter."""
 
     mean: Tensor
     calls: Tensor
@@ -166,7 +166,7 @@ class Remembers(nn.Module):
 
 
 class Counts(nn.Module):
-    """A buffer that counts calls, and decides; it is the same on all ranks that are called."""
+    """A buffer that counts calls, and scales the output; equal on all called ranks."""
 
     calls: Tensor
 
@@ -181,7 +181,7 @@ class Counts(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A frozen layer that follows a trained one."""
+    """A frozen layer with a moving average of a trained layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,13 +192,13 @@ class Teacher(nn.Module):
         if self.training:
             with torch.no_grad():
                 pairs = zip(self.student.parameters(), self.teacher.parameters(), strict=True)
-                for mine, its in pairs:
-                    its.mul_(0.7).add_(mine, alpha=0.3)
+                for student, teacher in pairs:
+                    teacher.mul_(0.7).add_(student, alpha=0.3)
         return torch.tanh(self.student(x) - 0.5 * self.teacher(x))
 
 
 class Bounded(nn.Module):
-    """A parameter that the forward writes to."""
+    """A parameter that the forward clamps in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class Bounded(nn.Module):
 
 
 class Narrow(nn.Module):
-    """A layer of another type than the rest of the model."""
+    """A layer of another dtype than the rest of the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 
 @dataclass(frozen=True)
 class Drawn:
-    """One training run."""
+    """A random training run."""
 
     blocks: tuple[str, ...] = ("plain",)
     form: str = "tensor"
@@ -291,11 +291,11 @@ class Drawn:
                 return Samples(drawn.samples, drawn.form)
 
             def loss(self, outputs: Any, targets: Any) -> Any:
-                each = nn.functional.cross_entropy(outputs, targets, reduction="none")
+                losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
                 if not drawn.weighted:
-                    return each.mean()
+                    return losses.mean()
                 weights = 1.0 + targets.double()
-                return (each * weights).sum(), weights.sum()
+                return (losses * weights).sum(), weights.sum()
 
         return DrawnTask
 

@@ -1,4 +1,4 @@
-"""A link from a primary to its backup without servers, and moments of the primary's death."""
+"""An in-memory link from a primary to its backup, which simulates the primary's death."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from distplat.platform.errors import ActorLost
 from distplat.strategies.server.store import Change, ReplicatedStore, Update
 
 MOMENTS = ("before it sent", "after it sent", "before it answered")
-"""When a primary may die in an update: before the backup applies it, after, or once it answered."""
+"""Moments of the death: before or after the backup applies an update, or at the confirmation."""
 
 
 class InMemoryBackup:

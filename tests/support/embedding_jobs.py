@@ -1,4 +1,4 @@
-"""Jobs whose embeddings are on servers, and the same task with `nn.Embedding`."""
+"""Jobs with embeddings on servers, and an equal task with `nn.Embedding`."""
 
 from typing import Any
 

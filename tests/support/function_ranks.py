@@ -24,7 +24,7 @@ from distplat.strategies.function.function_session import SessionPorts
 from distplat.strategies.loop.loop import Progress
 
 LIMIT_S = 60.0
-"""Deadline of waits; on a busy machine a thread may pause for long."""
+"""Deadline of waits."""
 
 
 @dataclass
@@ -52,19 +52,19 @@ def call_on_ranks(
     home: str = HERE,
     ending: Callable[[int], bool] = lambda rank: False,
 ) -> FunctionRun:
-    """Run a function on all ranks, on node `home`; raises the error of the first failed rank."""
+    """Run a function on all ranks; raises the error of the first failed rank."""
     job = job or function_job(workers)
-    world, found, lock = job.scaling.world, FunctionRun(), threading.Lock()
+    world, run, lock = job.scaling.world, FunctionRun(), threading.Lock()
     fabric, roles = Fabric(world, LIMIT_S), make_strategy(job).roles(job)
     servers = Servers(impatient(job, LIMIT_S), roles) if roles.servers else None
 
     def deliver(delivery: Delivery) -> None:
         with lock:
             state = as_read(job, delivery.version, [delivery])
-            found.checkpoints[delivery.version] = state
+            run.checkpoints[delivery.version] = state
 
     def body(rank: int) -> dict[str, Tensor]:
-        copied = lambda arrays: [one.copy() for one in arrays]  # noqa: E731
+        copied = lambda arrays: [array.copy() for array in arrays]  # noqa: E731
         uploader = CheckpointUploader(rank, 0, copied, deliver, LIMIT_S)
         trained = run_function(
             job,
@@ -72,7 +72,7 @@ def call_on_ranks(
             fabric.collective(rank),
             ProcessLocation(nodes(rank), f"{nodes(rank)}.cluster"),
             SessionPorts(
-                found.reports.append, uploader.take, Progress(), saved, lambda: ending(rank)
+                run.reports.append, uploader.take, Progress(), saved, lambda: ending(rank)
             ),
             servers.shards(rank, 1, node=home) if servers is not None else None,
         )
@@ -85,8 +85,8 @@ def call_on_ranks(
             servers.renew(1)
 
     try:
-        found.trained = on_ranks(world, body, failed=give_up)
+        run.trained = on_ranks(world, body, failed=give_up)
     finally:
         if servers is not None:
             servers.close()
-    return found
+    return run

@@ -70,7 +70,7 @@ def job(strategy: Any = "ring", world: int = 1, **more: Any) -> Job:
 
 
 SCALES = [0.5, 1.0, 1.0, 0.775, 0.325, 0.1]
-"""Of the learning rate, by step."""
+"""Factors of the learning rate by step."""
 
 
 def train_plainly(
@@ -80,9 +80,9 @@ def train_plainly(
     optimizer: torch.optim.Optimizer,
     clip_norm: float | None,
 ) -> None:
-    """Make the steps of the job as a loop that a user would write."""
+    """Train the steps of the job in a plain loop."""
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [*SCALES, 0.0][step])
-    every = [one for group in optimizer.param_groups for one in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sampler = Sampler(SAMPLES, BATCH, 1, seed=5)
     for step in range(STEPS):
         inputs, targets = zip(*(data[int(i)] for i in sampler.batch_ids(step)), strict=True)
@@ -90,14 +90,14 @@ def train_plainly(
         loss: Any = task.loss(model(torch.stack(inputs)), torch.stack(targets))
         loss.backward()
         if clip_norm is not None:
-            nn.utils.clip_grad_norm_(every, clip_norm)
+            nn.utils.clip_grad_norm_(parameters, clip_norm)
         optimizer.step()
         schedule.step()
 
 
-def plain(kind: type[Task], clip_norm: float | None = None) -> dict[str, Tensor]:
-    """The loop that a user would write, with torch's param groups."""
-    task = kind()
+def plain(task_type: type[Task], clip_norm: float | None = None) -> dict[str, Tensor]:
+    """Train in a plain loop with torch's param groups; return the model."""
+    task = task_type()
     torch.manual_seed(5)
     model, data = task.model(), task.train_data()
     named = dict(model.named_parameters())

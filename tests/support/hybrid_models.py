@@ -1,4 +1,4 @@
-"""Small tasks that can be cut and sliced, and one process that trains them the plain way."""
+"""Small models for pipelines and tensor parallelism, and a plain torch loop to compare with."""
 
 from functools import cache
 from typing import Any
@@ -17,7 +17,7 @@ from distplat.strategies.task import Task
 from distplat.strategies.tensor.parallel_plan import HeadLayout
 
 SAMPLES, BATCH, STEPS = 45, 16, 20
-"""2 batches of 16 and one of 13, whose micro-batches are uneven."""
+"""An epoch has 2 batches of 16 and one of 13, whose micro-batches are uneven."""
 CLASSES = 4
 
 
@@ -61,7 +61,7 @@ MLP_PLAN = {"1.0": "colwise", "2.0": "rowwise", "4.0": "colwise_gather"}
 
 
 class Normed(Mlp):
-    """Has running statistics, which are compared, too."""
+    """A model with running statistics."""
 
     def model(self) -> nn.Module:
         blocks = [nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.Tanh()) for _ in range(2)]
@@ -93,7 +93,7 @@ CONV_PLAN = {"6": "colwise", "8": "rowwise"}
 
 
 class Mixed(nn.Module):
-    """Parallel branches of unlike cost, as in Inception."""
+    """Parallel branches of different cost, as in Inception."""
 
     def __init__(self, width: int, *, norm: bool) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ INCEPTION_PLAN = {"1.branches.*": "branches", "4": "colwise", "6": "rowwise"}
 
 
 class NormedInception(Inception):
-    """Has a branch with running statistics, which only that branch's rank updates."""
+    """A branch has running statistics, which only that branch's rank updates."""
 
     norm = True
 
@@ -184,7 +184,7 @@ class First(nn.Module):
 
 
 class Gpt(Classify):
-    """The class is that of the last character."""
+    """Classifies by the last character."""
 
     shape = (5,)
     integers = 11
@@ -225,13 +225,15 @@ def whole(run: LocalRun) -> dict[str, Tensor]:
 
 
 @cache
-def plain(kind: type[Task], clip: float | None = None) -> tuple[dict[str, Tensor], list[float]]:
+def plain(
+    task_type: type[Task], clip: float | None = None
+) -> tuple[dict[str, Tensor], list[float]]:
     """
     Train in a plain torch loop in one process; return the model and the losses.
 
     With SGD: Adam would amplify rounding errors of zero gradients, such as those of key biases.
     """
-    task = kind()
+    task = task_type()
     torch.manual_seed(5)
     model, data = task.model(), task.train_data()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)

@@ -1,8 +1,8 @@
 """
 Ranks of a `hybrid` grid over several attempts of a run.
 
-Ranks are threads, which keep their strategy object across attempts; a lost rank gets a new one.
-Servers, if the job has any, are kept across attempts.
+Ranks are threads. They keep their strategy object across attempts, and lost ranks get a new one.
+Servers are kept, too.
 """
 
 from collections.abc import Callable, Set
@@ -39,19 +39,19 @@ class Workers(LocalRun):
     """
 
     def __init__(
-        self, kind: type[Task] = Mlp, *, options: dict[str, Any] | None = None, **more: Any
+        self, task_type: type[Task] = Mlp, *, options: dict[str, Any] | None = None, **more: Any
     ) -> None:
         options = {**EVEN, **(options or {})}
         world = options["pipeline"] * options.get("tensor", 1) * options["data"]
         fields = {"steps": STEPS, "clip_norm": 0.5, "ema": {"decay": 0.8}, **more}
-        super().__init__(hybrid_job(options, world, **fields), kind)
+        super().__init__(hybrid_job(options, world, **fields), task_type)
         self.starts: list[int] = []  #: of the last attempt
         self.division = self.roles.division(world)
 
     def attempt(
         self,
         fabric: Fabric | None = None,
-        deaf: Set[int] = frozenset(),
+        failing: Set[int] = frozenset(),
         saved: SavedState | None = None,
         base: int = 0,
         around: Callable[[int, RemoteShards], Shards] = lambda rank, shards: shards,
@@ -61,12 +61,12 @@ class Workers(LocalRun):
 
         Args:
             fabric: connects the ranks.
-            deaf: ranks whose agreement on step 3 fails, though the other ranks reach it.
+            deaf: ranks whose barrier of step 3 fails after all ranks have reached it.
             saved: checkpoint from which new ranks start.
             base: steps of the newest checkpoint.
             around: wraps a rank's client of the servers.
         """
-        attempt = UntilOneIsLost(self, fabric, deaf, around, saved=saved, base=base)
+        attempt = UntilOneIsLost(self, fabric, failing, around, saved=saved, base=base)
         finished = attempt.make()
         self.starts = attempt.starts
         if not finished:
@@ -93,16 +93,16 @@ class UntilOneIsLost(Attempt):
         self,
         run: LocalRun,
         fabric: Fabric | None = None,
-        deaf: Set[int] = frozenset(),
+        failing: Set[int] = frozenset(),
         around: Callable[[int, RemoteShards], Shards] = lambda rank, shards: shards,
         **more: Any,
     ) -> None:
         super().__init__(run, fabric, **more)
-        self._deaf, self._around = deaf, around
+        self._deaf, self._around = failing, around
 
     def collective(self, rank: int) -> Collective:
         group = super().collective(rank)
-        return torn(group, 3) if rank in self._deaf else group
+        return fail_barrier(group, 3) if rank in self._deaf else group
 
     def shards(self, rank: int) -> Shards:
         client = super().shards(rank)
@@ -113,7 +113,7 @@ class UntilOneIsLost(Attempt):
         self.give_up()
 
 
-def torn(group: Any, at: int) -> Collective:
+def fail_barrier(group: Any, at: int) -> Collective:
     """Make barrier number `at` fail on this rank after all ranks have reached it."""
     original_barrier, remaining = group.barrier, iter(range(at))
 
@@ -132,7 +132,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 
 def samples(workers: LocalRun, job: Job) -> list[int]:
-    """Return the samples of each step; a rank's later report of a step replaces the earlier one."""
+    """Return the number of samples of each step; later reports replace earlier ones."""
     reports = [report for rank in workers.reports for report in rank]
     counts = {(r.step, r.rank): r.samples for r in reports if isinstance(r, StepReport)}
     ranks = range(job.scaling.world)

@@ -17,18 +17,18 @@ from distplat.strategies.verification.switched import Switches, switched
 from distplat.strategies.verification.verdicts import Engine, EngineRun
 
 
-def engine(kind: type[Task]) -> Engine:
-    """Return the engine that runs jobs of a task."""
+def engine(task_type: type[Task]) -> Engine:
+    """Return an engine that trains a task in memory."""
 
     def run(job: Job, switches: Switches) -> EngineRun:
-        return EngineRun(trained(job, train(job, switched(kind, switches))))
+        return EngineRun(trained(job, train(job, switched(task_type, switches))))
 
     return run
 
 
-def make(kind: type[Task], **arguments: Any) -> Callable[[Switches], Task]:
-    """Return a function that creates the task."""
-    return lambda switches: switched(kind, switches)(**arguments)
+def make(task_type: type[Task], **arguments: Any) -> Callable[[Switches], Task]:
+    """Return a function that creates the task with switches."""
+    return lambda switches: switched(task_type, switches)(**arguments)
 
 
 def trained(job: Job, run: LocalRun) -> Trained:
@@ -45,9 +45,9 @@ def trained(job: Job, run: LocalRun) -> Trained:
 
 def model_of(saved: SavedState) -> dict[str, Tensor]:
     """Return a checkpoint's model as tensors."""
-    return {name: _tensor(whole) for name, whole in saved._load("model").items()}
+    return {name: _tensor(raw) for name, raw in saved._load("model").items()}
 
 
-def _tensor(whole: RawTensor) -> Tensor:
-    dtype = getattr(torch, whole.dtype)
-    return torch.frombuffer(bytearray(whole.data), dtype=dtype).view(whole.shape).clone()
+def _tensor(raw: RawTensor) -> Tensor:
+    dtype = getattr(torch, raw.dtype)
+    return torch.frombuffer(bytearray(raw.data), dtype=dtype).view(raw.shape).clone()

@@ -24,9 +24,9 @@ class Process:
     A process of the cluster.
 
     Args:
-        name: of its actor, or `driver`.
-        node: of the process.
-        owner: process with which this process ends.
+        name: name of the actor, or `driver`.
+        node: node of the process.
+        owner: creator; this process ends with it.
     """
 
     def __init__(self, name: str, node: str, owner: Process | None) -> None:

@@ -12,7 +12,7 @@ from distplat import Task
 
 
 class KillsInForward(Task):
-    """Kill a process in the fourth forward; ranks are threads, so the model draws no numbers."""
+    """Kills a process in the fourth forward. Rank threads share generators: nothing is random."""
 
     killed = ""
     """Name of the process to kill in the forward of `worker-1`; empty: none."""

@@ -1,8 +1,8 @@
 """
 A run in memory with its attempts: N ranks as threads, servers over `LocalTransport`.
 
-Ranks communicate through the `Fabric` of `strategies/fakes.py`; the actors are those of `distplat`.
-Tests that inject faults into an attempt subclass `Attempt`, and override its connections or hooks.
+Ranks communicate through the `Fabric` of `strategies/fakes.py`; the actors are those of distplat.
+To inject faults, tests subclass `Attempt` and override its connections or hooks.
 """
 
 import threading
@@ -84,7 +84,7 @@ class LocalRun:
         self.attempts = 0
         self.checkpoints: dict[int, SavedState] = {}  #: by version, as if read from disk
         self.reports: list[list[AnyReport]] = [[] for _ in range(job.scaling.world)]  #: by rank
-        self.trained: list[dict[str, Tensor]] = []  #: by rank: its part of the trained model
+        self.trained: list[dict[str, Tensor]] = []  #: parts of the trained model by rank
         self.run_store = InMemoryRunStore()
         self.start_over()
 
@@ -102,7 +102,7 @@ class LocalRun:
         self.desk = desk_of(self.job, self.roles, self._most)
 
     def _new_rank(self) -> Rank:
-        # One after the other: `prepare` seeds torch's generator, which all threads share.
+        # Not in threads: `prepare` seeds torch's generator, which all threads share.
         strategy = make_worker_strategy(self.job)
         prepared = prepare(self.job, make_task(self.job, lambda: self.task), strategy=strategy)
         describe(prepared)
@@ -120,7 +120,7 @@ class LocalRun:
         self.reports += [[] for _ in range(world - len(self.reports))]
 
     def close(self) -> None:
-        """End the servers; tests can still read their state."""
+        """End the servers; their state remains readable."""
         self.servers.close()
         self.tables.close()
         self.desk.close()
@@ -164,8 +164,8 @@ class Attempt:
         self.errors: dict[int, Exception] = {}  #: by rank that ended early
         self.ended = [threading.Event() for _ in range(self.world)]  #: by rank
         # With leased tasks only rank 0 delivers parts: other ranks may join and leave.
-        givers = 1 if run.roles.consistency.dynamic_tasks else self.world
-        self.keeper = Keeper(self.job, run.checkpoints, givers)
+        delivering_ranks = 1 if run.roles.consistency.dynamic_tasks else self.world
+        self.keeper = Keeper(self.job, run.checkpoints, delivering_ranks)
 
     def make(self) -> bool:
         """Train until all ranks have ended; return whether all have completed the run."""
@@ -331,14 +331,14 @@ class Keeper:
     Assembles checkpoints from the ranks' parts.
 
     Args:
-        job: of the run.
+        job: the run's job.
         found: receives complete checkpoints, by version.
         givers: number of ranks that deliver parts.
     """
 
-    def __init__(self, job: Job, found: dict[int, SavedState], givers: int) -> None:
+    def __init__(self, job: Job, found: dict[int, SavedState], delivering_ranks: int) -> None:
         self._job, self._found = job, found
-        self._collecting = CheckpointAssembly(givers)
+        self._collecting = CheckpointAssembly(delivering_ranks)
         self._lock = threading.Lock()
 
     def uploader(self, rank: int, timeout_s: float) -> CheckpointUploader:
@@ -356,7 +356,7 @@ class Keeper:
 def take(
     uploader: CheckpointUploader, version: int, part: CheckpointPart, facts: Mapping[str, Any]
 ) -> None:
-    """Upload a part and wait for it: steps are so fast that shards would soon replace copies."""
+    """Upload a part and wait: steps in memory are faster than uploads."""
     uploader.take(version, part, facts)
     if not part.may_skip:
         uploader.flush()

@@ -124,9 +124,9 @@ class TableServers(local_actors.TableServers):
     def close(self) -> None:
         self.end_attempt()
         if self.manager is not None:
-            with suppress(DistplatError):  # a server was lost that no backup replaces
+            with suppress(DistplatError):  # a lost server has no backup
                 self._update_primaries()
-            self.manager.die("the run is over")  # before it detects the end of its servers
+            self.manager.die("the run is over")  # before the manager detects the end of its servers
         super().close()
 
     @override
@@ -172,8 +172,9 @@ class Servers(local_actors.Servers):
 
     Args:
         job: the run's job.
-        roles: of the job's strategy; with at least one server.
-        speeds: of the servers, in elements per second, for the shards' sizes; empty: equal sizes.
+        roles: roles of the job's strategy, with at least one server.
+        speeds: speeds of the servers in elements per second, which define the shards' sizes; empty:
+            equal sizes.
         backups: node of servers created during the run.
     """
 
@@ -260,7 +261,7 @@ def _set_controller(cluster: LocalCluster, manager: Actor, make: Callable[[str],
 
 def wait_for_backups(servers: Servers) -> None:
     """Wait until the backup of every shard is filled."""
-    until = time.monotonic() + 60
+    deadline = time.monotonic() + 60
     while not all(assignment.ready for assignment in servers.manager.body.assignments()):
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -1,8 +1,8 @@
 """
 Runs in memory that lose ranks in the middle of a step, with parameter and embedding servers.
 
-The last push of a lost rank reaches some servers and not others. Waits of the other ranks fail; all
-continue in a new attempt, in which a new rank replaces the lost one.
+The last push of a lost rank reaches only some servers. Waits of the other ranks fail. A new attempt
+follows, in which a new rank replaces the lost one.
 """
 
 import time
@@ -39,15 +39,15 @@ class Loss:
     step: int
     rank: int
     tables: int
-    """Number of table servers that receive its last push."""
+    """Number of table servers that receive the rank's last push."""
     shards: int = -1
-    """Number of shards that receive its last push; -1: the run has no shards."""
+    """Number of shards that receive the rank's last push; -1: the run has no shards."""
     others_s: float = 0.02
-    """How long the other ranks continue."""
+    """Seconds for which the other ranks continue."""
 
     @property
     def shards_follow(self) -> bool:
-        """Whether the rank lives until its push to shards."""
+        """Whether the rank survives until its push to shards."""
         return self.shards >= 0
 
 
@@ -96,9 +96,9 @@ def train_lossy(job: Job, task: type[Task], events: Sequence[Loss | Resize]) -> 
     Train to the end, with one event per attempt, and a last attempt without.
 
     Args:
-        job: names the strategy; has the field `embeddings`.
+        job: has the field `embeddings`.
         task: class of the task.
-        events: by attempt.
+        events: one per attempt.
     """
     run = LocalRun(job, task, rewinds=True)
     lossy = LossyRun(run)
@@ -116,7 +116,7 @@ def train_lossy(job: Job, task: type[Task], events: Sequence[Loss | Resize]) -> 
     return lossy
 
 
-class _Undisturbed(Attempt):
+class _Unfailed(Attempt):
     """All ranks complete the run."""
 
     def __init__(self, run: LocalRun, event: Any) -> None:
@@ -128,7 +128,7 @@ class _Undisturbed(Attempt):
         assert not self.errors
 
 
-class _BeforeAResize(_Undisturbed):
+class _UntilResize(_Unfailed):
     """All ranks stop before a step."""
 
     event: Resize
@@ -143,7 +143,7 @@ class _BeforeAResize(_Undisturbed):
         assert len(self.errors) == self.world
 
 
-class _WithALoss(_Undisturbed):
+class _WithLoss(_Unfailed):
     """One rank is lost, and the waits of the other ranks fail."""
 
     event: Loss
@@ -161,7 +161,7 @@ class _WithALoss(_Undisturbed):
     def give_up(self) -> None:
         super().give_up()
         for service in self.run.tables.table_servers:
-            assert service.store.plan is not None, "all ranks opened it"
+            assert service.store.plan is not None, "all ranks have opened the server"
             service.open(replace(service.store.plan, attempt=self.number + 1))
 
     def _is_last_push(self, rank: int, call: Call) -> bool:
@@ -219,8 +219,8 @@ class _WithALoss(_Undisturbed):
         return client
 
 
-_ATTEMPTS: dict[type, type[_Undisturbed]] = {
-    Loss: _WithALoss,
-    Resize: _BeforeAResize,
-    type(None): _Undisturbed,
+_ATTEMPTS: dict[type, type[_Unfailed]] = {
+    Loss: _WithLoss,
+    Resize: _UntilResize,
+    type(None): _Unfailed,
 }

@@ -1,4 +1,4 @@
-"""Run directories written without a run."""
+"""Synthetic run directories."""
 
 import json
 from collections.abc import Sequence
@@ -117,17 +117,17 @@ def made_trace(
     events = []
     for replica in range(replicas):
         for stage, row in enumerate(spans):
-            place = {"rank": replica * stages + stage, "replica": replica, "stage": stage}
+            labels = {"rank": replica * stages + stage, "replica": replica, "stage": stage}
             for span in row:
                 events.append(
-                    place
+                    labels
                     | {"tensor": 0, "kind": str(span.action.kind), "chunk": span.action.chunk}
                     | {"micro_batch": span.action.micro_batch}
                     | {"start_s": span.start + replica / 2, "end_s": span.end + replica / 2}
                 )
             end = row[-1].end + replica / 2
             events.append(
-                place
+                labels
                 | {"tensor": 0, "kind": "reduce", "chunk": -1, "micro_batch": -1}
                 | {"start_s": end, "end_s": end + reduce_s}
             )

@@ -7,24 +7,24 @@ from functools import partial
 import pytest
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
-"""A case that `make test` skips: it repeats what a faster case shows."""
+"""A case for `make test-all` only: a faster case covers the same behaviour."""
 
 
 def mark_sweeps(items: Iterable[pytest.Item]) -> None:
     """
-    Of each test marked `sweep(n)`, leave every n-th case to `make test`, and mark the rest slow.
+    Mark cases of tests with the mark `sweep(n)` as slow, except every n-th.
 
-    The n-th is counted on by one with each n cases, so that where a test has a grid of cases,
-    `make test` has some of every row and of every column.
+    The offset grows by one every n cases: of a grid of cases, `make test` runs some of each row and
+    of each column.
     """
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for item in items:
         sweep = item.get_closest_marker("sweep")
         if sweep is None or item.get_closest_marker("slow"):
             continue
         (every,) = sweep.args
         test = item.nodeid.partition("[")[0]
-        number = seen[test]
-        seen[test] += 1
+        number = counts[test]
+        counts[test] += 1
         if (number + number // every) % every:
             item.add_marker("slow")

@@ -8,10 +8,7 @@ import torch
 from function_ranks import FunctionRun, call_on_ranks, function_job
 from torch import Tensor, nn
 from torch.autograd import backward
-from torch.utils.data import (
-    DataLoader,
-    TensorDataset,
-)
+from torch.utils.data import DataLoader, TensorDataset
 
 import distplat
 
@@ -23,8 +20,9 @@ def model_of(seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
     with torch.no_grad():
-        for one in model.parameters():
-            one.copy_(torch.randn(one.shape, generator=generator, dtype=torch.float64))
+        for parameter in model.parameters():
+            values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(values)
     return model
 
 
@@ -78,7 +76,7 @@ def function_of(
     set_to_none: bool = True,
 ) -> Callable[[Mapping[str, Any]], object]:
     def train(config: Mapping[str, Any]) -> None:
-        model = model_of(seed=distplat.get_context().rank)  # rank 0's is everybody's
+        model = model_of(seed=distplat.get_context().rank)  # all ranks get rank 0's model
         optimizer = make(model.parameters())
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
         loader = DataLoader(data_of(), batch_size=GLOBAL // world)
@@ -104,7 +102,7 @@ def assert_equal(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> N
 
 
 class Branches(nn.Module):
-    """Some ranks use the second branch, no rank the third."""
+    """Some ranks use the second branch, and no rank the third."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -168,6 +166,7 @@ def under(
 def steps_of(model: nn.Module, optimizer: Any, number: int, rank: int = 0, world: int = 1) -> None:
     """Train steps with this rank's samples of a batch of twelve."""
     for step in range(number):
-        backward(loss_of(model, [one[12 * step :][:12][rank::world] for one in data_of().tensors]))
+        batch = [tensor[12 * step :][:12][rank::world] for tensor in data_of().tensors]
+        backward(loss_of(model, batch))
         optimizer.step()
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Servers that only answer health checks."""
+"""Actors that answer health checks only."""
 
 import time
 
@@ -13,6 +13,7 @@ class Server:
 
 
 def servers(count: int) -> tuple[LocalCluster, list[Actor]]:
+    """Create a cluster and its servers."""
     cluster = LocalCluster()
     names = [f"server-{number}" for number in range(count)]
     return cluster, [cluster.spawn(name, "here", lambda _: Server()) for name in names]

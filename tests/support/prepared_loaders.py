@@ -1,4 +1,4 @@
-"""Loaders of a train function, prepared as on a rank."""
+"""Loaders of a train function, prepared for one rank."""
 
 from typing import Any
 
@@ -15,16 +15,16 @@ from distplat.strategies.function.sharded_loader import (
 from distplat.strategies.function.stream_loader import StreamLoader
 
 
-def ignore(one: object, batch: RankBatch | None, waited_s: float, epoch: int) -> None:
+def ignore(loader: object, batch: RankBatch | None, waited_s: float, epoch: int) -> None:
     del batch, waited_s, epoch
 
 
 def loader_of(
     data: Any, rank: int = 0, world: int = 1, batch: int = 3, read: Any = ignore, **options: Any
 ) -> ShardedLoader:
-    """Prepare a loader as a rank does, without other ranks."""
-    given: DataLoader[Any] = DataLoader(data, batch_size=batch, **options)
-    cut, device = DataShard(rank, world, 5), torch.device("cpu")
+    """Prepare a loader of a rank, without other ranks."""
+    loader: DataLoader[Any] = DataLoader(data, batch_size=batch, **options)
+    shard, device = DataShard(rank, world, 5), torch.device("cpu")
     if isinstance(data, list):
-        return MapStyleLoader(given, cut, device, read)
-    return StreamLoader(given, cut, device, read, Fabric(1, 10.0).collective(0))
+        return MapStyleLoader(loader, shard, device, read)
+    return StreamLoader(loader, shard, device, read, Fabric(1, 10.0).collective(0))

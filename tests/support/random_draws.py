@@ -39,7 +39,7 @@ def job(world: int = 1, loaders: int = 0, accumulation: int = 1, **fields: Any) 
         "seed": 7,
         "data": {"num_workers": loaders, "shuffle": True},
     }
-    # Some have more ranks than the batch has samples, which a job file may not.
+    # Some jobs have more ranks than samples per batch, which a job file must not have.
     return job_of(**{**defaults, **fields}).with_workers(world)
 
 

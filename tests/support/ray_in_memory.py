@@ -48,11 +48,11 @@ from distplat.platform.errors import DistplatError
 from distplat.platform.run_directory import CURVES
 from distplat.platform.stop_order import StopOrder
 
-LATE_S = 5.0
-"""How long threads may take to end; on a busy machine they wait for each other."""
-BLOCKED = ("checkpoints", "listen", "metrics", CURVES, "printed lines", "poll")
-"""Threads that may wait for long and make no calls: for work, a lost peer, or a loop's end."""
-auto_init_hook.enable_auto_connect = False  # a late thread must not start Ray
+JOIN_TIMEOUT_S = 5.0
+"""Deadline for the end of all threads."""
+BLOCKING_THREADS = ("checkpoints", "listen", "metrics", CURVES, "printed lines", "poll")
+"""Names of threads that may block for long, but call no actors."""
+auto_init_hook.enable_auto_connect = False  # late threads must not start Ray
 
 
 class _Body:
@@ -69,21 +69,21 @@ class _Body:
         self, process: Process, make: Callable[[], Any], failed: Callable[[str], None]
     ) -> None:
         self._process, self._make, self._failed = process, make, failed
-        self._made: Future[Any] = Future()
+        self._instance: Future[Any] = Future()
         with process.entered():
             threading.Thread(target=self._construct, daemon=True, name=process.name).start()
 
     def _construct(self) -> None:
         try:
-            self._made.set_result(self._make())
+            self._instance.set_result(self._make())
         except BaseException as error:
-            self._made.set_exception(error)
+            self._instance.set_exception(error)
             self._failed(f"it could not be created: {error}")
 
     def __getattr__(self, method: str) -> Any:
         if method.startswith("_"):
             raise AttributeError(method)
-        bound = getattr(self._made.result(), method)
+        bound = getattr(self._instance.result(), method)
         self._process.check()
         if inspect.iscoroutinefunction(bound):
             return functools.partial(self._await, bound)
@@ -105,9 +105,9 @@ class _Body:
         threading.Thread(target=self._release, daemon=True, name="let go").start()
 
     def _release(self) -> None:
-        if not self._made.done() or self._made.exception() is not None:
+        if not self._instance.done() or self._instance.exception() is not None:
             return
-        body = self._made.result()
+        body = self._instance.result()
         if isinstance(body, Worker):
             _end_worker(body)
         elif hasattr(body, "close"):
@@ -147,7 +147,7 @@ class Handle:
         return hash(id(self._actor))
 
 
-class _Kept(StoredObject):
+class _Stored(StoredObject):
     """An object in the store; it is lost with the process that put it there."""
 
     def __init__(self, value: Any, owner: Process) -> None:
@@ -158,14 +158,14 @@ class _Kept(StoredObject):
 class _Remote:
     """Result of `ray.remote` of a class."""
 
-    def __init__(self, cluster: InMemoryRay, kind: type, options: dict[str, Any]) -> None:
-        self._cluster, self._kind, self._options = cluster, kind, options
+    def __init__(self, cluster: InMemoryRay, cls: type, options: dict[str, Any]) -> None:
+        self._cluster, self._cls, self._options = cluster, cls, options
 
     def options(self, **options: Any) -> _Remote:
-        return _Remote(self._cluster, self._kind, {**self._options, **options})
+        return _Remote(self._cluster, self._cls, {**self._options, **options})
 
     def remote(self, *args: Any, **more: Any) -> Handle:
-        make = functools.partial(self._kind, *args, **more)
+        make = functools.partial(self._cls, *args, **more)
         return self._cluster.spawn(str(self._options.get("name", "actor")), make, self._options)
 
 
@@ -211,7 +211,7 @@ class InMemoryRay:
         self.processes: dict[str, Process] = {}  #: by the actor's name without the job's name
         self._actors: dict[str, Actor] = {}
         self.threads: list[threading.Thread] = []  #: started by its processes
-        self._words: dict[bytes, bytes] = {}
+        self._key_values: dict[bytes, bytes] = {}
         self._changing = threading.RLock()
         self._patches = ExitStack()
 
@@ -228,19 +228,19 @@ class InMemoryRay:
         calls = ("get", "put", "wait", "kill", "remote")
         facts = ("nodes", "get_runtime_context", "is_initialized")
         of_ray = (*calls, *facts, "available_resources", "cluster_resources")
-        words = ("put_first", "put", "get", "delete", "keys", "delete_all")
-        heard = functools.partial(HeadWatch, probe=lambda address: True)
+        key_value = ("put_first", "put", "get", "delete", "keys", "delete_all")
+        watch = functools.partial(HeadWatch, probe=lambda address: True)
         groups = {"placement_group": _placement_group, "placement_group_table": lambda group: {}}
         return [
             (ray, {name: getattr(self, name) for name in of_ray}),
             (ray.util, {"get_node_ip_address": lambda: "127.0.0.1"}),
-            (ray_compat, {name: getattr(self, f"word_{name}") for name in words}),
+            (ray_compat, {name: getattr(self, f"kv_{name}") for name in key_value}),
             (ray_compat, {"free_resources": self.free_resources, "log_as": lambda name: None}),
             (ray_compat, {"submission_id": lambda: None, "stays_on_machine": lambda: False}),
             (spawn, {**groups, "remove_placement_group": lambda group: None}),
-            (RayTransport, {"prefetch": lambda *args: None}),  # every object is everywhere
+            (RayTransport, {"prefetch": lambda *args: None}),  # all objects are in this process
             (hash_seed, {"options": dict}),
-            (launch, {"HeadWatch": heard}),
+            (launch, {"HeadWatch": watch}),
             # Settings of a process would apply to the whole test process.
             (
                 training,
@@ -252,8 +252,11 @@ class InMemoryRay:
             ),
             (ray_transport, {"log_to_stderr": lambda: None}),
             (torch, {"set_num_threads": lambda count: None}),
-            (controller_actor, {"_send_records": lambda outbox: None}),  # they are here already
-            (ray_groups, {"_register_with_ray": lambda group: None}),  # one register, many ranks
+            (
+                controller_actor,
+                {"_send_records": lambda outbox: None},
+            ),  # records are in this process
+            (ray_groups, {"_register_with_ray": lambda group: None}),  # ranks share one registry
             (threading.Thread, {"start": _start_of_this_process}),
         ]
 
@@ -268,10 +271,10 @@ class InMemoryRay:
 
     def _wait_for_threads(self) -> None:
         """Wait until the threads end: a late thread would call real Ray, which is not running."""
-        until = time.monotonic() + LATE_S
+        deadline = time.monotonic() + JOIN_TIMEOUT_S
         for thread in self.threads:
-            if thread.name not in BLOCKED and thread is not threading.current_thread():
-                thread.join(max(0.0, until - time.monotonic()))
+            if thread.name not in BLOCKING_THREADS and thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def as_driver(self, work: Callable[[], Any]) -> Any:
         """Call `work` in the process of the driver; raises `Killed` if the driver is killed."""
@@ -340,20 +343,18 @@ class InMemoryRay:
     def is_initialized(self) -> bool:
         return True
 
-    def remote(self, kind: type | None = None, **options: Any) -> Any:
-        return (
-            (lambda kind: _Remote(self, kind, options)) if kind is None else _Remote(self, kind, {})
-        )
+    def remote(self, cls: type | None = None, **options: Any) -> Any:
+        return (lambda cls: _Remote(self, cls, options)) if cls is None else _Remote(self, cls, {})
 
     def get(self, reference: Any, timeout: float | None = None) -> Any:
         process = this_process()
-        if isinstance(reference, _Kept) and reference.owner.dead.done():
+        if isinstance(reference, _Stored) and reference.owner.dead.done():
             raise exceptions.OwnerDiedError("00", None, "")
         try:
             self._wait_for([reference], 1, timeout)
             answer = self.transport(process).get(reference, 0.0)
         except AnswerPending:
-            raise exceptions.GetTimeoutError("nothing came in time") from None
+            raise exceptions.GetTimeoutError("no reply in time") from None
         except Unanswered as error:
             raise exceptions.ActorUnavailableError(str(error), None) from None
         except ActorDied as error:
@@ -367,24 +368,24 @@ class InMemoryRay:
         self, references: Sequence[Any], *, num_returns: int = 1, timeout: float | None = None
     ) -> tuple[list[Any], list[Any]]:
         done = self._wait_for(references, num_returns, timeout)[:num_returns]
-        return done, [one for one in references if one not in done]
+        return done, [ref for ref in references if ref not in done]
 
     def _wait_for(self, references: Sequence[Any], count: int, timeout: float | None) -> list[Any]:
         process = this_process()
-        replies = [one for one in references if isinstance(one, Future)]
-        left = {*replies}
+        replies = [ref for ref in references if isinstance(ref, Future)]
+        pending = {*replies}
         deadline = None if timeout is None else time.monotonic() + timeout
-        while len(replies) - len(left) < min(count, len(replies)):
+        while len(replies) - len(pending) < min(count, len(replies)):
             rest = None if deadline is None else max(0.0, deadline - time.monotonic())
-            found = concurrent.futures.wait({*left, process.dead}, rest, "FIRST_COMPLETED").done
+            found = concurrent.futures.wait({*pending, process.dead}, rest, "FIRST_COMPLETED").done
             process.check()
             if not found:
                 break
-            left -= found
-        return [one for one in references if one not in left]
+            pending -= found
+        return [ref for ref in references if ref not in pending]
 
     def put(self, value: Any) -> Any:
-        return _Kept(value, this_process())
+        return _Stored(value, this_process())
 
     def kill(self, handle: Handle, no_restart: bool = True) -> None:
         this_process()
@@ -413,26 +414,26 @@ class InMemoryRay:
             gcs_address="in memory",
         )
 
-    def word_put_first(self, key: bytes, value: bytes) -> None:
+    def kv_put_first(self, key: bytes, value: bytes) -> None:
         this_process()
-        self._words.setdefault(key, value)
+        self._key_values.setdefault(key, value)
 
-    def word_put(self, key: bytes, value: bytes) -> None:
+    def kv_put(self, key: bytes, value: bytes) -> None:
         this_process()
-        self._words[key] = value
+        self._key_values[key] = value
 
-    def word_get(self, key: bytes) -> bytes | None:
+    def kv_get(self, key: bytes) -> bytes | None:
         this_process()
-        return self._words.get(key)
+        return self._key_values.get(key)
 
-    def word_delete(self, key: bytes) -> None:
+    def kv_delete(self, key: bytes) -> None:
         this_process()
-        self._words.pop(key, None)
+        self._key_values.pop(key, None)
 
-    def word_keys(self, prefix: bytes) -> list[bytes]:
+    def kv_keys(self, prefix: bytes) -> list[bytes]:
         this_process()
-        return [key for key in list(self._words) if key.startswith(prefix)]
+        return [key for key in list(self._key_values) if key.startswith(prefix)]
 
-    def word_delete_all(self, prefix: bytes) -> None:
-        for key in self.word_keys(prefix):
-            self._words.pop(key, None)
+    def kv_delete_all(self, prefix: bytes) -> None:
+        for key in self.kv_keys(prefix):
+            self._key_values.pop(key, None)

@@ -1,8 +1,8 @@
 """
 A run in memory whose number of ranks changes from attempt to attempt, on the same servers.
 
-In each attempt but the last, one rank gets the stop order, a step before all ranks stop; another
-rank in each attempt. The other ranks get no order.
+In each attempt but the last, one rank receives the stop order, a step before all ranks stop. The
+attempts give the order to different ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,11 +29,11 @@ class ResizedRun:
 
     summaries: list[Summary] = field(default_factory=list)
     seen: dict[tuple[int, int], list[int]] = field(default_factory=dict)
-    """(step, world) -> samples of the reported parts of the step, in the order of the reports."""
+    """Samples of the reported parts by (step, world), in the order of the reports."""
     pushed: list[tuple[int, int]] = field(default_factory=list)
-    """(step, rank) of each gradient sent to the servers, in any order."""
+    """(step, rank) of each push, in any order."""
     parameters: list[dict[str, Tensor]] = field(default_factory=list)
-    """By rank, at the end."""
+    """Final parameters by rank."""
 
 
 def train_resized(
@@ -48,27 +48,27 @@ def train_resized(
     Args:
         job: names a synchronous strategy with servers.
         task: class of the task.
-        course: (number of ranks, step before which they stop); the last step is not used.
-        ids: returns the samples of a batch's inputs.
+        course: (number of ranks, step before which they stop); the last step is ignored.
+        ids: returns the sample ids of a batch's inputs.
     """
-    found, gathering = ResizedRun(), ReportAggregator(course[0][0])
+    resized, aggregator = ResizedRun(), ReportAggregator(course[0][0])
     run = LocalRun(job.with_workers(course[0][0]), task)
     for number, (world, stop) in enumerate(course):
         if number:
             run.resize(world)
-            gathering.resize(world, course[number - 1][1])
+            aggregator.resize(world, course[number - 1][1])
         last = number == len(course) - 1
-        attempt = _UntilTold(run, None if last else stop, found, ids)
+        attempt = _AttemptUntilStep(run, None if last else stop, resized, ids)
         attempt.make()
         assert len(attempt.errors) == (0 if last else world)
         for report in attempt.reports:
-            found.summaries += gathering.add(report)
+            resized.summaries += aggregator.add(report)
     run.close()
-    found.parameters = [run.parameters(rank) for rank in range(len(run.ranks))]
-    return found
+    resized.parameters = [run.parameters(rank) for rank in range(len(run.ranks))]
+    return resized
 
 
-class _UntilTold(Attempt):
+class _AttemptUntilStep(Attempt):
     """
     All ranks stop before a step, after one rank's stop order.
 
@@ -82,31 +82,35 @@ class _UntilTold(Attempt):
     ends = (Abandoned,)
 
     def __init__(
-        self, run: LocalRun, stop: int | None, found: ResizedRun, ids: Callable[[Tensor], list[int]]
+        self,
+        run: LocalRun,
+        stop: int | None,
+        resized: ResizedRun,
+        ids: Callable[[Tensor], list[int]],
     ) -> None:
         super().__init__(run)
-        self._stop, self._found, self._ids = stop, found, ids
+        self._stop, self._resized, self._ids = stop, resized, ids
         self.reports: list[AnyReport] = []
         self._samples: list[list[int]] = [[] for _ in range(self.world)]
 
     def before(self, rank: int, step: int) -> StopOrder:
         if self._stop is None or rank != self.number % self.world:
             return StopOrder.NONE
-        told = self._stop if self.world == 1 else self._stop - 1
-        return StopOrder.RESIZE if step >= told else StopOrder.NONE
+        order_step = self._stop if self.world == 1 else self._stop - 1
+        return StopOrder.RESIZE if step >= order_step else StopOrder.NONE
 
     def make(self) -> bool:
         """Train, and record the samples of each rank's model."""
         models = [rank.prepared.flat.model for rank in self.run.ranks]
-        notes = [partial(self._note, samples) for samples in self._samples]
-        hooks = [m.register_forward_pre_hook(n) for m, n in zip(models, notes, strict=True)]
+        recorders = [partial(self._record_samples, samples) for samples in self._samples]
+        hooks = [m.register_forward_pre_hook(n) for m, n in zip(models, recorders, strict=True)]
         try:
             return super().make()
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _note(
+    def _record_samples(
         self, samples: list[int], module: torch.nn.Module, inputs: tuple[Tensor, ...]
     ) -> None:
         if module.training:
@@ -115,7 +119,7 @@ class _UntilTold(Attempt):
     def report(self, rank: int, report: AnyReport) -> None:
         self.reports.append(report)
         key = report.step, self.world
-        self._found.seen[key] = self._found.seen.get(key, []) + self._samples[rank]
+        self._resized.seen[key] = self._resized.seen.get(key, []) + self._samples[rank]
         self._samples[rank].clear()
 
     def shards(self, rank: int) -> Shards:
@@ -124,9 +128,9 @@ class _UntilTold(Attempt):
         assert isinstance(shards, RemoteShards)
         push = shards.push
 
-        def noted(step: int, control: StepControl, task: int | None = None) -> Pushed:
-            self._found.pushed.append((step, rank))
+        def record_push(step: int, control: StepControl, task: int | None = None) -> Pushed:
+            self._resized.pushed.append((step, rank))
             return push(step, control, task)
 
-        shards.push = noted  # type: ignore[method-assign]
+        shards.push = record_push  # type: ignore[method-assign]
         return shards

@@ -1,4 +1,4 @@
-"""A task whose layers are experts that some micro-batches do not reach."""
+"""A mixture-of-experts task; some micro-batches do not use all experts."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from distplat.strategies.task import Task
 
 BATCH, STEPS = 16, 3
 WHICH = [0, 0, 4, 4, 4, 4, 1, 1, 4, 4, 4, 4, 4, 4, 2, 2]
-"""The expert of each sample. Of 8 micro-batches only the first uses expert 0, one in the middle 1,
-and the last 2; expert 1 is used on one of two replicas only, expert 3 never."""
+"""The expert of each sample. Only the first of 8 micro-batches uses expert 0, only the last uses
+expert 2, and one in the middle uses expert 1, on one of two replicas. Expert 3 is not used."""
 
 
 class Experts(nn.Module):

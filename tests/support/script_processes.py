@@ -1,12 +1,13 @@
-"""A script that ends late, and waits for what it does."""
+"""A script that ignores SIGTERM, and functions that wait for its processes."""
 
 import time
 from pathlib import Path
 
 
 def gone(pid: int, limit_s: float = 30.0) -> bool:
-    until = time.monotonic() + limit_s
-    while time.monotonic() < until:
+    """Wait for the end of a process; return whether it ended in time."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except FileNotFoundError:
@@ -18,10 +19,10 @@ def gone(pid: int, limit_s: float = 30.0) -> bool:
 
 
 def read(note: Path, limit_s: float = 30.0) -> list[int]:
-    """Wait for a file with numbers of processes, the last of which is followed by a newline."""
-    until = time.monotonic() + limit_s
+    """Wait for a file with pids that ends with a newline; return the pids."""
+    deadline = time.monotonic() + limit_s
     while not (note.exists() and note.read_text().endswith("\n")):
-        assert time.monotonic() < until, "nobody has written it"
+        assert time.monotonic() < deadline, f"{note} was not written"
         time.sleep(0.02)
     return [int(word) for word in note.read_text().split()]
 
@@ -33,4 +34,4 @@ setsid sleep 999 > /dev/null 2>&1 &
 echo $$ $! $(jobs -p) > {note}
 {then}
 """
-"""A shell script with a child in its group, one in a session of its own; none hears SIGTERM."""
+"""A shell script that ignores SIGTERM, with a child in its group and one in a new session."""

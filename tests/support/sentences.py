@@ -13,7 +13,7 @@ class Sentences(Dataset[Any]):
     Sentences of 1 to 9 words, each word with a class.
 
     Args:
-        samples: how many.
+        samples: number of sentences.
     """
 
     def __init__(self, samples: int) -> None:

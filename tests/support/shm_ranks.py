@@ -1,4 +1,4 @@
-"""Ranks that share memory, as threads of the test: the shared-memory backend without Ray."""
+"""The shared-memory backend without Ray: ranks are threads of the test."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ class Board:
 
     def __init__(self, slot_bytes: int | None = None, operation_s: float = DEADLINE_S) -> None:
         self.slot_bytes, self.operation_s = slot_bytes, operation_s
-        self._found: dict[str, GroupSegment] = {}
+        self._segments: dict[str, GroupSegment] = {}
         self._changed = threading.Condition()
 
     def group(self, name: str, rank: int, world: int) -> ShmGroup:
@@ -39,11 +39,11 @@ class Board:
         )
         with self._changed:
             if rank == 0:
-                self._found[name] = GroupSegment.create("node", layout)
+                self._segments[name] = GroupSegment.create("node", layout)
                 self._changed.notify_all()
-                return self._found[name]
-            assert self._changed.wait_for(lambda: name in self._found, DEADLINE_S)
-        return GroupSegment.open(self._found[name].segment.address, layout, rank)
+                return self._segments[name]
+            assert self._changed.wait_for(lambda: name in self._segments, DEADLINE_S)
+        return GroupSegment.open(self._segments[name].segment.address, layout, rank)
 
 
 def on_shm_ranks(
@@ -56,7 +56,7 @@ def on_shm_ranks(
 ) -> list[T]:
     """Call `body(group)` on every rank of a new group; return the results in rank order."""
     board = Board(slot_bytes, operation_s)
-    groups: dict[int, ShmGroup] = {}  # who ends first keeps what others still read
+    groups: dict[int, ShmGroup] = {}  # keep the groups alive until all ranks have ended
 
     def run(rank: int) -> T:
         groups[rank] = board.group("world", rank, world)

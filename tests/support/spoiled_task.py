@@ -1,4 +1,4 @@
-"""A task some of whose gradients are not finite."""
+"""A task with some non-finite gradients."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +20,7 @@ class Spoiled(Task):
 
     Args:
         bad: indices of these samples.
-        loss_too: whether the loss is NaN, too.
+        loss_too: whether their loss is NaN, too.
         norm: whether the model has a batch norm.
         large: factor of the loss.
     """
@@ -52,7 +52,7 @@ class Spoiled(Task):
         targets, marks = targets[:, :2], targets[:, 2]
         loss: Tensor = (outputs - targets).square().mean() * self.large
         if marks.any():
-            # sqrt(0) is 0, and its derivative infinite: times 0 that is NaN.
+            # The derivative of sqrt at 0 is infinite; times 0 it is NaN.
             loss = loss + (outputs.sum() * 0.0).abs().sqrt()
             if self.loss_too:
                 loss = loss * float("nan")

@@ -1,4 +1,4 @@
-"""A file system of fsspec's that hangs, fails and tells what was done, as a test asks for."""
+"""An fsspec file system with injected hangs and failures, which records its operations."""
 
 import threading
 from typing import Any
@@ -12,15 +12,15 @@ class Odd(MemoryFileSystem):  # type: ignore[misc]
 
     protocol = "odd"
     hold: threading.Event | None = None
-    """Event for which operations wait; None: they do not wait."""
+    """Operations wait for this event; None: no wait."""
     failures = 0
     """Number of writes that will fail."""
     refuses = False
-    """Whether writes are refused at their end, as by an object store without permission."""
+    """Whether writes fail at their end, as in an object store without permission."""
     shortens = False
-    """Whether the size of written files is reported wrong."""
+    """Whether the reported sizes of files are wrong."""
     done: list[str] = []  # noqa: RUF012
-    """Writes and removals in their order, by the names below the run's URL."""
+    """Writes and removals, in order."""
     written = threading.Event()
     """Set by each successful write."""
 
@@ -43,7 +43,7 @@ class Odd(MemoryFileSystem):  # type: ignore[misc]
     def _wait(self) -> None:
         hold = Odd.hold
         if hold is not None and not (hold.wait(60) and Odd.hold is hold):
-            raise OSError("held until after the test")
+            raise OSError("`hold` was not set during the test")
 
     def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
         self._wait()
@@ -59,23 +59,23 @@ class Odd(MemoryFileSystem):  # type: ignore[misc]
         return file
 
     def ls(self, path: str, detail: bool = True, **more: Any) -> Any:
-        """List a directory."""
+        """See `MemoryFileSystem`."""
         self._wait()
         return super().ls(path, detail=detail, **more)
 
     def info(self, path: str, **more: Any) -> Any:
-        """Describe a file."""
+        """See `MemoryFileSystem`."""
         self._wait()
         found = super().info(path, **more)
         return {**found, "size": found["size"] - 1} if Odd.shortens else found
 
     def cat_file(self, path: str, *args: Any, **more: Any) -> Any:
-        """Read."""
+        """See `MemoryFileSystem`."""
         self._wait()
         return super().cat_file(path, *args, **more)
 
     def rm(self, path: str, **more: Any) -> None:
-        """Remove."""
+        """See `MemoryFileSystem`."""
         self._wait()
         super().rm(path, **more)
         Odd.done.append(f"rm {self._strip_protocol(path)}")

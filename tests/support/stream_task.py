@@ -40,35 +40,35 @@ class Numbered(Task):
 
 def job(strategy: Any = "ring", workers: int = 1, **fields: Any) -> Job:
     length = {} if "steps" in fields else {"epochs": 3}
-    given = {"optimizer": SGD, "global_batch_size": BATCH, "seed": 5, **length, **fields}
-    return job_of(strategy, workers, **{"data": {"shuffle": False}, **given})
+    fields = {"optimizer": SGD, "global_batch_size": BATCH, "seed": 5, **length, **fields}
+    return job_of(strategy, workers, **{"data": {"shuffle": False}, **fields})
 
 
 def stream(source: Any, **fields: Any) -> StreamSamples:
     """Open a source as a task's training data."""
-    found = checked_data(job(**fields), Numbered(), source, "train_data")
-    assert isinstance(found, StreamSamples)
-    return found
+    samples = checked_data(job(**fields), Numbered(), source, "train_data")
+    assert isinstance(samples, StreamSamples)
+    return samples
 
 
 def read(source: Any, world: int = 1, parts: int = 1, **fields: Any) -> list[list[Any]]:
-    """Return the samples of each step over all ranks, as lists of the source's samples."""
-    given = job(workers=world, gradient_accumulation=parts, **fields)
+    """Return the samples of each step over all ranks."""
+    spec = job(workers=world, gradient_accumulation=parts, **fields)
     data = stream(source, **fields)
-    sampler, steps = make_sampler(given, data), range(given.steps or 15)
-    found: list[list[Any]] = [[] for _ in steps]
+    sampler, steps = make_sampler(spec, data), range(spec.steps or 15)
+    samples: list[list[Any]] = [[] for _ in steps]
     for rank in range(world):
-        batches = micro_batches(given, data, sampler, rank, steps, parts)
+        batches = micro_batches(spec, data, sampler, rank, steps, parts)
         for step in steps:
             for _ in sampler.micro_batches(step, rank, parts):
-                random.random(), torch.rand(rank + 1)  # what others do
-                found[step] += next(batches).tolist()
-    return found
+                random.random(), torch.rand(rank + 1)  # other ranks draw random numbers, too
+                samples[step] += next(batches).tolist()
+    return samples
 
 
 def iterable(*columns: Tensor) -> Any:
     class Pairs:
-        """A re-iterable object, which need not be an instance of torch's class."""
+        """A re-iterable object that is not an `IterableDataset`."""
 
         def __iter__(self) -> Iterator[Any]:
             return zip(*columns, strict=True)

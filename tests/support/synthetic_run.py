@@ -1,8 +1,8 @@
 """
-A run without workers: synthetic reports of ranks, handled by distplat's own controller and driver.
+A run without workers: the controller and the driver process synthetic reports of ranks.
 
-For tests that memory does not grow with the number of steps: from the controller's aggregator and
-outbox to the driver's result, metrics, curves, callbacks, trackers and progress.
+Tests use it to check that memory does not grow with the number of steps: in the controller's
+aggregator and outbox, and in the driver's result, metrics, curves, callbacks, trackers, progress.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,38 +24,38 @@ from distplat.platform.disk import BackgroundWriter
 from distplat.platform.progress import EvalReport, ReportAggregator, StepReport, Summary
 
 RANKS = 2
-_AT_A_TIME = 50
+_STEPS_PER_POLL = 50
 """Steps between two polls of the driver."""
-_EVALUATED = 10
+_EVALUATION_EVERY = 10
 """Steps between two evaluations."""
 _SECONDS = {"data": 1e-4, "compute": 1e-3, "exchange": 1e-4, "update": 1e-4}
 _FIGURES = {"sent_bytes": 4e6, "waiting_s": 0.01, "working_s": 0.02, "exposed_s": 0.01}
 
 
 class Silent:
-    """A tracker that keeps nothing."""
+    """A tracker that discards all figures."""
 
     id = "none"
 
     def __init__(self, project: str, job: Any, folder: Path, known: str | None) -> None: ...
 
     def write(self, step: int, points: dict[str, float]) -> None:
-        """Take figures."""
+        """Discard figures."""
 
     def close(self, failed: bool) -> None:
-        """End."""
+        """See `Tracker`."""
 
 
 def _reports(step: int, steps: int) -> Sequence[StepReport | EvalReport]:
     loss = 1.0 + 1.0 / (step + 1)
-    found: list[StepReport | EvalReport] = [
+    reports: list[StepReport | EvalReport] = [
         StepReport(rank, step, step // 1000, loss, 8, dict(_SECONDS), steps, dict(_FIGURES))
         for rank in range(RANKS)
     ]
-    if (step + 1) % _EVALUATED == 0:
+    if (step + 1) % _EVALUATION_EVERY == 0:
         sums = {"loss": 8 * loss, "accuracy": 4.0}
-        found += [EvalReport(rank, step + 1, 8, dict(sums)) for rank in range(RANKS)]
-    return found
+        reports += [EvalReport(rank, step + 1, 8, dict(sums)) for rank in range(RANKS)]
+    return reports
 
 
 def _job_of(folder: Path, steps: int) -> dict[str, Any]:
@@ -65,9 +65,9 @@ def _job_of(folder: Path, steps: int) -> dict[str, Any]:
         "storage_path": str(folder),
         "trackers": ["mlflow"],
         "early_stop": {"metric": "loss", "mode": "min", "patience": steps},
-        "evaluation": {"every_steps": _EVALUATED},
+        "evaluation": {"every_steps": _EVALUATION_EVERY},
         "checkpoint": {
-            "every_steps": 10 * _EVALUATED,
+            "every_steps": 10 * _EVALUATION_EVERY,
             "keep_best": {"metric": "loss", "mode": "min"},
         },
         "max_time_s": 1e7,
@@ -83,14 +83,14 @@ def run(
     leased: bool = False,
 ) -> Result:
     """
-    Make a run of so many steps.
+    Run the driver with synthetic reports.
 
     Args:
         folder: for the run directory.
-        steps: of the run.
-        patch: puts the made-up ranks in the place of Ray.
-        seen: is told after every so many steps how many there were.
-        leased: whether steps and evaluations come in any order, as under `ps-async`.
+        steps: number of steps.
+        patch: replaces Ray by the synthetic reports.
+        seen: called with the number of steps at each poll.
+        leased: whether steps and evaluations are reported in any order, as under `ps-async`.
     """
 
     def feed(launch: Launch, handlers: RunHandlers, stopping: object) -> None:
@@ -104,14 +104,14 @@ def run(
                     outbox.put(summary)
                     for finished in checkpoints.take_finished():
                         outbox.put(finished)
-            if (step + 1) % _AT_A_TIME == 0 or step + 1 == steps:
-                for told in outbox.take(step // _AT_A_TIME + 1):
-                    handlers.on_summary(told)
+            if (step + 1) % _STEPS_PER_POLL == 0 or step + 1 == steps:
+                for record in outbox.take(step // _STEPS_PER_POLL + 1):
+                    handlers.on_summary(record)
                     handlers.ending()
                 seen(step + 1)
 
     def wait(writer: BackgroundWriter[Any], record: Any) -> None:
-        writer._queue.maxsize = _AT_A_TIME  # steps come faster here than a disk takes them
+        writer._queue.maxsize = _STEPS_PER_POLL  # synthetic steps are faster than the disk
         writer._queue.put(record)
 
     patch.setattr("distplat.actors.trainer.train_on_ray", feed)

@@ -37,16 +37,16 @@ class Teacher(nn.Module):
 
     forwards: Tensor
 
-    def __init__(self, way: str, late: int = 0) -> None:
+    def __init__(self, update: str, first_update: int = 0) -> None:
         super().__init__()
-        self.way, self.late = way, late
+        self.update, self.first_update = update, first_update
         self.student = nn.Linear(6, 3, dtype=WIDE)
         self.teacher = copy.deepcopy(self.student).requires_grad_(requires_grad=False)
         self.register_buffer("forwards", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
         self.forwards += 1
-        if self.training and self.forwards > self.late:
+        if self.training and self.forwards > self.first_update:
             self._follow()
         outputs: Tensor = self.student(x) - 0.5 * self.teacher(x)
         return outputs
@@ -55,9 +55,9 @@ class Teacher(nn.Module):
     def _follow(self) -> None:
         pairs = zip(self.student.parameters(), self.teacher.parameters(), strict=True)
         for own, slow in pairs:
-            if self.way == "in place":
+            if self.update == "in place":
                 slow.mul_(0.7).add_(own, alpha=0.3)
-            elif self.way == "data in place":
+            elif self.update == "data in place":
                 slow.data.mul_(0.7).add_(own.data, alpha=0.3)
             else:
                 slow.data = slow.data * 0.7 + own.data * 0.3

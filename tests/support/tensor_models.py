@@ -1,4 +1,4 @@
-"""Models with plans that split them, and their training on the ranks of a tensor group."""
+"""Models with tensor-parallel plans, and their training on the ranks of a tensor group."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from distplat.strategies.tensor.parallelize import parallelize
 
 
 class Gated(nn.Module):
-    """Two layers of columns beside each other, as in LLaMA; sizes that no rank count divides."""
+    """Two parallel column layers, as in LLaMA, with sizes that are not divisible by the ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Gated(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention; query, key and value by one layer, or the last two by one."""
+    """Causal attention; one layer computes query, key and value, or only key and value."""
 
     def __init__(self, width: int, heads: int, *, fused: bool) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class Attention(nn.Module):
 
 
 class Cross(nn.Module):
-    """torch's attention: sequence first, keys of another size, a mask, and its weights are used."""
+    """`nn.MultiheadAttention`, sequence first, other key size, mask; weights are used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Cross(nn.Module):
 
 
 class Padded(nn.Module):
-    """torch's attention: batch first, a bias for every head, some keys hidden."""
+    """`nn.MultiheadAttention`, batch first, a bias per head, padded keys."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Padded(nn.Module):
 
 
 class Inception(nn.Module):
-    """Branches of unlike cost; one has nothing to train, one a norm with running statistics."""
+    """Branches of different cost: one without parameters, one with running statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Inception(nn.Module):
 
 
 class Bypass(nn.Module):
-    """A branch that computes nothing, on a rank that has no other; its input goes past it, too."""
+    """An identity branch, the only branch of its rank, and a residual connection."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -222,15 +222,15 @@ class Outcome:
 
     outputs: list[Tensor]
     state: dict[str, Tensor]
-    """On rank 0: all tensors in full."""
+    """Full tensors, on rank 0."""
     gradients: dict[str, Tensor]
-    """On rank 0: of the last step, in full."""
+    """Full gradients of the last step, on rank 0."""
     own: dict[str, Tensor]
-    """The rank's gradients of what is not split."""
+    """Gradients of replicated parameters."""
 
 
 def whole(case: Case, steps: int) -> Outcome:
-    """Train the whole model in one process."""
+    """Train the model in one process."""
     torch.manual_seed(0)
     model = case.build()
     outputs = trained(model, case.inputs, steps)
@@ -268,7 +268,7 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Lone:
-    """A rank of a group without other ranks, to test what a rank computes between exchanges."""
+    """A rank of a group without other ranks, for tests of local computation."""
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world, self.sums = rank, world, 0
@@ -286,7 +286,7 @@ def ranks(
 ) -> list[dict[str, Tensor]]:
     """Split a model over ranks as threads, and return the result of `run` on each."""
     fabric = Fabric(world)
-    models = [build() for _ in range(world)]  # one after the other: they share one generator
+    models = [build() for _ in range(world)]  # in sequence: all models use the same generator
 
     def body(rank: int) -> dict[str, Tensor]:
         group = fabric.collective(rank)

@@ -1,4 +1,4 @@
-"""Checkpoints that are uploaded to `odd://`, see `storages`."""
+"""Uploads of checkpoints to the file system of `storages`."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ def checkpoint(catalogue: Catalogue, step: int) -> None:
 
 def copy_of(folder: Path, warnings: list[str] | None = None, limit_s: float = 20.0) -> RunUpload:
     storage = RemoteStorage(f"odd://bucket/{folder.name}", limit_s)
-    told = warnings if warnings is not None else []
-    return RunUpload(folder, storage, told.append, poll_s=0.01)
+    messages = warnings if warnings is not None else []
+    return RunUpload(folder, storage, messages.append, poll_s=0.01)
 
 
 def uploaded(tmp_path: Path, steps: tuple[int, ...]) -> str:

@@ -10,7 +10,7 @@ from distplat.strategies.verification.references import references
 from distplat.strategies.verification.verdicts import Row, judge
 
 
-def rows(kind: type[Task], drawn: Job) -> dict[str, Row]:
-    """Return the rows of the report, by check."""
-    found = judge(drawn, references(drawn, make(kind)), engine(kind))
-    return {row.check: row for row in found}
+def rows(task_type: type[Task], job: Job) -> dict[str, Row]:
+    """Verify in memory; return the rows of the report by check."""
+    report = judge(job, references(job, make(task_type)), engine(task_type))
+    return {row.check: row for row in report}

@@ -1,11 +1,11 @@
 """
-Take away what macOS has not, then run command lines: `without_linux.py '[["list"], ["--help"]]'`.
+Simulate macOS, then run command lines: `without_linux.py '[["list"], ["--help"]]'`.
 
-What others wrote is imported first, for their builds are those of this system. So only what
-distplat itself does is put to the test. Prints the exit codes as JSON, after all that is printed.
+Libraries are imported first, as their Linux builds need Linux: only code of distplat is tested. The
+last line of the output is the list of exit codes as JSON.
 """
 
-import asyncio  # noqa: F401  before `epoll` goes
+import asyncio  # noqa: F401  before `epoll` is removed
 import json
 import multiprocessing  # noqa: F401
 import os
@@ -16,11 +16,11 @@ import sys
 import sysconfig
 from importlib import import_module
 
-OTHERS = (
+LIBRARIES = (
     *("ray", "ray.job_submission", "requests", "aiohttp", "psutil", "typer", "pydantic", "yaml"),
     *("rich.table", "rich.console", "numpy", "cloudpickle", "fsspec"),
 )
-GONE = {
+LINUX_ONLY = {
     os: (
         *("memfd_create", "eventfd", "pidfd_open", "sched_getaffinity", "sched_setaffinity"),
         *("O_TMPFILE", "O_PATH", "O_DIRECT", "O_NOATIME", "posix_fallocate", "posix_fadvise"),
@@ -32,12 +32,12 @@ GONE = {
 SYMBOLS = ("prctl", "syscall", "mallopt", "malloc_trim")
 
 
-def take_away() -> None:
-    """Simulate macOS, as far as possible within a process."""
-    for name in OTHERS:
+def simulate_macos() -> None:
+    """Remove Linux APIs, and refuse access to /proc."""
+    for name in LIBRARIES:
         import_module(name)
-    sysconfig.get_config_vars()  # read from a file that is named after the system
-    for module, names in GONE.items():
+    sysconfig.get_config_vars()  # reads a file named after the system
+    for module, names in LINUX_ONLY.items():
         for name in names:
             if hasattr(module, name):
                 delattr(module, name)
@@ -54,12 +54,12 @@ def _refuse(event: str, args: tuple[object, ...]) -> None:
 
 
 if __name__ == "__main__":
-    take_away()
+    simulate_macos()
     from distplat.cli.main import run
 
     codes = [run(command) for command in json.loads(sys.argv[1])]
     try:
         import distplat.actors.memory.futex  # noqa: F401
     except AttributeError:
-        codes.append(-1)  # what needs Linux does not come: the test tests something
+        codes.append(-1)  # proves that the simulation has an effect
     print(json.dumps(codes))

@@ -63,9 +63,9 @@ class Deadly(Words):
     Kills a process once.
 
     Args:
-        marker: file created once a process was killed.
-        at: number of the loss call at which the first process to reach it kills; 0: never.
-        victim: class of actors, one of which is killed; empty: the process itself.
+        marker: file created by the first process that kills.
+        at: number of the loss call that kills; 0: none.
+        victim: actor class; one of its actors is killed. Empty: the calling process.
         pause: minimum duration of each loss call, in seconds.
     """
 

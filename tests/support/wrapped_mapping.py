@@ -11,28 +11,28 @@ class WrappedMapping(MutableMapping[str, Any]):
     A view of another mapping.
 
     Args:
-        held: the other mapping.
+        wrapped: the other mapping.
     """
 
-    def __init__(self, held: MutableMapping[str, Any]) -> None:
-        self.held = held
+    def __init__(self, wrapped: MutableMapping[str, Any]) -> None:
+        self.wrapped = wrapped
 
     @override
     def __getitem__(self, key: str) -> Any:
-        return self.held[key]
+        return self.wrapped[key]
 
     @override
     def __setitem__(self, key: str, value: Any) -> None:
-        self.held[key] = value
+        self.wrapped[key] = value
 
     @override
     def __delitem__(self, key: str) -> None:
-        del self.held[key]
+        del self.wrapped[key]
 
     @override
     def __iter__(self) -> Iterator[str]:
-        return iter(self.held)
+        return iter(self.wrapped)
 
     @override
     def __len__(self) -> int:
-        return len(self.held)
+        return len(self.wrapped)

@@ -82,7 +82,7 @@ def test_rebuilds_dict_with_items_as_attributes() -> None:
 def test_rebuilds_other_mappings() -> None:
     other = rebuilt(value := WrappedMapping({"a": 1, "b": 2}), [3, 4])
     assert type(other) is WrappedMapping
-    assert (value.held, other.held) == ({"a": 1, "b": 2}, {"a": 3, "b": 4})
+    assert (value.wrapped, other.wrapped) == ({"a": 1, "b": 2}, {"a": 3, "b": 4})
     assert rebuilt(Counter(a=3), [5]) == Counter(a=5)
     assert rebuilt(Encoded(1, 2, "text"), [3, 4]) == Encoded(3, 4, "text")
 
