@@ -233,7 +233,7 @@ def test_resumed_run_rolls_back_to_its_initial_checkpoint(
 def test_rollback_reads_while_no_checkpoint_is_deleted(
     launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, reading = threading.Event(), threading.Event()
+    gate = threading.Event()
     keep = launch.job.checkpoint.model_copy(update={"num_to_keep": 1})
     launch = replace(launch, job=launch.job.model_copy(update={"checkpoint": keep}))
 
@@ -247,9 +247,12 @@ def test_rollback_reads_while_no_checkpoint_is_deleted(
     original = checkpoints._catalogue.newest
 
     def newest(warn: Any, moved: Any) -> Any:
-        reading.set()
         gate.set()
-        time.sleep(0.3)  # meanwhile the writer finishes step 2, except for the deletion of step 1
+        until = time.monotonic() + 30.0
+        while not checkpoints._catalogue.path(2).is_dir():
+            assert time.monotonic() < until, "the writer does not finish step 2"
+            time.sleep(0.01)
+        time.sleep(0.1)  # now the writer would delete step 1
         assert checkpoints._catalogue.path(1).is_dir()
         return original(warn, moved)
 
