@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import marks
 import psutil
 import pytest
 import ray
@@ -17,6 +18,8 @@ from ray.experimental.internal_kv import _internal_kv_list
 CLEANUP_TIMEOUT_S = 30.0
 TIMEOUT_S = 240
 """A process of Ray starts in 3 s, on a busy machine in 30 s; some tests start ten processes."""
+LONGEST = "test_jobs", "test_hierarchical", "test_submit"
+"""Modules with their own Ray, the longest first."""
 MARK = "TESTED_BY"
 """Environment variable of the tests' child processes: `<pid>:<module>`, or `<pid>:local_ray`."""
 LOCAL_RAY = f"{os.getpid()}:local_ray"
@@ -33,19 +36,21 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(_HERE), str(_HERE.parent / "supp
 os.environ["RAY_kill_worker_timeout_milliseconds"] = "500"
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` is evaluated
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     Run the modules that share a Ray first: a module with its own Ray ends the shared one.
 
-    The longest of the other modules runs next, so that one process is not left with it at the end.
+    The longest of the others run next, so that one process is not left with them at the end.
     """
+    marks.mark_sweeps(items)
     for item in items:
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIMEOUT_S))
     items.sort(
         key=lambda item: (
             "local_ray" not in getattr(item, "fixturenames", ()),
-            "test_jobs.py" not in item.nodeid,
+            *(f"{name}.py" not in item.nodeid for name in LONGEST),
         )
     )
 

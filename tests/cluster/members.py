@@ -202,24 +202,33 @@ class Pool:
     def __init__(self, **options: object) -> None:
         self._cls = ray.remote(Member).options(num_cpus=0.5, max_concurrency=4, **options)
         self._members: list[Any] = []
+        self._taken = 0
 
     def take(self, count: int) -> list[Any]:
         while len(self._members) < count:
             self._members.append(self._cls.remote())
-        ray.get([member.pid.remote() for member in self._members], timeout=150)  # before deadlines
-        return self._members[:count]
+        taken, self._taken = self._members[:count], count
+        ray.get([member.pid.remote() for member in taken], timeout=150)  # before deadlines
+        return taken
 
     def give_back(self) -> None:
-        """Let all members leave the test's group, and remove dead ones."""
-        leaving = [actor.leave.remote() for actor in self._members]
+        """
+        Let the members leave the test's group, and replace dead ones.
+
+        Replacements start while the next tests run, unless these need all members.
+        """
+        taken, others = self._members[: self._taken], self._members[self._taken :]
+        leaving = [actor.leave.remote() for actor in taken]
         alive = []
-        for actor, call in zip(self._members, leaving, strict=True):
+        for actor, call in zip(taken, leaving, strict=True):
             try:
                 ray.get(call, timeout=60)
                 alive.append(actor)
             except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
                 ray.kill(actor)
-        self._members = alive
+        lost = self._taken - len(alive)
+        self._members = [*alive, *others, *(self._cls.remote() for _ in range(lost))]
+        self._taken = 0
 
 
 def call_all(actors: list[Any], method: str, *args: object) -> list[Any]:

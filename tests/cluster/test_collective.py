@@ -121,6 +121,7 @@ def test_lost_rank_is_named(victim: int, number: int, members: Take) -> None:
     ray.kill(actors[victim])
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("operation", ["all_reduce", "start_all_reduce", "barrier", "recv"])
 def test_abort_ends_a_blocked_operation(operation: str, backend: str, members: Take) -> None:

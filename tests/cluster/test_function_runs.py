@@ -94,6 +94,7 @@ def test_ddp_script_restarts_after_a_lost_rank(strategy: Any, tmp_path: Path) ->
         assert torch.equal(saved[name], state_of(result)[name])
 
 
+@pytest.mark.slow
 def test_reports_the_root_cause_of_failed_ranks(tmp_path: Path) -> None:
     with pytest.raises(UserCodeError) as caught:
         fit(2, tmp_path, "script", raise_in=2)

@@ -104,6 +104,7 @@ def test_trace_of_two_stages_and_two_replicas(tmp_path: Path) -> None:
     assert all(0 < s.figures["stage_busy_s"] < s.figures["pipeline_s"] for s in result.history)
 
 
+@pytest.mark.slow
 def test_pipeline_matches_one_worker(tmp_path: Path) -> None:
     """Over gloo, interleaved: activations and gradients share a channel. No dropout."""
     small = {"task": "tasks_for_tests:Deep", "steps": 12, "epochs": None}

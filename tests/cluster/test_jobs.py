@@ -7,7 +7,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -29,6 +30,16 @@ from heads import (
 from marks import slow
 
 pytestmark = pytest.mark.cluster
+
+RunCommand = Callable[[str], "subprocess.CompletedProcess[str]"]
+
+
+def run_concurrently(
+    run_command: RunCommand, *commands: str
+) -> "list[subprocess.CompletedProcess[str]]":
+    """Run commands at the same time, since each takes a second to start; return their results."""
+    with ThreadPoolExecutor(len(commands)) as pool:
+        return list(pool.map(run_command, commands))
 
 
 @pytest.fixture(scope="module")
@@ -71,20 +82,22 @@ def test_remote_job_is_followed_to_its_result(
     assert "'.env'" not in completed.stderr
     assert not (folder / "runs").exists()
 
-    def run_command(*command: str) -> str:
-        answer = run_distplat(*command, "--address", head.url, environ=head.environ, cwd=folder)
-        assert answer.returncode == 0, answer.stderr
-        return answer.stdout
+    def run_command(command: str) -> "subprocess.CompletedProcess[str]":
+        args = *command.split(), "--address", head.url
+        return run_distplat(*args, environ=head.environ, cwd=folder)
 
-    listed = json.loads(run_command("list", "-o", "json", "--status", "succeeded"))
-    assert [job["id"] for job in listed["jobs"]] == [job_id]
-    assert re.search(rf"{job_id} +line +SUCCEEDED +{strategy} +1 +\d+s\n", run_command("list"))
-    assert "status     SUCCEEDED\n" in run_command("status", job_id)
-    log = run_command("logs", job_id)
+    of_one_job = (f"{command} {job_id}" for command in ("status", "logs", "stop"))
+    commands = "list -o json --status succeeded", "list", *of_one_job
+    answers = run_concurrently(run_command, *commands)
+    assert [answer.returncode for answer in answers] == [0] * len(commands), answers
+    listed, table, status, log, stopped = (answer.stdout for answer in answers)
+    assert [job["id"] for job in json.loads(listed)["jobs"]] == [job_id]
+    assert re.search(rf"{job_id} +line +SUCCEEDED +{strategy} +1 +\d+s\n", table)
+    assert "status     SUCCEEDED\n" in status
     assert "step 40/40" in log
     assert "distplat-result" not in log
     assert f"strategy       {strategy}\n" in log
-    assert run_command("stop", job_id) == f"{job_id}: already SUCCEEDED\n"
+    assert stopped == f"{job_id}: already SUCCEEDED\n"
 
 
 def test_failing_task_prints_traceback_of_user_code(token_head: Head, folder: Path) -> None:
@@ -116,22 +129,22 @@ def test_ctrl_c_detaches_from_remote_job(token_head: Head, folder: Path) -> None
     def run_command(command: str) -> "subprocess.CompletedProcess[str]":
         return run_distplat(*command.split(), environ=head.environ, cwd=folder)
 
-    assert "status    RUNNING\n" in run_command(f"status slow --address {head.url}").stdout
+    commands = (f"status {name} --address {head.url}" for name in ("slow", "slwo"))
+    running, unknown = run_concurrently(run_command, *commands)
+    assert "status    RUNNING\n" in running.stdout
+    assert unknown.returncode == 2
+    assert "did you mean 'slow'?" in unknown.stderr
     plain = {name: value for name, value in head.environ.items() if name != "RAY_AUTH_MODE"}
     joined = run_distplat(
         *f"scale nobody --workers 1 --address {head.gcs}".split(), environ=plain, cwd=folder
     )
     assert (joined.returncode, "'nobody' is running" in joined.stderr) == (2, True), joined.stderr
     assert run_command(stop[1]).stdout == "slow: STOPPED\n"
-    again = run_command(stop[1])
+    again, followed = run_concurrently(run_command, stop[1], follow[1])
     assert (again.returncode, again.stdout) == (0, "slow: already STOPPED\n")
-    followed = run_command(follow[1])
     assert followed.returncode == 4
     assert "step 1/5000" in followed.stdout
     assert "the run is asked to stop" in followed.stdout, "`stop` calls the controller"
-    unknown = run_command(f"status slwo --address {head.url}")
-    assert unknown.returncode == 2
-    assert "did you mean 'slow'?" in unknown.stderr
 
 
 @pytest.mark.parametrize(

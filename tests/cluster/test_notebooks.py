@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from heads import clean_environ, short_folder
+from marks import slow
 
 pytestmark = pytest.mark.cluster
 
@@ -92,25 +93,30 @@ def final_loss(workers, target):
         fields["data"] = {"num_workers": loaders}
     scaling = {"num_workers": workers, "resources_per_worker": {"CPU": 0.5}}
     failure = {"start_timeout_s": 300, "step_timeout_s": 300, "heartbeat_timeout_s": 120}
-    job = {"name": "cell", "strategy": "ps-sync", "scaling": scaling, "failure": failure}
+    job = {"name": "cell", "strategy": sys.argv[2], "scaling": scaling, "failure": failure}
     return distplat.Trainer({**job, **fields}, target, progress=False).fit().metrics["loss"]
 
 
 ray.init(address="local", include_dashboard=False, num_cpus=4, _temp_dir=sys.argv[1])
 targets = {"task": local_task(), "function": loop}
-losses = {name: [final_loss(n, target) for n in (0, 2)] for name, target in targets.items()}
+counts = 0, int(sys.argv[3])
+losses = {name: [final_loss(n, target) for n in counts] for name, target in targets.items()}
 print(json.dumps(losses))
 """
 
 
 @pytest.mark.timeout(600)
-def test_script_on_stdin_trains_its_task_and_function(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("strategy", "workers"), [("ring", 1), slow("ps-sync", 2)])
+def test_script_on_stdin_trains_its_task_and_function(
+    strategy: str, workers: int, tmp_path: Path
+) -> None:
     """Workers and loaders cannot import the script: its definitions are pickled."""
     home = short_folder()
     environ = {**clean_environ(home, "disabled"), "RAY_ADDRESS": "local"}
     options = {"input": SCRIPT, "text": True, "env": environ, "cwd": tmp_path, "timeout": 550}
     try:
-        completed = subprocess.run([sys.executable, "-", str(home)], capture_output=True, **options)  # type: ignore[call-overload]
+        command = [sys.executable, "-", str(home), strategy, str(workers)]
+        completed = subprocess.run(command, capture_output=True, **options)  # type: ignore[call-overload]
     finally:
         shutil.rmtree(home, ignore_errors=True)
     assert completed.returncode == 0, completed.stderr

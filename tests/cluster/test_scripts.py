@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from heads import BIN, run_distplat, script_environ, short_folder, start_distplat
+from marks import slow
 
 pytestmark = pytest.mark.cluster
 
@@ -41,13 +42,14 @@ def pids(process: "subprocess.Popen[str]", count: int) -> list[int]:
     return found
 
 
+@pytest.mark.parametrize("workers", ["1", slow("2")])
 def test_ddp_script_prints_the_same_as_under_torchrun(
-    environ: dict[str, str], tmp_path: Path
+    workers: str, environ: dict[str, str], tmp_path: Path
 ) -> None:
-    command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", workers, str(SCRIPT)]
     torchrun = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=90)
     assert torchrun.returncode == 0, torchrun.stderr
-    args = ("submit", "--num-workers", "2", "-o", "json", "--", "python", str(SCRIPT))
+    args = ("submit", "--num-workers", workers, "-o", "json", "--", "python", str(SCRIPT))
     submit = run_distplat(*args, environ=environ, cwd=tmp_path)
     assert submit.returncode == 0, submit.stderr
     facts = json.loads(submit.stdout)
@@ -57,6 +59,7 @@ def test_ddp_script_prints_the_same_as_under_torchrun(
     assert all(f"[0] {line}" in submit.stderr.splitlines() for line in log.splitlines())
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_processes(environ: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "wait.py").write_text(WAITING)
     args = ["submit", "--num-workers", "2", "--", "python", "wait.py"]
