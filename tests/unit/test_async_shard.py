@@ -18,7 +18,7 @@ from distplat.platform.spec import Consistency
 from distplat.strategies.server.dense_store import DenseStore
 from distplat.strategies.server.staleness import Staleness
 
-RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "200"))
+RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "100"))
 """Number of examples; more in `make test-all`."""
 SIZE, WORLD = 37, 3
 ASYNC = Consistency(asynchronous=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from lin_task import TASK
+from marks import slow
 
 import distplat
 from distplat.cli import render
@@ -344,7 +345,7 @@ def test_closed_output_pipe_is_no_error() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full exists only on Linux")
-@pytest.mark.parametrize("args", [["strategies"], ["strategies", "-o", "json"], ["--help"]])
+@pytest.mark.parametrize("args", [["strategies"], slow(["strategies", "-o", "json"]), ["--help"]])
 def test_reports_full_disk_of_the_output(args: list[str]) -> None:
     with open("/dev/full", "w") as full:
         process = subprocess.run(

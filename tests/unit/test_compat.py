@@ -362,11 +362,13 @@ def assert_runs(code: str) -> None:
     assert process.returncode == 0, process.stderr
 
 
-def test_compiled_module_does_not_import_the_compiler() -> None:
-    code = """import sys
-from torch import nn
-from distplat.strategies.torch_compat import compiled_module
-assert compiled_module(nn.Linear(1, 1)) is None
+def test_neither_a_module_nor_an_optimizer_imports_the_compiler() -> None:
+    code = """import sys, torch
+from distplat.strategies.torch_compat import avoid_compiler_import, compiled_module
+assert compiled_module(torch.nn.Linear(1, 1)) is None
+assert "torch._dynamo" not in sys.modules
+avoid_compiler_import()
+torch.optim.SGD([torch.zeros(1)], lr=0.1)
 assert "torch._dynamo" not in sys.modules"""
     assert_runs(code)
 
@@ -385,15 +387,6 @@ def test_call_compiled_uses_the_given_compiler() -> None:
     inputs = torch.ones(3, 2)
     assert torch.equal(module(inputs), module.forward(inputs))
     assert len(calls) == 1
-
-
-def test_optimizer_does_not_import_the_compiler() -> None:
-    code = """import sys, torch
-from distplat.strategies.torch_compat import avoid_compiler_import
-avoid_compiler_import()
-torch.optim.SGD([torch.zeros(1)], lr=0.1)
-sys.exit("torch._dynamo" in sys.modules)"""
-    assert_runs(code)
 
 
 def test_after_backward_runs_at_the_end_and_propagates_errors() -> None:
@@ -471,8 +464,7 @@ def test_random_op_watch_sees_random_operations() -> None:
     assert len(events) == 3
 
 
-def test_counts_compiled_frames_and_excludes_hooks() -> None:
-    code = """import torch
+COUNTS_FRAMES = """import torch
 from distplat.strategies.torch_compat import frames_compiled, not_compiled
 before = frames_compiled()
 compiled = torch.compile(lambda x: x + 1, backend="eager")
@@ -494,13 +486,9 @@ for wrap, is_compiled in ((lambda call: call, True), (not_compiled, False)):
     step(torch.tensor(0.5))
     assert any("erfinv" in text for text in graphs) == is_compiled, graphs
     graphs.clear()
-    torch._dynamo.reset()"""
-    assert_runs(code)
-
-
-def test_falls_back_to_eager_in_every_thread() -> None:
-    """A model may be prepared in one thread and trained in another."""
-    code = """import threading, torch
+    torch._dynamo.reset()
+"""
+FALLS_BACK = """import threading, torch
 from distplat.strategies.torch_compat import fall_back_to_eager
 
 def broken(graph, inputs):
@@ -512,5 +500,14 @@ results = []
 other = threading.Thread(target=lambda: results.append(compiled(torch.ones(1))), daemon=True)
 other.start()
 other.join(60)
-assert [result.item() for result in results] == [2.0]"""
-    assert_runs(code)
+assert [result.item() for result in results] == [2.0]
+"""
+
+
+def test_counts_compiled_frames_and_falls_back_to_eager_in_every_thread() -> None:
+    """
+    Hooks are excluded; a model may be prepared in one thread and trained in another.
+
+    One process runs both parts, because the import of the compiler takes seconds.
+    """
+    assert_runs(COUNTS_FRAMES + FALLS_BACK)

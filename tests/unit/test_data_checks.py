@@ -165,12 +165,14 @@ def test_sys_exit_in_a_task_is_an_error(where: str, tmp_path: Path) -> None:
     assert error.remedy.startswith("sys.exit() was called")
 
 
+@pytest.mark.usefixtures("loader_server")
 def test_sys_exit_in_a_loader_is_an_error(tmp_path: Path) -> None:
     bad = type("Bad", (Good,), {"train_data": lambda self: ExitsOrRaises()})
     error = training_error(bad, tmp_path, data={"num_workers": 1})
     assert "a loader process ended: sys.exit() in the data set" in error.remedy
 
 
+@pytest.mark.usefixtures("loader_server")
 def test_error_in_a_loader_has_the_original_traceback(tmp_path: Path) -> None:
     bad = type("Bad", (Good,), {"train_data": lambda self: ExitsOrRaises(raises=True)})
     error = training_error(bad, tmp_path, data={"num_workers": 1})

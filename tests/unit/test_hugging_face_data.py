@@ -47,6 +47,7 @@ def test_matches_tensor_data_set_bit_for_bit(workers: int, task_type: type[Task]
     assert same_bits(train(spec, task_type), train(spec, Numbered))
 
 
+@pytest.mark.usefixtures("loader_server")
 def test_iterable_shards_are_not_divided_among_loaders() -> None:
     def shifted_numbers() -> Any:
         data = datasets.Dataset.from_dict({"n": [*range(37)]}).to_iterable_dataset(num_shards=3)

@@ -28,7 +28,7 @@ from distplat.strategies.catalog import make_job
 from distplat.strategies.loop.loop import LeasedLoop
 from distplat.strategies.loop.session import CheckpointPorts
 
-RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "6"))
+RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "3"))
 """`make test-all` runs many more."""
 EPOCHS = 3
 STEPS = EPOCHS * SAMPLES // BATCH

@@ -46,7 +46,8 @@ class Block(nn.Module):
         return x * (1 + 0.1 * self.seen) + sum(self.means) + self.level
 
     def forward(self, x: Tensor) -> Tensor:
-        CALLS.append("inner" if self.inner is None else "outer")
+        if not torch.compiler.is_compiling():  # the graph is compiled anew for each length
+            CALLS.append("inner" if self.inner is None else "outer")
         x = self.remember(x) if self.keeps else x
         self.calls += 1
         self.gain = self.gain + 0.1 * self.calls  # another tensor

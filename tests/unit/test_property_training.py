@@ -1,7 +1,7 @@
 """
 The promise, drawn at random: any model, optimizer and strategy gives what a plain loop gives.
 
-`make test` makes a fixed sample of fifty runs, `make test-all` minutes of others. What is drawn is
+`make test` makes a fixed sample of runs, `make test-all` minutes of others. What is drawn is
 in `tests/support/drawn_tasks.py`, the plain loop is that of `distplat verify`. That it finds faults
 is tested in `test_planted_faults.py`.
 """
@@ -22,7 +22,7 @@ from rank_threads import UNSHRUNK
 
 from distplat.platform.errors import SpecError
 
-RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "10"))
+RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "6"))
 """`make test` draws the same ones each time, `make test-all` many others."""
 
 OPTIMIZERS: list[dict[str, Any]] = [

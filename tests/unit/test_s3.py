@@ -147,7 +147,7 @@ def test_close_reports_missing_files_of_failed_upload(
     if server_stopped:
         bucket[0].stop()
     results: list[str] = []
-    upload = RunUpload(tmp_path, RemoteStorage("s3://nobody/run", 1.5), lambda line: None)
+    upload = RunUpload(tmp_path, RemoteStorage("s3://nobody/run", 0.5), lambda line: None)
     closer = threading.Thread(target=lambda: results.append(upload.close()), daemon=True)
     closer.start()
     closer.join(60)

@@ -224,7 +224,7 @@ def test_rank_reports_no_missing_ranks_after_its_own_pause(
 
     fake_time.sleep = sleep  # type: ignore[attr-defined]
     monkeypatch.setattr(torch_store, "time", fake_time)
-    monkeypatch.setattr(torch_store, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(torch_store, "INTERVAL_S", 0.002)
     store = torch_compat.single_rank_store()
     store.set("heartbeat/1", "7 3")
     numbers = {0: 5, 2: 5} if frozen else {0: 5, 1: 3, 2: 5}

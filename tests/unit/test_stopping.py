@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from marks import slow
 
 from distplat.actors.stopping import Stopping
 
@@ -71,7 +72,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), slow("SIGHUP", 129)])
 def test_signal_ends_command_without_run(name: str, code: int, tmp_path: Path) -> None:
     """The child process that imports the task ends with the command, as at Ctrl-C."""
     (tmp_path / "slow.py").write_text(SLOW_TASK)
