@@ -49,7 +49,7 @@ class StreamEvent:
         self._stream.run(self._count)
 
 
-class Rig:
+class TransferSetup:
     """A transfer of vectors of eight elements, sent in two parts."""
 
     def __init__(self) -> None:
@@ -66,56 +66,56 @@ class Rig:
 
 
 def test_callbacks_run_after_their_copies() -> None:
-    rig = Rig()
-    rig.send(4, 8)
-    rig.send(0, 4)
-    assert rig.sent == [] and rig.shared.sum() == 0
-    rig.stream.go.set()
-    rig.transfer.wait(LIMIT_S)
-    assert rig.sent == [[4, 5, 6, 7], [0, 1, 2, 3]]
-    rig.transfer.close()
+    setup = TransferSetup()
+    setup.send(4, 8)
+    setup.send(0, 4)
+    assert setup.sent == [] and setup.shared.sum() == 0
+    setup.stream.go.set()
+    setup.transfer.wait(LIMIT_S)
+    assert setup.sent == [[4, 5, 6, 7], [0, 1, 2, 3]]
+    setup.transfer.close()
 
 
 def test_to_host_does_not_block() -> None:
     """A blocking copy would wait until the device has finished backward."""
-    rig = Rig()
-    rig.send(4, 8)
-    assert rig.stream.events == ["copy"] and rig.sent == []
-    rig.stream.go.set()
-    rig.transfer.wait(LIMIT_S)
+    setup = TransferSetup()
+    setup.send(4, 8)
+    assert setup.stream.events == ["copy"] and setup.sent == []
+    setup.stream.go.set()
+    setup.transfer.wait(LIMIT_S)
 
 
 def test_to_device_completes_at_join() -> None:
-    rig = Rig()
-    rig.transfer.to_device(rig.values[4:], 4)
-    rig.transfer.to_device(rig.values[:4], 0)
-    assert rig.parameters.sum() == 0
-    rig.transfer.join()
-    assert torch.equal(rig.parameters, rig.values)
-    assert rig.stream.events == ["copy", "copy", "join"]
+    setup = TransferSetup()
+    setup.transfer.to_device(setup.values[4:], 4)
+    setup.transfer.to_device(setup.values[:4], 0)
+    assert setup.parameters.sum() == 0
+    setup.transfer.join()
+    assert torch.equal(setup.parameters, setup.values)
+    assert setup.stream.events == ["copy", "copy", "join"]
 
 
 def test_wait_raises_errors_of_callbacks() -> None:
-    rig = Rig()
+    setup = TransferSetup()
 
     def fail() -> None:
         raise ZeroDivisionError
 
-    rig.transfer.to_host(rig.shared[:4], 0, fail)
-    rig.send(4, 8)
-    rig.stream.go.set()
+    setup.transfer.to_host(setup.shared[:4], 0, fail)
+    setup.send(4, 8)
+    setup.stream.go.set()
     with pytest.raises(ZeroDivisionError):
-        rig.transfer.wait(LIMIT_S)
-    assert rig.sent == [[4, 5, 6, 7]]
-    rig.transfer.wait(LIMIT_S)
+        setup.transfer.wait(LIMIT_S)
+    assert setup.sent == [[4, 5, 6, 7]]
+    setup.transfer.wait(LIMIT_S)
 
 
 def test_wait_times_out_if_a_copy_hangs() -> None:
-    rig = Rig()
-    rig.send(0, 4)
+    setup = TransferSetup()
+    setup.send(0, 4)
     with pytest.raises(DeadlineExceeded, match="this worker's device"):
-        rig.transfer.wait(0.01)
-    rig.stream.go.set()
+        setup.transfer.wait(0.01)
+    setup.stream.go.set()
 
 
 def test_cpu_transfer_is_immediate() -> None:

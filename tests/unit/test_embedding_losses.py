@@ -22,7 +22,7 @@ STEPS = 15
 EPOCHS = 2
 
 
-def words(strategy: dict[str, Any], world: int = 3) -> Job:
+def words_job(strategy: dict[str, Any], world: int = 3) -> Job:
     return job_of(
         strategy,
         world,
@@ -35,7 +35,7 @@ def words(strategy: dict[str, Any], world: int = 3) -> Job:
     )
 
 
-def counted(strategy: dict[str, Any], world: int = 2) -> Job:
+def counting_job(strategy: dict[str, Any], world: int = 2) -> Job:
     """Return a job in which each gradient of a sample changes its row by -1."""
     optimizer = {"name": "SGD", "lr": float(BATCH)}
     return make_job(counting(world, strategy=strategy, optimizer=optimizer, epochs=EPOCHS))
@@ -52,7 +52,7 @@ PS_SYNC = {servers: {"name": "ps-sync", "num_servers": servers} for servers in (
 
 @pytest.fixture(scope="module")
 def undisturbed() -> dict[int, LossyRun]:
-    return {n: train_lossy(words(strategy), Words, []) for n, strategy in PS_SYNC.items()}
+    return {n: train_lossy(words_job(strategy), Words, []) for n, strategy in PS_SYNC.items()}
 
 
 losses = st.builds(
@@ -76,7 +76,7 @@ def test_recovered_synchronous_runs_are_bit_identical(
 ) -> None:
     events = sorted(events, key=lambda event: event.step)
     events = [Loss(e.step, e.rank, e.tables, min(e.shards, servers), e.others_s) for e in events]
-    run = train_lossy(words(PS_SYNC[servers]), Words, events)
+    run = train_lossy(words_job(PS_SYNC[servers]), Words, events)
     assert_same_bits(run, undisturbed[servers])
 
 
@@ -98,20 +98,20 @@ def test_recovered_synchronous_runs_are_bit_identical(
 def test_recovery_resumes_with_the_step_that_a_server_lacks(
     undisturbed: dict[int, LossyRun], servers: int, loss: Loss, resumed_step: int
 ) -> None:
-    run = train_lossy(words(PS_SYNC[servers]), Words, [loss])
+    run = train_lossy(words_job(PS_SYNC[servers]), Words, [loss])
     assert run.starts == [0, resumed_step]
     assert_same_bits(run, undisturbed[servers])
 
 
 def test_resizes_keep_the_result() -> None:
-    alone = train_lossy(words(PS_SYNC[2], world=1), Words, [])
+    alone = train_lossy(words_job(PS_SYNC[2], world=1), Words, [])
     events: list[Loss | Resize] = [
         Resize(4, 3),
         Loss(6, 2, tables=1, shards=2),
         Resize(9, 5),
         Resize(11, 1),
     ]
-    run = train_lossy(words(PS_SYNC[2], world=2), Words, events)
+    run = train_lossy(words_job(PS_SYNC[2], world=2), Words, events)
     assert run.starts == [0, 4, 6, 9, 11]
     np.testing.assert_allclose(run.dense(), alone.dense(), rtol=1e-4, atol=1e-5)
     for number in range(2):
@@ -138,7 +138,7 @@ def test_asynchronous_tables_apply_each_gradient_once(
     strategy: dict[str, Any], shards: int, tables: int
 ) -> None:
     events = [Loss(2, 1, tables, shards), Loss(5, 0, tables, shards)]
-    run = train_lossy(counted(strategy), Counting, events)
+    run = train_lossy(counting_job(strategy), Counting, events)
     assert_each_gradient_counted_once(run)
 
 
@@ -149,7 +149,7 @@ def test_asynchronous_tables_apply_each_gradient_once_across_resizes() -> None:
         Resize(3, 1),
         Resize(6, 2),
     ]
-    run = train_lossy(counted(PS_SYNC[2]), Counting, events)
+    run = train_lossy(counting_job(PS_SYNC[2]), Counting, events)
     assert run.starts == [0, 1, 2, 3, 6]
     assert_each_gradient_counted_once(run)
 

@@ -54,7 +54,7 @@ def strict_stream(encoding: str) -> io.TextIOWrapper:
     return io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
 
 
-def written(stream: io.TextIOWrapper) -> bytes:
+def contents(stream: io.TextIOWrapper) -> bytes:
     buffer = stream.buffer
     assert isinstance(buffer, io.BytesIO)
     return buffer.getvalue()
@@ -65,7 +65,7 @@ def test_view_escapes_unencodable_characters() -> None:
     view = View(out)
     view._print("50%\u2588")
     view._print("next")
-    assert written(out) == b"50%\\u2588\nnext\n"
+    assert contents(out) == b"50%\\u2588\nnext\n"
 
 
 def test_print_batch_escapes_unencodable_characters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,7 @@ def test_print_batch_escapes_unencodable_characters(monkeypatch: pytest.MonkeyPa
         **{"ip": "10.0.0.1", "localhost": "10.0.0.1", "task_name": None, "job": "01000000"},
     }
     ray_compat.print_batch(batch, colored=False)
-    assert written(out) == b"(lin/worker-0 pid=17) 50%\\u2588\n"
+    assert contents(out) == b"(lin/worker-0 pid=17) 50%\\u2588\n"
 
 
 def test_encodable_characters_are_unchanged() -> None:

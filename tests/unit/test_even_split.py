@@ -1,4 +1,4 @@
-"""Cutting a length into parts: complete, in order, as even as the alignment allows."""
+"""`split_evenly` returns complete, ordered parts, as even as the alignment permits."""
 
 from itertools import pairwise
 
@@ -21,12 +21,12 @@ from distplat.platform.even_split import split_evenly
         (10, 3, 16, [(0, 10), (10, 10), (10, 10)]),
     ],
 )
-def test_known_cuts(length: int, parts: int, align: int, bounds: list[tuple[int, int]]) -> None:
+def test_split_evenly(length: int, parts: int, align: int, bounds: list[tuple[int, int]]) -> None:
     assert split_evenly(length, parts, align=align) == bounds
 
 
 @given(st.integers(0, 2000), st.integers(1, 50), st.integers(1, 40))
-def test_any_cut(length: int, parts: int, align: int) -> None:
+def test_any_split_is_complete_and_even(length: int, parts: int, align: int) -> None:
     bounds = split_evenly(length, parts, align=align)
     assert len(bounds) == parts
     assert [bounds[0][0], bounds[-1][1]] == [0, length]
@@ -34,4 +34,4 @@ def test_any_cut(length: int, parts: int, align: int) -> None:
     assert all(stop % align == 0 or stop == length for _, stop in bounds)
     sizes = [stop - start for start, stop in bounds]
     assert min(sizes) >= 0
-    assert max(sizes) - min(sizes) < 2 * align  # so at most 1 where nothing is aligned
+    assert max(sizes) - min(sizes) < 2 * align  # at most 1 without alignment

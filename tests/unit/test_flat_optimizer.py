@@ -63,11 +63,11 @@ DTYPES: dict[str, list[torch.dtype]] = {
 SHAPES = [(5, 7), (7,), (), (3, 2, 4), (33,)]
 
 PATTERNS = {
-    "always": lambda place, step: True,
-    "sometimes": lambda place, step: (place + step) % 3 != 0,
-    "never": lambda place, step: place != 1,
-    "later": lambda place, step: step >= place,
-    "rests": lambda place, step: place != 3 or step in (0, 5),
+    "always": lambda index, step: True,
+    "sometimes": lambda index, step: (index + step) % 3 != 0,
+    "never": lambda index, step: index != 1,
+    "later": lambda index, step: step >= index,
+    "rests": lambda index, step: index != 3 or step in (0, 5),
 }
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -75,19 +75,19 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 3e-2, to
 of a few units in the last place per step in float32. Half-precision types use torch's loop."""
 
 
-class Five(nn.Module):
+class FiveParameters(nn.Module):
     """Five parameters of different shapes."""
 
     def __init__(self, dtypes: list[torch.dtype]) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
-        for place, (shape, dtype) in enumerate(zip(SHAPES, dtypes, strict=True)):
+        for index, (shape, dtype) in enumerate(zip(SHAPES, dtypes, strict=True)):
             values = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-            self.register_parameter(f"p{place}", nn.Parameter(values))
+            self.register_parameter(f"p{index}", nn.Parameter(values))
 
 
-def gradient(place: int, step: int, like: Tensor) -> Tensor:
-    generator = torch.Generator().manual_seed(100 * step + place)
+def gradient(index: int, step: int, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * step + index)
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
 
 
@@ -114,26 +114,26 @@ def param_groups(spec: dict[str, Any], model: nn.Module) -> list[dict[str, Any]]
 
 
 def plain(spec: dict[str, Any], dtypes: list[torch.dtype], pattern: Any) -> list[Tensor]:
-    model = Five(dtypes)
+    model = FiveParameters(dtypes)
     parameters = [*model.parameters()]
     arguments = {key: value for key, value in spec.items() if key not in ("name", "groups")}
     groups = param_groups(spec, model)
     optimizer = getattr(torch.optim, spec["name"])(groups, foreach=False, **arguments)
     for step in range(STEPS):
-        for place, parameter in enumerate(parameters):
-            used = pattern(place, step)
-            parameter.grad = gradient(place, step, parameter) if used else None
+        for index, parameter in enumerate(parameters):
+            used = pattern(index, step)
+            parameter.grad = gradient(index, step, parameter) if used else None
         optimizer.step()
     return [parameter.detach() for parameter in parameters]
 
 
-class Flat:
+class FlatRun:
     """An optimizer on a flat vector, whole or in shards."""
 
     def __init__(self, spec: dict[str, Any], dtypes: list[torch.dtype], cuts: int = 1) -> None:
         self.optimizer = ADAPTER.validate_python(spec)
-        self.flat = FlatModel(Five(dtypes), group_of=self.optimizer.group_of)
-        self.places = [int(slot.name[1:]) for slot in self.flat.slots]
+        self.flat = FlatModel(FiveParameters(dtypes), group_of=self.optimizer.group_of)
+        self.indices = [int(slot.name[1:]) for slot in self.flat.slots]
         size = -(-self.flat.size // cuts // 16) * 16
         bounds = [min(size * number, self.flat.size) for number in range(cuts)] + [self.flat.size]
         self.runs = list(itertools.pairwise(bounds))
@@ -146,12 +146,12 @@ class Flat:
         return FlatOptimizer(self.optimizer, *vectors, flat.layout.cut(start, stop))
 
     def step(self, step: int, pattern: Any) -> None:
-        present = np.array([pattern(place, step) for place in self.places])
+        present = np.array([pattern(index, step) for index in self.indices])
         self.flat.grads.zero_()
-        for place, slot, used in zip(self.places, self.flat.slots, present, strict=True):
+        for index, slot, used in zip(self.indices, self.flat.slots, present, strict=True):
             if used:
                 view = slot.view(self.flat.grads)
-                view.copy_(gradient(place, step, view))
+                view.copy_(gradient(index, step, view))
         for optimizer in self.optimizers:
             optimizer.step(self.optimizer.rates(), present)
 
@@ -163,7 +163,7 @@ def name_of(spec: dict[str, Any]) -> str:
     return "-".join(str(value) for key, value in spec.items() if key != "groups")
 
 
-def check(ours: list[Tensor], expected: list[Tensor]) -> None:
+def assert_close_to_torch(ours: list[Tensor], expected: list[Tensor]) -> None:
     for actual, reference in zip(ours, expected, strict=True):
         limit = TOLERANCE[actual.dtype]
         torch.testing.assert_close(actual, reference, rtol=limit, atol=limit, equal_nan=True)
@@ -176,10 +176,10 @@ def check(ours: list[Tensor], expected: list[Tensor]) -> None:
 def test_matches_torch(spec: dict[str, Any], dtypes: list[torch.dtype], pattern: Any) -> None:
     expected = plain(spec, dtypes, pattern)
     for cuts in (1, 3):
-        ours = Flat(spec, dtypes, cuts)
+        ours = FlatRun(spec, dtypes, cuts)
         for step in range(STEPS):
             ours.step(step, pattern)
-        check(ours.parameters(), expected)
+        assert_close_to_torch(ours.parameters(), expected)
 
 
 @pytest.mark.sweep(6)
@@ -208,7 +208,7 @@ def test_any_groups_match_torch(random: Random) -> None:
     "spec", [*OPTIMIZERS, *(with_groups(spec, "p2", "p0,p4") for spec in OPTIMIZERS)], ids=name_of
 )
 def test_state_round_trip_keeps_the_bits(spec: dict[str, Any], pattern: Any) -> None:
-    whole, reloaded = Flat(spec, DTYPES["mixed"], 2), Flat(spec, DTYPES["mixed"], 2)
+    whole, reloaded = FlatRun(spec, DTYPES["mixed"], 2), FlatRun(spec, DTYPES["mixed"], 2)
     for step in range(STEPS):
         whole.step(step, pattern)
         states = [optimizer.state() for optimizer in reloaded.optimizers]
@@ -221,14 +221,14 @@ def test_state_round_trip_keeps_the_bits(spec: dict[str, Any], pattern: Any) -> 
 
 @pytest.mark.parametrize("spec", OPTIMIZERS, ids=name_of)
 def test_state_has_vectors_and_per_parameter_numbers(spec: dict[str, Any]) -> None:
-    ours = Flat(spec, DTYPES["mixed"])
+    ours = FlatRun(spec, DTYPES["mixed"])
     assert ours.optimizers[0].state() == {}
     ours.step(0, PATTERNS["later"])
     state = ours.optimizers[0].state()
     if not state:
         assert spec["name"] == "SGD" and "momentum" not in spec
         return
-    used = [ours.places[place] for place in torch.nonzero(state.pop(USED)).flatten().tolist()]
+    used = [ours.indices[index] for index in torch.nonzero(state.pop(USED)).flatten().tolist()]
     assert used == [0]
     for name, value in state.items():
         if name.startswith(PER_PARAMETER):
@@ -238,7 +238,7 @@ def test_state_has_vectors_and_per_parameter_numbers(spec: dict[str, Any]) -> No
 
 
 def test_equal_parameters_are_one_operation_per_segment() -> None:
-    ours = Flat({"name": "AdamW", "lr": 0.1}, DTYPES["mixed"])
+    ours = FlatRun({"name": "AdamW", "lr": 0.1}, DTYPES["mixed"])
     optimizer = ours.optimizers[0]
     for step in range(3):
         ours.step(step, PATTERNS["always"])
@@ -249,7 +249,7 @@ def test_equal_parameters_are_one_operation_per_segment() -> None:
 
 
 def test_neighbours_of_a_group_are_one_operation() -> None:
-    ours = Flat(with_groups({"name": "AdamW", "lr": 0.1}, "p0,p1", "p4"), DTYPES["float32"])
+    ours = FlatRun(with_groups({"name": "AdamW", "lr": 0.1}, "p0,p1", "p4"), DTYPES["float32"])
     for step in range(2):
         ours.step(step, PATTERNS["always"])
     runs = ours.optimizers[0]._update_ranges(None)
@@ -262,7 +262,7 @@ def test_neighbours_of_a_group_are_one_operation() -> None:
 
 def test_zero_gradient_differs_from_none() -> None:
     spec = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
-    zero, none = Flat(spec, DTYPES["float64"]), Flat(spec, DTYPES["float64"])
+    zero, none = FlatRun(spec, DTYPES["float64"]), FlatRun(spec, DTYPES["float64"])
     for ours in (zero, none):
         ours.step(0, PATTERNS["always"])
     before = zero.parameters()[0].clone()

@@ -31,7 +31,7 @@ BODIES = {
 
 
 @contextmanager
-def serving(body: bytes, *, has_version: bool, status: int = 200) -> Iterator[str]:
+def uniform_server(body: bytes, *, has_version: bool, status: int = 200) -> Iterator[str]:
     """Yield the URL of a server with one response to all requests except that for the version."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -60,7 +60,7 @@ def serving(body: bytes, *, has_version: bool, status: int = 200) -> Iterator[st
 def test_reports_servers_that_are_not_ray(
     body: str, has_version: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with serving(BODIES[body], has_version=has_version) as url:
+    with uniform_server(BODIES[body], has_version=has_version) as url:
         for command in ("list", "logs"):
             args = [command] if command == "list" else [command, "lin-1"]
             code = run([*args, "--address", url])
@@ -76,14 +76,14 @@ def test_reports_servers_that_are_not_ray(
 @pytest.mark.parametrize(("status", "error"), [(500, ClusterUnreachable), (400, SpecError)])
 def test_error_class_of_a_rejected_job(status: int, error: type[Exception]) -> None:
     """Ray responds with 500 if it has no process to run the driver of a job."""
-    with serving(b"no agent", has_version=True, status=status) as url:
+    with uniform_server(b"no agent", has_version=True, status=status) as url:
         jobs = cluster.Jobs(url)
         with pytest.raises(error, match="no agent"):
             jobs.submit(entrypoint="python", runtime_env={})
 
 
 def test_reports_a_failing_job_api(capsys: pytest.CaptureFixture[str]) -> None:
-    with serving(b"out of order", has_version=True, status=500) as url:
+    with uniform_server(b"out of order", has_version=True, status=500) as url:
         for args in (["list"], ["logs", "lin-1"]):
             assert run([*args, "--address", url]) == 3
             assert "the cluster failed" in capsys.readouterr().err
@@ -127,7 +127,7 @@ UNBOUNDED: dict[str, tuple[Callable[[socket.socket], None], str]] = {
 
 
 @contextmanager
-def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+def custom_server(answer: Callable[[socket.socket], None]) -> Iterator[str]:
     """Yield the URL of a server with Ray's version and a given response to all other requests."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -169,7 +169,7 @@ def test_unbounded_responses_are_aborted(
     monkeypatch.setattr(cluster, "_ANSWER_S", 0.7 if response.startswith("slow") else 60.0)
     monkeypatch.setattr(cluster, "_MOST_BYTES", 2**20)
     answer, reason = UNBOUNDED[response]
-    with answering(answer) as url:
+    with custom_server(answer) as url:
         assert run([*args, "--address", url]) == 3
     error_text = capsys.readouterr().err
     assert f"{url} " in error_text and reason in error_text
@@ -180,7 +180,7 @@ def test_log_may_be_larger_than_other_responses(monkeypatch: pytest.MonkeyPatch)
     log = json.dumps({"logs": "x" * 3 * 2**20}).encode()
     head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(log)
     monkeypatch.setattr(cluster, "_MOST_BYTES", 2**20)
-    with answering(lambda peer: peer.sendall(head + log)) as url:
+    with custom_server(lambda peer: peer.sendall(head + log)) as url:
         assert len(cluster.Jobs(url).logs("a")) == 3 * 2**20
 
 
@@ -197,7 +197,7 @@ def test_upload_may_take_longer_than_the_connection_timeout(
         peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
 
     monkeypatch.setattr(bounded_answers, "_CONNECT_S", 0.2)
-    with answering(receive) as url:
+    with custom_server(receive) as url:
 
         def send(method: str, endpoint: str, **kwargs: object) -> requests.Response:
             return requests.request(method, url + endpoint, **kwargs)  # type: ignore[arg-type]
@@ -217,7 +217,7 @@ def test_token_for_localhost_is_not_sent_to_a_proxy(
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "hush")
-    with answering(record) as proxy, serving(b"[]", has_version=True) as url:
+    with custom_server(record) as proxy, uniform_server(b"[]", has_version=True) as url:
         for name in ("http_proxy", "all_proxy"):
             monkeypatch.setenv(name, proxy)
         assert run(["list", "--address", url]) == 0, capsys.readouterr().err

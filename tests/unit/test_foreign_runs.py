@@ -35,14 +35,14 @@ def lines() -> list[dict[str, Any]]:
     return [*steps, FAILURE, RECOVERY, RESIZED, SAVED, evaluation(4, loss=1.8, accuracy=0.5)]
 
 
-def damage(value: Any, draw: random.Random) -> Any:
+def damage(value: Any, rng: random.Random) -> Any:
     """Return a copy in which some values and keys are replaced or removed."""
     if isinstance(value, dict):
-        remaining = {key: damage(item, draw) for key, item in value.items() if draw.random() > 0.02}
-        return remaining | ({draw.choice(["", "x", "\x1b"]): 1.0} if draw.random() < 0.05 else {})
+        remaining = {key: damage(item, rng) for key, item in value.items() if rng.random() > 0.02}
+        return remaining | ({rng.choice(["", "x", "\x1b"]): 1.0} if rng.random() < 0.05 else {})
     if isinstance(value, list):
-        return [damage(item, draw) for item in value if draw.random() > 0.02]
-    return draw.choice(UNEXPECTED) if draw.random() < 0.08 else value
+        return [damage(item, rng) for item in value if rng.random() > 0.02]
+    return rng.choice(UNEXPECTED) if rng.random() < 0.08 else value
 
 
 @pytest.mark.sweep(4)
@@ -50,13 +50,13 @@ def damage(value: Any, draw: random.Random) -> Any:
 def test_report_survives_any_damage(
     seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     path = made_run(
         tmp_path,
-        [damage(line, draw) for line in lines()],
-        job=json.dumps(damage({"name": "d", "strategy": {"name": "ring"}, "scaling": {}}, draw)),
-        result=damage({"status": "FAILED", "error": "boom", "seconds": 3.0}, draw),
-        trace=damage(made_trace(), draw),
+        [damage(line, rng) for line in lines()],
+        job=json.dumps(damage({"name": "d", "strategy": {"name": "ring"}, "scaling": {}}, rng)),
+        result=damage({"status": "FAILED", "error": "boom", "seconds": 3.0}, rng),
+        trace=damage(made_trace(), rng),
     )
     assert run(["report", str(path)]) == 0, capsys.readouterr().err
     assert (path / "report.html").stat().st_size < 2_000_000

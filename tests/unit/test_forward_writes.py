@@ -55,7 +55,7 @@ class Counting(nn.Linear):
         return outputs
 
 
-class Writing(Classify):
+class WritingTask(Classify):
     """A model with a writing layer in the first stage; evaluations write, too."""
 
     shape = (6,)
@@ -68,8 +68,8 @@ class Writing(Classify):
         return nn.Sequential(first, writing, nn.Tanh(), nn.Linear(12, 12), nn.Linear(12, 4))
 
 
-def task_of(layer: type[nn.Linear]) -> type[Writing]:
-    return type("Own", (Writing,), {"__init__": lambda self: Writing.__init__(self, layer)})
+def task_of(layer: type[nn.Linear]) -> type[WritingTask]:
+    return type("Own", (WritingTask,), {"__init__": lambda self: WritingTask.__init__(self, layer)})
 
 
 def options(micro_batches: int, schedule: str = "1f1b") -> dict[str, Any]:

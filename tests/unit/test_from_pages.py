@@ -48,7 +48,7 @@ def assert_losses_agree(printed: str, documented: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_before(page: str, tmp_path: Path) -> None:
+def test_original_script_prints_the_documented_loss(page: str, tmp_path: Path) -> None:
     pytest.importorskip(page)
     folder = folder_of(page, tmp_path)
     command = [sys.executable, "before.py"]
@@ -76,7 +76,7 @@ def _new_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("side", ["after.py", "loop.py"])
-def test_after(
+def test_converted_script_prints_the_documented_loss(
     side: str, page: str, strategy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One worker with the batch of two; tests/cluster/test_from_ray_train.py has two workers."""

@@ -246,8 +246,8 @@ def reused_list() -> Iterator[Any]:
 
 def reused_array(buffer: Any) -> Iterator[Any]:
     for first in range(0, 20, 2):
-        for place in range(2):
-            buffer[place] = first + place
+        for offset in range(2):
+            buffer[offset] = first + offset
         yield buffer
 
 

@@ -110,7 +110,9 @@ class OptimizerWrapper(torch.optim.SGD):
 
 @pytest.mark.parametrize("strategy", [{"name": "ring"}, SYNC, ASYNC])
 @pytest.mark.parametrize("as_keyword", [False, True])
-def test_step_with_a_closure(strategy: Mapping[str, Any], as_keyword: bool) -> None:
+def test_step_with_closure_matches_plain_loop(
+    strategy: Mapping[str, Any], as_keyword: bool
+) -> None:
     """Lightning passes a closure to every optimizer."""
     losses: list[float] = []
 

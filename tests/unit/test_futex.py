@@ -119,7 +119,7 @@ def test_other_threads_run_during_a_wait(memory: memoryview) -> None:
     thread.join(60)
 
 
-def test_two_processes() -> None:
+def test_post_and_wait_between_processes() -> None:
     descriptor = os.memfd_create("test")
     os.ftruncate(descriptor, 4096)
     memory = memoryview(mmap.mmap(descriptor, 4096))

@@ -25,7 +25,7 @@ WIDE = torch.float64
 STEPS, BATCH, SAMPLES = 4, 6, 12
 
 
-def randn(*shape: int, seed: int) -> Tensor:
+def seeded_randn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, dtype=WIDE, generator=torch.Generator().manual_seed(seed))
 
 
@@ -34,7 +34,7 @@ class Small(Task):
         return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).to(WIDE)
 
     def train_data(self) -> Dataset[Any]:
-        return TensorDataset(randn(SAMPLES, 3, seed=1), randn(SAMPLES, 2, seed=2))
+        return TensorDataset(seeded_randn(SAMPLES, 3, seed=1), seeded_randn(SAMPLES, 2, seed=2))
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.mse_loss(outputs, targets)

@@ -27,7 +27,7 @@ class Net(nn.Module):
         return result + self.b(x) if both else result
 
 
-class Rig:
+class FlatAndPlain:
     """A flat model and a plain one, after a step that left stale gradients."""
 
     copies = False  #: whether gradients are copied in hooks instead of added to zeros
@@ -64,7 +64,7 @@ class Rig:
 
 @pytest.fixture(params=["added", "copied"], autouse=True)
 def gradient_mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Rig, "copies", request.param == "copied")
+    monkeypatch.setattr(FlatAndPlain, "copies", request.param == "copied")
     monkeypatch.setattr(COPIED_BYTES, 0)
 
 
@@ -72,61 +72,61 @@ X = torch.ones(4, 3)
 
 
 def test_missing_gradient_differs_from_zero() -> None:
-    rig = Rig()
-    rig.backward(lambda net: net(X, both=False).sum())
-    rig.check()
-    assert rig.flat.present.tolist() == [True, True, False, False]
-    rig.flat.begin_step()
-    assert not rig.flat.present.any()
-    rig.backward(lambda net: net(X).sum() * 0.0)
-    assert rig.flat.present.all()
-    assert rig.flat.grads.eq(0).all()
+    models = FlatAndPlain()
+    models.backward(lambda net: net(X, both=False).sum())
+    models.check()
+    assert models.flat.present.tolist() == [True, True, False, False]
+    models.flat.begin_step()
+    assert not models.flat.present.any()
+    models.backward(lambda net: net(X).sum() * 0.0)
+    assert models.flat.present.all()
+    assert models.flat.grads.eq(0).all()
 
 
 def test_step_without_backward_has_zero_gradients() -> None:
-    rig = Rig()
-    rig.flat.zero_missing()
-    assert rig.flat.grads.eq(0).all()
-    assert not rig.flat.present.any()
+    models = FlatAndPlain()
+    models.flat.zero_missing()
+    assert models.flat.grads.eq(0).all()
+    assert not models.flat.present.any()
 
 
 def test_copied_gradients_are_not_zeroed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(COPIED_BYTES, 6 * 4)  # weights reach this limit, biases do not
-    rig = Rig()
-    for slot, parameter in zip(rig.flat.slots, rig.flat.parameters, strict=True):
-        expected = 9.0 if rig.copies and slot.size == 6 else 0.0
-        assert slot.view(rig.flat.grads).eq(expected).all()
+    models = FlatAndPlain()
+    for slot, parameter in zip(models.flat.slots, models.flat.parameters, strict=True):
+        expected = 9.0 if models.copies and slot.size == 6 else 0.0
+        assert slot.view(models.flat.grads).eq(expected).all()
         assert (parameter.grad is None) == (expected == 9.0)
-    rig.backward(lambda net: net(X).sum())
-    rig.check()
+    models.backward(lambda net: net(X).sum())
+    models.check()
 
 
 def test_finite_flag_is_reset_by_a_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(COPIED_BYTES, 6 * 4)
-    rig = Rig()
-    rig.flat.copy_when_ready(rig.copies, check_finite=True)
-    rig.flat.begin_step()
-    indices = [index for index, slot in enumerate(rig.flat.slots) if slot.size == 6]
+    models = FlatAndPlain()
+    models.flat.copy_when_ready(models.copies, check_finite=True)
+    models.flat.begin_step()
+    indices = [index for index, slot in enumerate(models.flat.slots) if slot.size == 6]
     a, b = indices
-    rig.backward(lambda net: net(X).sum())
-    assert [rig.flat.gradients.finite(index) for index in indices] == [rig.copies] * 2
-    grad = rig.flat.parameters[a].grad
+    models.backward(lambda net: net(X).sum())
+    assert [models.flat.gradients.finite(index) for index in indices] == [models.copies] * 2
+    grad = models.flat.parameters[a].grad
     assert grad is not None
     grad.mul_(2.0)
-    assert [rig.flat.gradients.finite(index) for index in indices] == [False, rig.copies]
-    rig.flat.begin_step()
-    assert not rig.flat.gradients.finite(b)
+    assert [models.flat.gradients.finite(index) for index in indices] == [False, models.copies]
+    models.flat.begin_step()
+    assert not models.flat.gradients.finite(b)
 
 
 def test_micro_batches_accumulate() -> None:
-    rig = Rig()
-    rig.backward(lambda net: net(X, both=False).sum())
-    rig.backward(lambda net: net(2 * X).square().sum())
-    rig.check()
+    models = FlatAndPlain()
+    models.backward(lambda net: net(X, both=False).sum())
+    models.backward(lambda net: net(2 * X).square().sum())
+    models.check()
 
 
 def test_autograd_grad_within_the_loss() -> None:
@@ -135,32 +135,32 @@ def test_autograd_grad_within_the_loss() -> None:
         [slope] = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
         return slope.square().sum()
 
-    rig = Rig()
-    rig.backward(penalty)
-    rig.check()
+    models = FlatAndPlain()
+    models.backward(penalty)
+    models.check()
 
 
 @pytest.mark.filterwarnings("ignore:Using backward")
 def test_backward_with_create_graph() -> None:
-    rig = Rig()
+    models = FlatAndPlain()
     for times in (1, 2):
-        loss = rig.flat.model(times * X).square().sum()
-        rig.flat.before_backward()
+        loss = models.flat.model(times * X).square().sum()
+        models.flat.before_backward()
         torch.autograd.backward(loss, create_graph=True)
-        rig.flat.collect()
-        torch.autograd.backward(rig.plain(times * X).square().sum())
-    rig.check()
+        models.flat.collect()
+        torch.autograd.backward(models.plain(times * X).square().sum())
+    models.check()
 
 
 def test_sparse_gradients_are_added() -> None:
-    rig = Rig(lambda: nn.Embedding(5, 2, sparse=True))
-    rig.backward(lambda net: net(torch.tensor([1, 3, 3])).square().sum())
-    rig.check()
+    models = FlatAndPlain(lambda: nn.Embedding(5, 2, sparse=True))
+    models.backward(lambda net: net(torch.tensor([1, 3, 3])).square().sum())
+    models.check()
 
 
 def test_hook_may_replace_or_drop_the_gradient() -> None:
-    rig = Rig()
-    for net in (rig.flat.model, rig.plain):
+    models = FlatAndPlain()
+    for net in (models.flat.model, models.plain):
         assert isinstance(net, Net)
 
         def halve(parameter: Tensor) -> None:
@@ -172,8 +172,8 @@ def test_hook_may_replace_or_drop_the_gradient() -> None:
 
         for parameter, hook in ((net.a.weight, halve), (net.b.weight, drop)):
             parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-    rig.backward(lambda net: net(X).sum())
-    rig.check()
+    models.backward(lambda net: net(X).sum())
+    models.check()
 
 
 def test_hook_registered_by_the_model_may_drop_the_gradient() -> None:
@@ -183,9 +183,9 @@ def test_hook_registered_by_the_model_may_drop_the_gradient() -> None:
             drop = lambda parameter: setattr(parameter, "grad", None)  # noqa: E731
             self.b.weight.register_post_accumulate_grad_hook(drop)  # type: ignore[no-untyped-call]
 
-    rig = Rig(Dropping)
-    rig.backward(lambda net: net(X).sum())
-    rig.check()
+    models = FlatAndPlain(Dropping)
+    models.backward(lambda net: net(X).sum())
+    models.check()
 
 
 def backward_in_loss(net: nn.Module) -> Tensor:
@@ -207,26 +207,26 @@ def test_rejects_a_backward_within_the_loss(
     loss_fn: Callable[[nn.Module], Tensor], name: str
 ) -> None:
     with pytest.raises(SpecError, match=rf"'{name}' had a gradient before backward"):
-        Rig().backward(loss_fn)
+        FlatAndPlain().backward(loss_fn)
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_zero_grad_in_forward(set_to_none: bool) -> None:
     def loss_fn(net: nn.Module) -> Tensor:
-        if net is rig.flat.model:
+        if net is models.flat.model:
             net.zero_grad(set_to_none=set_to_none)
         loss: Tensor = net(X).square().sum()
         return loss
 
-    rig = Rig()
-    rig.backward(loss_fn)
-    rig.check()
+    models = FlatAndPlain()
+    models.backward(loss_fn)
+    models.check()
     if set_to_none:
-        rig.backward(loss_fn)
-        rig.check()
+        models.backward(loss_fn)
+        models.check()
     else:
         with pytest.raises(SpecError, match=r"'a\.weight' away between micro-batches"):
-            rig.backward(loss_fn)
+            models.backward(loss_fn)
 
 
 def test_replaced_data_is_copied_into_the_vector() -> None:

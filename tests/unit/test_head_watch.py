@@ -63,7 +63,7 @@ def test_timeout_is_shorter_than_that_of_ray(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "[127.0.0.1]"])
-def test_listens(host: str) -> None:
+def test_listens_detects_a_server(host: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"{host}:{server.getsockname()[1]}"
         assert listens(address)
