@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import storages  # noqa: F401 - registers `odd://`
+
 from distplat.platform.checkpoints import Catalogue
 from distplat.platform.remote_storage import RemoteStorage
 from distplat.platform.run_upload import RunUpload
