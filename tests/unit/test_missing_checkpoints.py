@@ -1,4 +1,4 @@
-"""Checkpoints that are due and do not come: they end a run, whatever the cause."""
+"""Failures to write due checkpoints end a run."""
 
 import threading
 from dataclasses import replace
@@ -29,29 +29,31 @@ def launch(tmp_path: Path) -> Launch:
 
 
 def drain(checkpoints: Checkpoints) -> None:
-    """Wait for the writer, however short the deadline of the run's disk."""
+    """Wait for the writer without the deadline of the run's disk."""
     with checkpoints._changed:
         assert checkpoints._changed.wait_for(checkpoints._idle, 60)
 
 
-class Hanging(Disk):
-    """Begins no write before it may; `begun` counts those that wait for that."""
+class HangingDisk(Disk):
+    """Blocks each write until `proceed` is released; `blocked` counts the blocked writes."""
 
     def __init__(self) -> None:
-        self.begun, self.may = threading.Semaphore(0), threading.Semaphore(0)
+        self.blocked, self.proceed = threading.Semaphore(0), threading.Semaphore(0)
 
     def write(self, path: Path, content: Any) -> tuple[int, str]:
-        self.begun.release()
-        assert self.may.acquire(timeout=60)
+        self.blocked.release()
+        assert self.proceed.acquire(timeout=60)
         return super().write(path, content)
 
 
-def on_a_hanging_disk(launch: Launch, now: list[float]) -> tuple[Checkpoints, Hanging]:
-    """A run's checkpoints on such a disk, with a deadline of 5 s; the first is under way."""
+def checkpoints_on_hanging_disk(
+    launch: Launch, now: list[float]
+) -> tuple[Checkpoints, HangingDisk]:
+    """Return checkpoints with a disk deadline of 5 s, and their disk; one write is in progress."""
     checkpoints = Checkpoints(hasty(launch, 5.0), 2, lambda ref: ref, lambda: now[0])
-    disk = checkpoints._catalogue._disk = Hanging()
+    disk = checkpoints._catalogue._disk = HangingDisk()
     add(checkpoints, 1)
-    assert disk.begun.acquire(timeout=60)
+    assert disk.blocked.acquire(timeout=60)
     return checkpoints, disk
 
 
@@ -62,60 +64,60 @@ def add(checkpoints: Checkpoints, *versions: int, attempt: int = 0) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 9])
-def test_a_disk_that_hangs_ends_the_run(
+def test_hanging_disk_ends_the_run(
     keep: int, launch: Launch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Those that wait for it count, and so do those that are skipped."""
-    fewer = launch.job.checkpoint.model_copy(update={"num_to_keep": keep})
-    launch = replace(launch, job=launch.job.model_copy(update={"checkpoint": fewer}))
+    """Checkpoints that wait for the disk count as failed, as skipped checkpoints do."""
+    checkpoint_config = launch.job.checkpoint.model_copy(update={"num_to_keep": keep})
+    launch = replace(launch, job=launch.job.model_copy(update={"checkpoint": checkpoint_config}))
     now = [0.0]
-    checkpoints, disk = on_a_hanging_disk(launch, now)
+    checkpoints, disk = checkpoints_on_hanging_disk(launch, now)
     assert checkpoints.take_finished() == []
     now[0] = 5.0
     for _ in range(2):
-        assert checkpoints.take_finished() == [], "one is missing"
-    (said,) = [record.message for record in caplog.records]
-    assert "checkpoints has accepted no data for 5 s (`failure.storage_timeout_s`)" in said
+        assert checkpoints.take_finished() == [], "one checkpoint has failed"
+    (warning,) = [record.message for record in caplog.records]
+    assert "checkpoints has accepted no data for 5 s (`failure.storage_timeout_s`)" in warning
     add(checkpoints, 2)
-    assert checkpoints.take_finished() == [], "two are"
+    assert checkpoints.take_finished() == [], "two checkpoints have failed"
     add(checkpoints, 3)
     with pytest.raises(
         StorageError, match=r"3 checkpoints .*: step 3: its disk has accepted no data"
     ):
         checkpoints.take_finished()
-    disk.may.release(100)
+    disk.proceed.release(100)
     drain(checkpoints)
-    assert checkpoints.take_finished(), "it answers again"
+    assert checkpoints.take_finished(), "the disk works again"
 
 
-def test_a_disk_that_is_slow_ends_no_run(launch: Launch) -> None:
-    """Each of a checkpoint's files takes nearly as long as may pass, and most are skipped."""
+def test_slow_disk_does_not_end_the_run(launch: Launch) -> None:
+    """Each write takes nearly as long as the deadline, so most checkpoints are skipped."""
     now = [0.0]
-    checkpoints, disk = on_a_hanging_disk(launch, now)
-    for version in (2, 4, 6):  # of its files there are four
+    checkpoints, disk = checkpoints_on_hanging_disk(launch, now)
+    for version in (2, 4, 6):  # a checkpoint has four files
         add(checkpoints, version, version + 1)
         now[0] += 4.0
         assert checkpoints.take_finished() == []
-        disk.may.release()
-        assert disk.begun.acquire(timeout=60)
+        disk.proceed.release()
+        assert disk.blocked.acquire(timeout=60)
         assert checkpoints.take_finished() == []
-    disk.may.release(100)
+    disk.proceed.release(100)
     drain(checkpoints)
     written = [saved.step for saved in checkpoints.take_finished()]
-    assert written == [1, 6, 7], "the others came too fast"
+    assert written == [1, 6, 7], "the other checkpoints are skipped"
 
 
-def test_a_part_that_takes_long_to_come_is_not_the_disks_fault(launch: Launch) -> None:
-    now, begun, gate = [0.0], threading.Event(), threading.Event()
+def test_slow_fetch_is_not_a_disk_failure(launch: Launch) -> None:
+    now, started, gate = [0.0], threading.Event(), threading.Event()
 
-    def slowly(ref: Any) -> Any:
-        begun.set()
+    def slow_fetch(ref: Any) -> Any:
+        started.set()
         assert gate.wait(60)
         return ref
 
-    checkpoints = Checkpoints(hasty(launch, 5.0), 2, slowly, lambda: now[0])
+    checkpoints = Checkpoints(hasty(launch, 5.0), 2, slow_fetch, lambda: now[0])
     add(checkpoints, 1)
-    assert begun.wait(60)
+    assert started.wait(60)
     add(checkpoints, *range(2, 8))
     for _ in range(4):
         assert checkpoints.take_finished() == []
@@ -125,49 +127,49 @@ def test_a_part_that_takes_long_to_come_is_not_the_disks_fault(launch: Launch) -
     assert [saved.step for saved in checkpoints.take_finished()] == [1, 6, 7]
 
 
-def test_failures_count_over_restarts(launch: Launch) -> None:
-    """A disk that is full, and a worker that is lost before each third checkpoint."""
+def test_failures_accumulate_over_attempts(launch: Launch) -> None:
+    """The disk is full, and a worker is lost before each third checkpoint."""
     checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     checkpoints._catalogue._disk = Full()
     give(checkpoints, 1, 2)
     checkpoints.begin(1, launch.job)
     assert checkpoints.take_finished() == []
-    add(checkpoints, 2, attempt=1)  # the same step once more, for all went back
+    add(checkpoints, 2, attempt=1)  # the new attempt repeats the step
     drain(checkpoints)
     with pytest.raises(StorageError, match=r"3 checkpoints .* step 2: No space left"):
         checkpoints.take_finished()
 
 
-def failed(at: float, lost_in: int | None = None, refused: bool = False) -> FailedCheckpoint:
-    """One whose step says when it failed."""
-    return FailedCheckpoint(int(at), "why", at, refused, lost_in)
+def failed_at(time: float, lost_in: int | None = None, refused: bool = False) -> FailedCheckpoint:
+    """Return a failed checkpoint whose step number equals its time."""
+    return FailedCheckpoint(int(time), "why", time, refused, lost_in)
 
 
 @pytest.mark.parametrize(
     ("failures", "counted"),
     [
         ([], []),
-        ([failed(0, lost_in=1), failed(20, lost_in=1)], []),
-        ([failed(0, lost_in=1), failed(20, lost_in=2)], [20]),
-        ([failed(0, lost_in=2), failed(5, lost_in=2), failed(20, lost_in=2)], [0, 20]),
-        ([failed(0, lost_in=1), failed(5)], [5]),
-        ([failed(0), failed(20), failed(40)], [0, 20, 40]),
-        ([failed(0), failed(9), failed(18)], [0, 18]),
-        ([failed(0, refused=True), failed(1, refused=True)], [0, 1]),
-        ([failed(0, refused=True), failed(1), failed(2, refused=True)], [0, 1, 2]),
+        ([failed_at(0, lost_in=1), failed_at(20, lost_in=1)], []),
+        ([failed_at(0, lost_in=1), failed_at(20, lost_in=2)], [20]),
+        ([failed_at(0, lost_in=2), failed_at(5, lost_in=2), failed_at(20, lost_in=2)], [0, 20]),
+        ([failed_at(0, lost_in=1), failed_at(5)], [5]),
+        ([failed_at(0), failed_at(20), failed_at(40)], [0, 20, 40]),
+        ([failed_at(0), failed_at(9), failed_at(18)], [0, 18]),
+        ([failed_at(0, refused=True), failed_at(1, refused=True)], [0, 1]),
+        ([failed_at(0, refused=True), failed_at(1), failed_at(2, refused=True)], [0, 1, 2]),
     ],
 )
-def test_a_loss_counts_in_its_attempt_alone(
+def test_losses_of_earlier_attempts_do_not_count(
     failures: list[FailedCheckpoint], counted: list[int]
 ) -> None:
-    """The attempt last begun is number 2. All else counts, whatever began since."""
+    """The current attempt is number 2. Failures without a loss count in any attempt."""
     assert [step for step, _ in counted_failures(failures, 2)] == counted
 
 
-def test_workers_that_are_lost_with_their_parts_end_no_run(
+def test_one_loss_per_attempt_does_not_end_the_run(
     launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One in each attempt, on the disk's side and on that of the rank that gives its part."""
+    """Each attempt loses one part during its fetch, and one part before its delivery."""
 
     def fetch(ref: Any) -> Any:
         raise ActorDied("its node ended")
@@ -178,19 +180,19 @@ def test_workers_that_are_lost_with_their_parts_end_no_run(
         checkpoints.begin(attempt, launch.job)
         add(checkpoints, 1, attempt=attempt)
         drain(checkpoints)
-        told = {"skipped": True, "failure": "server-0 was lost", "lost": True}
-        checkpoints.take(delivery(0, 2, attempt, **told))
+        lost = {"skipped": True, "failure": "server-0 was lost", "lost": True}
+        checkpoints.take(delivery(0, 2, attempt, **lost))
         assert checkpoints.take_finished() == []
-    add(checkpoints, 3, attempt=5)  # and no attempt begins
+    add(checkpoints, 3, attempt=5)  # without a new attempt
     drain(checkpoints)
     with pytest.raises(StorageError, match=r"3 checkpoints .* step 3: its node ended"):
         checkpoints.take_finished()
 
 
-def test_failures_that_are_no_loss_count_over_restarts(
+def test_failures_without_a_loss_accumulate_over_attempts(
     launch: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether a rank could not give its part, or what it gave is not finite."""
+    """A rank cannot deliver its part, or its part is not finite."""
     monkeypatch.setattr("distplat.actors.checkpointing._ONE_CAUSE_S", 0.0)
     checkpoints = Checkpoints(launch, 1, lambda ref: ref)
     checkpoints.take(delivery(0, 1, skipped=True, failure="the object store is full"))
@@ -214,15 +216,15 @@ def test_failures_that_are_no_loss_count_over_restarts(
         ("model/mask", -np.inf, False),
     ],
 )
-def test_tables_that_are_not_finite_are_no_checkpoint(
+def test_checkpoint_with_non_finite_rows_is_rejected(
     key: str, value: float, refused: bool, launch: Launch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whose rows are not: a run could not go on from them. A buffer may well be infinite."""
+    """A run cannot resume from non-finite rows. Optimizer state and buffers may be infinite."""
     entry = TensorEntry(key, TensorSlice((3, 2)), "float32", 0)
     values = np.array([1, 2, 3, 4, value, value], np.float32).view(np.uint8)
     checkpoints = Checkpoints(launch, 1, lambda ref: ref)
     checkpoints.take(Delivery(0, 0, 1, ([values],), ((entry,),)))
     drain(checkpoints)
     assert [saved.step for saved in checkpoints.take_finished()] == ([] if refused else [1])
-    told = "no checkpoint of step 1: 'users' holds NaN or infinity; the checkpoints before stay"
-    assert (told in caplog.text) is refused
+    message = "no checkpoint of step 1: 'users' holds NaN or infinity; the checkpoints before stay"
+    assert (message in caplog.text) is refused

@@ -1,4 +1,4 @@
-"""What was trained goes to the run's URL where the local disk does not take it."""
+"""Trained files are written to the run's URL if the local disk rejects them."""
 
 import json
 import os
@@ -27,21 +27,21 @@ URL = "odd://bucket/runs"
 
 
 @pytest.fixture(autouse=True)
-def _well() -> Iterator[None]:
+def _reset_storage() -> Iterator[None]:
     Odd.reset()
     yield
     Odd.reset()
 
 
-def a_run(folder: Path, **more: Any) -> Trainer:
+def trainer_of(folder: Path, **overrides: Any) -> Trainer:
     fields = {"task": "tasks_for_tests:Blobs", "optimizer": {"name": "SGD", "lr": 0.1}}
-    job = fields_of(workers=0, **{**fields, "global_batch_size": 8, "epochs": 1, **more})
+    job = fields_of(workers=0, **{**fields, "global_batch_size": 8, "epochs": 1, **overrides})
     folder.mkdir(exist_ok=True)
     return Trainer(job, working_dir=TASKS, storage_dir=folder)
 
 
 def fill_the_disk(patch: pytest.MonkeyPatch, *names: str) -> None:
-    """Have the local disk refuse files of these names."""
+    """Make writes of files of these names fail with ENOSPC on the local disk."""
 
     def write_atomically(path: Path, *args: Any) -> None:
         if path.name in names:
@@ -51,34 +51,34 @@ def fill_the_disk(patch: pytest.MonkeyPatch, *names: str) -> None:
     patch.setattr(run_directory, "write_atomically", write_atomically)
 
 
-def at(url: str, name: str) -> bytes:
+def read_from_url(url: str, name: str) -> bytes:
     return RemoteStorage(url, 240.0).read(name, 0, 2**20)
 
 
-def test_a_model_that_the_local_disk_does_not_take_is_at_the_url(
+def test_model_is_written_to_the_url_if_the_local_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = a_run(tmp_path / "one").fit()
+    expected = trainer_of(tmp_path / "one").fit()
     fill_the_disk(monkeypatch, "model.safetensors")
     with pytest.raises(StorageError, match="No space left") as raised:
-        a_run(tmp_path / "two", storage_path=URL).fit()
+        trainer_of(tmp_path / "two", storage_path=URL).fit()
     (run,) = (tmp_path / "two/runs").iterdir()
     assert raised.value.exit_code == 5
-    there = f"{URL}/{run.name}"
-    assert str(raised.value).endswith(f"trained files are at {there}: model.safetensors")
-    assert whole.checkpoint is not None
-    assert at(there, "model.safetensors") == whole.checkpoint.read_bytes()
-    for text in ((run / "result.json").read_bytes(), at(there, "result.json")):
+    run_url = f"{URL}/{run.name}"
+    assert str(raised.value).endswith(f"trained files are at {run_url}: model.safetensors")
+    assert expected.checkpoint is not None
+    assert read_from_url(run_url, "model.safetensors") == expected.checkpoint.read_bytes()
+    for text in ((run / "result.json").read_bytes(), read_from_url(run_url, "result.json")):
         facts = json.loads(text)
-        assert (facts["status"], facts["model"]) == ("FAILED", f"{there}/model.safetensors")
+        assert (facts["status"], facts["model"]) == ("FAILED", f"{run_url}/model.safetensors")
     assert "model.safetensors is written to odd://" in caplog.text
 
 
-def test_each_file_goes_where_there_is_room(
+def test_each_file_is_written_where_space_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = a_run(tmp_path)
-    directory, result = RunDirectory(run.job, "run", tmp_path), Result(tmp_path, None)
+    job = trainer_of(tmp_path).job
+    directory, result = RunDirectory(job, "run", tmp_path), Result(tmp_path, None)
     files = trainer._TrainedFiles(directory, result, 240.0)
     files.keep("model.safetensors", b"model")
     files.check()
@@ -89,7 +89,7 @@ def test_each_file_goes_where_there_is_room(
     result.url = f"{URL}/run"
     files.keep("embeddings.safetensors", b"rows")
     files.keep("model.safetensors", b"model")
-    assert at(f"{URL}/run", "embeddings.safetensors") == b"rows"
+    assert read_from_url(f"{URL}/run", "embeddings.safetensors") == b"rows"
     with pytest.raises(StorageError, match=rf"are at {URL}/run: embeddings\.safetensors$"):
         files.check()
     Odd.refuses = True
@@ -100,27 +100,27 @@ def test_each_file_goes_where_there_is_room(
         files.keep("task.safetensors", b"task")
 
 
-def test_a_terminal_that_takes_no_more_keeps_no_model_from_the_url(
+def test_model_is_at_the_url_before_the_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A warning may wait for ever: it comes when the file is there, and is known to be."""
-    run = a_run(tmp_path)
-    directory, result = RunDirectory(run.job, "run", tmp_path), Result(tmp_path, None)
+    """A blocked terminal may block the warning forever, so the upload must come first."""
+    job = trainer_of(tmp_path).job
+    directory, result = RunDirectory(job, "run", tmp_path), Result(tmp_path, None)
     result.url = f"{URL}/run"
     files = trainer._TrainedFiles(directory, result, 240.0)
     fill_the_disk(monkeypatch, "model.safetensors")
-    told: list[object] = []
+    uploads: list[object] = []
 
     def warn(text: str, *args: object) -> None:
-        told.append((files.model, at(f"{URL}/run", "model.safetensors")))
+        uploads.append((files.model, read_from_url(f"{URL}/run", "model.safetensors")))
 
     monkeypatch.setattr(trainer.logger, "warning", warn)
     files.keep("model.safetensors", b"model")
-    assert told == [(f"{URL}/run/model.safetensors", b"model")]
+    assert uploads == [(f"{URL}/run/model.safetensors", b"model")]
 
 
-def test_what_happened_before_a_second_signal_is_in_the_result(tmp_path: Path) -> None:
-    directory = RunDirectory(a_run(tmp_path).job, "run", tmp_path)
+def test_result_keeps_the_error_before_a_second_signal(tmp_path: Path) -> None:
+    directory = RunDirectory(trainer_of(tmp_path).job, "run", tmp_path)
     error = KeyboardInterrupt()
     error.add_note("before that: the disk is full")
     trainer._record_failure(directory, Result(tmp_path, None), error, "")
@@ -129,36 +129,36 @@ def test_what_happened_before_a_second_signal_is_in_the_result(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_a_model_that_comes_after_a_second_signal_is_in_the_result(
+def test_result_has_a_model_delivered_after_a_second_signal(
     full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The thread that writes it is not waited for; the driver may live on, as in a notebook."""
-    late = list[Any]()
+    """Nothing waits for the writing thread; a driver in a notebook keeps running."""
+    run_handlers = list[RunHandlers]()
 
     def train(self: Trainer, run: str, folder: Path, handlers: RunHandlers, *args: Any) -> None:
-        late.append(handlers)
+        run_handlers.append(handlers)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Trainer, "_train", train)
     if full:
         fill_the_disk(monkeypatch, "model.safetensors")
     with pytest.raises(KeyboardInterrupt):
-        a_run(tmp_path, storage_path=URL).fit()
+        trainer_of(tmp_path, storage_path=URL).fit()
     (run,) = (tmp_path / "runs").iterdir()
     facts = json.loads((run / "result.json").read_text())
     assert "model" not in facts
-    late[0].on_model(b"model")
-    where = f"{URL}/{run.name}/model.safetensors" if full else str(run / "model.safetensors")
-    assert json.loads((run / "result.json").read_text()) == {**facts, "model": where}
+    run_handlers[0].on_model(b"model")
+    location = f"{URL}/{run.name}/model.safetensors" if full else str(run / "model.safetensors")
+    assert json.loads((run / "result.json").read_text()) == {**facts, "model": location}
 
 
-def test_a_storage_that_fails_is_tried_again() -> None:
+def test_failed_upload_is_retried() -> None:
     Odd.failures = 1
     upload_bytes(URL, "model.safetensors", b"model" * 5, 240.0)
-    assert at(URL, "model.safetensors") == b"model" * 5
+    assert read_from_url(URL, "model.safetensors") == b"model" * 5
 
 
-def test_a_storage_that_hangs_is_given_up() -> None:
+def test_hanging_upload_times_out() -> None:
     Odd.hold = threading.Event()
     with pytest.raises(StorageError, match=rf"{URL}/model\.safetensors"):
         upload_bytes(URL, "model.safetensors", b"model", 0.2)

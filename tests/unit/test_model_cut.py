@@ -1,4 +1,4 @@
-"""What layers cost, and the cuts that follow from it."""
+"""Profiles of layers, and the cuts of a model into stages."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from distplat.strategies.pipeline.model_partition import LayerCost, Memory, cut,
 
 
 class Clock:
-    """Seconds as a layer says."""
+    """Fake clock, advanced by the layers."""
 
     now = 100.0
 
@@ -25,7 +25,7 @@ CLOCK = Clock()
 
 
 class Slow(nn.Module):
-    """Takes known times, forward and backward."""
+    """Advances the clock by known times in forward and backward."""
 
     def __init__(self, forward_s: float, backward_s: float) -> None:
         super().__init__()
@@ -36,14 +36,14 @@ class Slow(nn.Module):
         CLOCK.now += self.times[0]
         outputs = x * self.weight
         if outputs.requires_grad:
-            outputs.register_hook(self._late)  # type: ignore[no-untyped-call]
+            outputs.register_hook(self._advance)  # type: ignore[no-untyped-call]
         return outputs
 
-    def _late(self, gradient: Tensor) -> None:
+    def _advance(self, gradient: Tensor) -> None:
         CLOCK.now += self.times[1]
 
 
-def test_times_are_of_the_layer_that_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_profile_measures_the_time_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_partition, "time", CLOCK)
     layers = layers_of(nn.Sequential(Slow(0.01, 0.03), Slow(0.03, 0.0), Slow(0.0, 0.0)))
     costs = profile(layers, torch.ones(2), repeats=3)
@@ -53,7 +53,7 @@ def test_times_are_of_the_layer_that_takes_them(monkeypatch: pytest.MonkeyPatch)
     assert cut(costs, 2) == [1]
 
 
-def test_bytes() -> None:
+def test_profile_measures_bytes() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Flatten())
     linear, relu, norm, flatten = profile(layers_of(model), torch.ones(16, 4), repeats=1)
     assert linear.parameter_bytes == 4 * (4 * 8 + 8)
@@ -70,18 +70,18 @@ class Square(nn.Module):
         return x * x
 
 
-def test_what_is_kept_twice_counts_once() -> None:
+def test_tensor_saved_twice_counts_once() -> None:
     (square,) = profile(layers_of(nn.Sequential(Square())), torch.ones(16, 4), repeats=1)
     assert square.activation_bytes == 4 * 16 * 4
 
 
-def test_whole_numbers_may_come_in() -> None:
+def test_profile_accepts_integer_inputs() -> None:
     model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
     costs = profile(layers_of(model), torch.randint(10, (3, 5)), repeats=1)
     assert costs[1].output_bytes == 4 * 3 * 5 * 2
 
 
-def test_profiling_changes_nothing() -> None:
+def test_profile_leaves_model_and_generator_unchanged() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     generator = torch.get_rng_state()
@@ -93,9 +93,9 @@ def test_profiling_changes_nothing() -> None:
     assert not inputs.requires_grad
 
 
-def test_all_tensors_that_a_layer_gives_cross_a_cut() -> None:
+def test_output_bytes_include_all_output_tensors() -> None:
     _, lstm = profile(layers_of(nn.Sequential(nn.Linear(4, 4), nn.LSTM(4, 4))), torch.ones(2, 4))
-    assert lstm.output_bytes == 4 * (2 * 4 + 4 + 4), "outputs, and the two states"
+    assert lstm.output_bytes == 4 * (2 * 4 + 4 + 4), "outputs and two states"
 
 
 def cost(seconds: float, parameters: int = 0, activations: int = 0, outputs: int = 0) -> LayerCost:
@@ -106,12 +106,12 @@ def test_cut_by_time() -> None:
     assert cut([cost(s) for s in (3, 1, 4, 1, 5, 9, 2, 6)], 4) == [3, 5, 6]
 
 
-def test_backward_counts_as_forward_does() -> None:
+def test_cut_counts_forward_and_backward() -> None:
     assert cut([LayerCost("", f, b, 0, 0, 0) for f, b in ((1, 9), (5, 1), (4, 1))], 2) == [1]
     assert cut([LayerCost("", f, b, 0, 0, 0) for f, b in ((1, 1), (5, 1), (4, 9))], 2) == [2]
 
 
-def test_the_first_stage_of_1f1b_holds_most_and_gets_less() -> None:
+def test_first_stage_of_1f1b_gets_fewer_layers() -> None:
     costs = [cost(1, activations=10)] * 6
     live = one_f_one_b(2, 8).peak_activations()
     assert live == [2, 1]
@@ -123,14 +123,14 @@ def test_the_first_stage_of_1f1b_holds_most_and_gets_less() -> None:
         cut(costs, 3, Memory([30, 30], live))
 
 
-def test_what_a_stage_needs() -> None:
+def test_memory_of_a_stage() -> None:
     costs = [cost(1, 100, 10, 3), cost(1, 200, 20, 5)]
     live = gpipe(2, 8).peak_activations()
     plain = Memory([0, 0], live)
     assert plain.needed(costs, 0, 0, 2) == 4 * 300 + 8 * 30
     assert plain.needed(costs, 1, 1, 2) == 4 * 200 + 8 * 20
-    lean = Memory([0, 0], live, copies=2, recompute=True)
-    assert lean.needed(costs, 1, 1, 2) == 2 * 200 + 8 * 3 + 20
+    recomputing = Memory([0, 0], live, copies=2, recompute=True)
+    assert recomputing.needed(costs, 1, 1, 2) == 2 * 200 + 8 * 3 + 20
 
 
 def test_cut_points_by_name() -> None:

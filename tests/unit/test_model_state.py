@@ -1,8 +1,8 @@
 """
-Buffers, frozen parameters and what a forward writes: as in one process, and equal on all ranks.
+Buffers, frozen parameters and writes in forward: as in one process, and equal on all ranks.
 
-The reference is a plain loop over whole batches. The data ends in a batch of one sample, so that
-some ranks have nothing to do there.
+The reference is a plain loop over whole batches. The last batch has one sample, so some ranks
+have an empty part.
 """
 
 import copy
@@ -27,10 +27,10 @@ from distplat.strategies.model.model_state import ModelState, Shares
 from distplat.strategies.task import Task
 
 
-def plain(kind: type[Task]) -> dict[str, Tensor]:
-    """Train in one process, as a user would."""
+def plain_loop(task_class: type[Task]) -> dict[str, Tensor]:
+    """Train in one process with a plain loop."""
     torch.manual_seed(0)
-    task = kind()
+    task = task_class()
     model, data = task.model(), task.train_data()
     sampler = Sampler(SAMPLES, BATCH, 1, 0)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -43,33 +43,37 @@ def plain(kind: type[Task]) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def same(run: LocalRun, wanted: Mapping[str, Tensor], tolerance: float = 1e-10) -> None:
+def assert_same(
+    run: LocalRun, expected_values: Mapping[str, Tensor], tolerance: float = 1e-10
+) -> None:
     for rank in range(len(run.ranks)):
         found = run.parameters(rank)
-        assert found.keys() == wanted.keys()
-        for name, value in wanted.items():
+        assert found.keys() == expected_values.keys()
+        for name, value in expected_values.items():
             close = torch.allclose(found[name], value, rtol=0, atol=tolerance)
             assert close, f"{name!r} on rank {rank}: {found[name]} instead of {value}"
 
 
 @pytest.mark.sweep(3)
-@pytest.mark.parametrize("late", [0, 5])
+@pytest.mark.parametrize("first_write", [0, 5])
 @pytest.mark.parametrize("way", ["in place", "data in place", "data assigned"])
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_a_teacher_that_a_forward_updates(strategy: str, world: int, way: str, late: int) -> None:
-    if late and way == "data in place":
-        pytest.skip("a write that only values show is looked for in the first steps")
+def test_teacher_updated_in_forward_matches_plain_loop(
+    strategy: str, world: int, way: str, first_write: int
+) -> None:
+    if first_write and way == "data in place":
+        pytest.skip("writes through `.data` are detected in the first steps only")
 
     class Momentum(Data):
         def model(self) -> nn.Module:
-            return Teacher(way, late)
+            return Teacher(way, first_write)
 
-    same(train(job(strategy, world), Momentum), plain(Momentum))
+    assert_same(train(job(strategy, world), Momentum), plain_loop(Momentum))
 
 
 class Capped(Data):
-    """Rows of a table are scaled down when they are looked up."""
+    """`max_norm` scales rows of the embedding at lookup."""
 
     def model(self) -> nn.Module:
         class Net(nn.Module):
@@ -89,7 +93,7 @@ class Capped(Data):
 
 
 class Clipped(Data):
-    """A weight is clipped through `.data` in each forward."""
+    """Each forward clips a weight through `.data`."""
 
     def model(self) -> nn.Module:
         class Net(nn.Module):
@@ -105,21 +109,23 @@ class Clipped(Data):
         return Net()
 
 
-@pytest.mark.parametrize("kind", [Capped, Clipped])
+@pytest.mark.parametrize("task_class", [Capped, Clipped])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_a_trained_parameter_that_a_forward_writes(world: int, kind: type[Task]) -> None:
-    run = train(job("ring", world, evaluation={"every_epochs": 1}), kind)
-    same(run, plain(kind))
+def test_trained_parameter_written_in_forward_matches_plain_loop(
+    world: int, task_class: type[Task]
+) -> None:
+    run = train(job("ring", world, evaluation={"every_epochs": 1}), task_class)
+    assert_same(run, plain_loop(task_class))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_workers_that_share_the_servers_memory_scale_rows_once(world: int) -> None:
+def test_workers_sharing_server_memory_scale_rows_once(world: int) -> None:
     run = train(job("ps-sync", world, evaluation={"every_epochs": 1}), Capped)
-    same(run, plain(Capped))
+    assert_same(run, plain_loop(Capped))
 
 
 class Replaced(Data):
-    """A step gives a weight other data."""
+    """A step assigns `.data` of a weight."""
 
     def model(self) -> nn.Module:
         return nn.Linear(6, 3, dtype=WIDE)
@@ -131,7 +137,7 @@ class Replaced(Data):
 
 
 class Follower(Data):
-    """The task keeps a teacher of the model, and has not frozen it."""
+    """The task has a teacher of the model that is not frozen."""
 
     def model(self) -> nn.Module:
         self.teacher = nn.Linear(6, 3, dtype=WIDE)
@@ -140,10 +146,10 @@ class Follower(Data):
     def step(self, model: nn.Module, batch: Any) -> Tensor:
         pairs = zip(self.teacher.parameters(), model.parameters(), strict=True)
         with torch.no_grad():
-            for slow, own in pairs:
-                slow.lerp_(own, 0.3)
-            wanted = self.teacher(batch[0])
-        return self.loss(model(batch[0]), batch[1]) + self.loss(model(batch[0]), wanted)
+            for teacher_parameter, parameter in pairs:
+                teacher_parameter.lerp_(parameter, 0.3)
+            targets = self.teacher(batch[0])
+        return self.loss(model(batch[0]), batch[1]) + self.loss(model(batch[0]), targets)
 
 
 NAMES: dict[type[Task], str] = {
@@ -155,21 +161,23 @@ NAMES: dict[type[Task], str] = {
 SERVED = ["ps-sync", {"name": "ps-sync", "backup_workers": 1}, "ps-async"]
 
 
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("task_class", NAMES)
 @pytest.mark.parametrize("strategy", SERVED)
-def test_where_servers_keep_it_that_is_refused_by_name(strategy: Any, kind: type[Task]) -> None:
-    with pytest.raises(SpecError, match=rf"'{NAMES[kind]}', which servers keep(.|\n)*ring"):
-        train(job(strategy, 2), kind, apart=True)
+def test_written_parameter_on_servers_is_rejected_by_name(
+    strategy: Any, task_class: type[Task]
+) -> None:
+    with pytest.raises(SpecError, match=rf"'{NAMES[task_class]}', which servers keep(.|\n)*ring"):
+        train(job(strategy, 2), task_class, apart=True)
 
 
-@pytest.mark.parametrize("kind", [Replaced, Follower])
-def test_where_workers_keep_it_that_is_as_in_one_process(kind: type[Task]) -> None:
-    one, two = (train(job("ring", world), kind) for world in (1, 2))
-    same(two, one.parameters())
+@pytest.mark.parametrize("task_class", [Replaced, Follower])
+def test_written_parameter_on_workers_matches_one_process(task_class: type[Task]) -> None:
+    one, two = (train(job("ring", world), task_class) for world in (1, 2))
+    assert_same(two, one.parameters())
 
 
 class Unseeded(Data):
-    """A frozen projection and a buffer from a generator that nobody seeds."""
+    """A frozen projection and a buffer from an unseeded generator."""
 
     def model(self) -> nn.Module:
         class Net(nn.Module):
@@ -190,28 +198,30 @@ class Unseeded(Data):
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_frozen_parameters_and_buffers_are_rank_0s(strategy: str) -> None:
-    given = {}
+def test_frozen_parameters_and_buffers_come_from_rank_0(strategy: str) -> None:
+    initial = {}
 
-    def before(rank: int, prepared: Any) -> None:
-        given[rank] = {k: v.clone() for k, v in prepared.flat.model.state_dict().items()}
+    def save_initial(rank: int, prepared: Any) -> None:
+        initial[rank] = {k: v.clone() for k, v in prepared.flat.model.state_dict().items()}
 
-    run = train(job(strategy, 3), Unseeded, before=before)
+    run = train(job(strategy, 3), Unseeded, before=save_initial)
     for rank in range(3):
         for name in ("frozen", "shift"):
-            assert torch.equal(run.parameters(rank)[name], given[0][name])
-            assert not torch.equal(given[1][name], given[0][name])
+            assert torch.equal(run.parameters(rank)[name], initial[0][name])
+            assert not torch.equal(initial[1][name], initial[0][name])
 
 
-def test_where_nobody_sends_them_others_are_refused_by_name() -> None:
-    """Who comes second compares, whichever rank that is."""
-    told = "'frozen' of the model has other values on worker-. than on worker-., and this strategy"
-    with pytest.raises(SpecError, match=told):
+def test_ps_async_rejects_different_frozen_parameters() -> None:
+    """The second rank to connect compares, so either rank may raise the error."""
+    message = (
+        "'frozen' of the model has other values on worker-. than on worker-., and this strategy"
+    )
+    with pytest.raises(SpecError, match=message):
         train(job("ps-async", 2), Unseeded)
 
 
-class Seen(nn.Module):
-    """Buffers that depend on the samples; one is replaced, one grows, one is None at first."""
+class Statistics(nn.Module):
+    """Buffers that depend on the samples: one is replaced, one grows, one starts as None."""
 
     mean: Tensor
     count: Tensor
@@ -234,10 +244,10 @@ class Seen(nn.Module):
         return outputs
 
 
-def expected(rule: Callable[[str], str | None], world: int) -> list[dict[str, Tensor]]:
-    """Play the ranks one after the other."""
+def expected_buffers(rule: Callable[[str], str | None], world: int) -> list[dict[str, Tensor]]:
+    """Simulate the ranks one after the other."""
     data, sampler = Unseeded().train_data().tensors[0], Sampler(SAMPLES, BATCH, world, 0)
-    ranks = [Seen() for _ in range(world)]
+    ranks = [Statistics() for _ in range(world)]
     for step in range(STEPS):
         parts = [data[sampler.rank_ids(step, rank).tolist()] for rank in range(world)]
         for module, part in zip(ranks, parts, strict=True):
@@ -255,29 +265,31 @@ def expected(rule: Callable[[str], str | None], world: int) -> list[dict[str, Te
     return [dict(module.named_buffers()) for module in ranks]
 
 
-@pytest.mark.parametrize("chosen", [None, "mean", "local"])
+@pytest.mark.parametrize("rule_of_mean", [None, "mean", "local"])
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_buffers_go_by_their_rule(strategy: str, world: int, chosen: str | None) -> None:
+def test_buffers_follow_the_rule_of_the_task(
+    strategy: str, world: int, rule_of_mean: str | None
+) -> None:
     class Watching(Data):
         def model(self) -> nn.Module:
-            return Seen()
+            return Statistics()
 
         def buffers(self, name: str) -> str | None:
-            return chosen if name == "mean" else None
+            return rule_of_mean if name == "mean" else None
 
     run = train(job(strategy, world), Watching)
-    wanted = expected(lambda name: chosen if name == "mean" else None, world)
-    for rank, buffers in enumerate(wanted):
+    expected_values = expected_buffers(lambda name: rule_of_mean if name == "mean" else None, world)
+    for rank, buffers in enumerate(expected_values):
         found = dict(run.ranks[rank].prepared.flat.model.named_buffers())
         for name, value in buffers.items():
             assert torch.allclose(found[name], value, rtol=0, atol=1e-12), name
 
 
-def test_an_unknown_rule_is_refused() -> None:
+def test_unknown_buffer_rule_is_rejected() -> None:
     class Odd(Data):
         def model(self) -> nn.Module:
-            return Seen()
+            return Statistics()
 
         def buffers(self, name: str) -> str | None:
             return "average"
@@ -286,16 +298,16 @@ def test_an_unknown_rule_is_refused() -> None:
         train(job("ring", 2), Odd)
 
 
-def of(model: nn.Module, *samples: int) -> tuple[Shares, FlatModel]:
+def shares_and_flat(model: nn.Module, *samples: int) -> tuple[Shares, FlatModel]:
     return Shares(lambda step: samples, lambda step: [min(1, s) for s in samples]), FlatModel(model)
 
 
-def test_a_rank_without_samples_does_not_count() -> None:
-    """Nor does it give buffers, were it rank 0."""
+def test_rank_without_samples_is_left_out_of_the_mean() -> None:
+    """Rank 0 has no samples, so it does not send its buffers either."""
     fabric, layers = Fabric(3), [nn.BatchNorm1d(2) for _ in range(3)]
 
     def body(rank: int) -> None:
-        shares, flat = of(nn.Sequential(layers[rank]), 0, 1, 3)
+        shares, flat = shares_and_flat(nn.Sequential(layers[rank]), 0, 1, 3)
         state = ModelState(flat, shares)
         state.connect(fabric.collective(rank))
         state.keep(0)
@@ -313,7 +325,7 @@ def test_a_rank_without_samples_does_not_count() -> None:
         assert int(layer.num_batches_tracked) == 10
 
 
-def test_what_never_changes_is_not_copied_and_does_not_travel() -> None:
+def test_constant_buffers_are_not_copied_or_sent() -> None:
     fabric, sent = Fabric(2), []
 
     class Net(nn.Module):
@@ -323,7 +335,7 @@ def test_what_never_changes_is_not_copied_and_does_not_travel() -> None:
             self.register_buffer("constant", torch.zeros(100_000))
 
     def body(rank: int) -> None:
-        shares, flat = of(Net(), 1, 1)
+        shares, flat = shares_and_flat(Net(), 1, 1)
         state, group = ModelState(flat, shares), fabric.collective(rank)
         state.connect(group)
         state.keep(0)
@@ -337,14 +349,14 @@ def test_what_never_changes_is_not_copied_and_does_not_travel() -> None:
     assert not any(sent)
 
 
-def test_a_repeated_step_begins_with_the_state_before_it() -> None:
-    shares, flat = of(Teacher("data assigned"), 1)
+def test_repeated_step_starts_from_the_state_before_it() -> None:
+    shares, flat = shares_and_flat(Teacher("data assigned"), 1)
     state, model = ModelState(flat, shares), flat.model
     state.connect(None)
     state.keep(0)
     for step in range(3):
         before = copy.deepcopy(model.state_dict())
-        for _ in range(2):  # the first time it is broken off
+        for _ in range(2):  # the first one is interrupted
             model(torch.randn(2, 6, dtype=WIDE))
             state.restore_version(step)
             for name, value in before.items():
@@ -354,8 +366,8 @@ def test_a_repeated_step_begins_with_the_state_before_it() -> None:
         state.keep(step + 1)
 
 
-def test_a_step_that_is_left_out_leaves_no_trace() -> None:
-    shares, flat = of(Teacher("in place"), 1)
+def test_skipped_step_leaves_the_state_unchanged() -> None:
+    shares, flat = shares_and_flat(Teacher("in place"), 1)
     state, model = ModelState(flat, shares), flat.model
     state.connect(None)
     state.keep(0)
@@ -367,11 +379,11 @@ def test_a_step_that_is_left_out_leaves_no_trace() -> None:
     assert state.restore_version(1)
 
 
-def test_what_has_no_copy_is_lost_with_the_step_that_wrote_it_first() -> None:
+def test_restore_raises_state_lost_without_a_copy() -> None:
     large = nn.Parameter(torch.zeros(1 << 19), requires_grad=False)
     model = nn.Linear(2, 2)
     model.register_parameter("large", large)
-    shares, flat = of(model, 1)
+    shares, flat = shares_and_flat(model, 1)
     state = ModelState(flat, shares)
     state.connect(None)
     state.keep(0)

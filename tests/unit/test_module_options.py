@@ -1,4 +1,4 @@
-"""Activations computed again in backward, and compiled calls: the model trains as without."""
+"""Activation checkpointing and `torch.compile` do not change the trained model."""
 
 from typing import Any
 
@@ -23,32 +23,32 @@ CALLS: list[str] = []
 
 
 class Block(nn.Module):
-    """Statistics, random numbers, buffers that it reads and writes, and another block inside."""
+    """Batch statistics, dropout, buffers that forward reads and writes, and a nested block."""
 
     calls: Tensor
     gain: Tensor
 
-    def __init__(self, depth: int = 1, *, keeps: bool = False) -> None:
+    def __init__(self, depth: int = 1, *, has_state: bool = False) -> None:
         super().__init__()
-        self.keeps = keeps
+        self.has_state = has_state
         self.linear = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6))
         self.norm = nn.BatchNorm1d(6)
-        self.inner = Block(depth - 1, keeps=keeps) if depth else None
+        self.inner = Block(depth - 1, has_state=has_state) if depth else None
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("gain", torch.ones(6))
         self.seen, self.means, self.level = 0, list[float](), torch.zeros(6)
 
-    def remember(self, x: Tensor) -> Tensor:
-        """Keep something in attributes, which a compiler would have to follow in every step."""
+    def update_state(self, x: Tensor) -> Tensor:
+        """Write attributes that a compiler would have to guard in every step."""
         self.seen += 1
         self.means.append(float(x.detach().mean()))
         self.level.lerp_(x.detach().mean(0), 0.1)
         return x * (1 + 0.1 * self.seen) + sum(self.means) + self.level
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():  # the graph is compiled anew for each length
+        if not torch.compiler.is_compiling():  # each length is compiled to a new graph
             CALLS.append("inner" if self.inner is None else "outer")
-        x = self.remember(x) if self.keeps else x
+        x = self.update_state(x) if self.has_state else x
         self.calls += 1
         self.gain = self.gain + 0.1 * self.calls  # another tensor
         y = nn.functional.dropout(self.norm(self.linear(x)).tanh(), 0.3, self.training)
@@ -71,13 +71,13 @@ class Deep(Task):
         return nn.functional.mse_loss(outputs, targets)
 
 
-class Keeping(Deep):
+class DeepWithState(Deep):
     def model(self) -> nn.Module:
-        blocks = (Block(keeps=True) for _ in range(2))
+        blocks = (Block(has_state=True) for _ in range(2))
         return nn.Sequential(nn.Linear(4, 6), *blocks, nn.Linear(6, 2))
 
 
-# One rank: those of a test are threads, which draw from one generator.
+# One rank: ranks of a test are threads, which share one generator.
 def options_job(strategy: str = "ring", **fields: Any) -> Job:
     optimizer = {"name": "AdamW", "lr": 0.05}
     return job_of(strategy, 1, optimizer=optimizer, steps=4, global_batch_size=6, seed=2, **fields)
@@ -87,29 +87,31 @@ def options_job(strategy: str = "ring", **fields: Any) -> Job:
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
 @pytest.mark.parametrize("patterns", ["1", "1,2", "*.inner", "1,*.inner"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_activations_that_are_computed_again_change_no_bit(
+def test_activation_checkpointing_is_bit_identical(
     strategy: str, patterns: str, accumulation: int
 ) -> None:
     fields: dict[str, Any] = {"gradient_accumulation": accumulation}
-    plain = train(options_job(strategy, **fields), Keeping)
-    saving = train(options_job(strategy, activation_checkpointing=patterns, **fields), Keeping)
+    plain = train(options_job(strategy, **fields), DeepWithState)
+    checkpointed = train(
+        options_job(strategy, activation_checkpointing=patterns, **fields), DeepWithState
+    )
     expected = plain.parameters()
-    found = saving.parameters()
+    found = checkpointed.parameters()
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize(
-    ("patterns", "again"),
+    ("patterns", "recomputed"),
     [("1", ["outer", "inner"]), ("*.inner", ["inner"] * 2), ("1,1.inner", ["outer", "inner"])],
 )
-def test_what_matches_is_computed_again_once(patterns: str, again: list[str]) -> None:
+def test_matching_modules_are_recomputed_once(patterns: str, recomputed: list[str]) -> None:
     model = Deep().model()
     apply_module_options(options_job(activation_checkpointing=patterns), model)
     loss = model(torch.randn(5, 4)).sum()
     CALLS.clear()
     loss.backward()
-    assert sorted(CALLS) == sorted(again)
+    assert sorted(CALLS) == sorted(recomputed)
     assert [name for name, _ in model.named_modules()] == [
         name for name, _ in Deep().model().named_modules()
     ]
@@ -117,30 +119,33 @@ def test_what_matches_is_computed_again_once(patterns: str, again: list[str]) ->
         model.eval()(torch.randn(5, 4))
 
 
-def penalised(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
-    """Train on a penalty of the inputs' gradient, which needs activations twice in backward."""
+def gradient_penalty_step(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    """Backpropagate a gradient penalty, which needs activations twice in backward."""
     torch.manual_seed(5)
-    given = inputs.clone().requires_grad_()
-    outputs = model(given)
-    (slope,) = torch.autograd.grad(outputs.sum(), given, create_graph=True)
+    leaf = inputs.clone().requires_grad_()
+    outputs = model(leaf)
+    (slope,) = torch.autograd.grad(outputs.sum(), leaf, create_graph=True)
     torch.autograd.backward(outputs.square().mean() + slope.square().sum())
-    found = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
-    return found | dict(model.named_buffers())
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return gradients | dict(model.named_buffers())
 
 
-def test_a_gradient_of_a_gradient_is_the_same() -> None:
-    plain, saving = (Keeping().model() for _ in range(2))
-    saving.load_state_dict(plain.state_dict())
-    apply_module_options(options_job(activation_checkpointing="1,2"), saving)
+def test_activation_checkpointing_supports_double_backward() -> None:
+    plain, checkpointed = (DeepWithState().model() for _ in range(2))
+    checkpointed.load_state_dict(plain.state_dict())
+    apply_module_options(options_job(activation_checkpointing="1,2"), checkpointed)
     for _ in range(4):
         inputs = torch.randn(5, 4)
-        expected, found = penalised(plain, inputs), penalised(saving, inputs)
+        expected, found = (
+            gradient_penalty_step(plain, inputs),
+            gradient_penalty_step(checkpointed, inputs),
+        )
         assert expected.keys() == found.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-class Late(nn.Module):
-    """Writes a buffer once it is told to."""
+class LateWriter(nn.Module):
+    """Writes a buffer in forward if `writes` is set."""
 
     scale: Tensor
 
@@ -155,8 +160,8 @@ class Late(nn.Module):
         return x.tanh() * self.scale
 
 
-def test_a_buffer_that_is_written_later_is_told_and_not_read_twice() -> None:
-    late = Late()
+def test_buffer_first_written_in_a_later_step_is_an_error() -> None:
+    late = LateWriter()
     module = nn.Sequential(nn.Linear(3, 3), late)
     checkpoint_activations(module)
     for _ in range(4):
@@ -166,7 +171,7 @@ def test_a_buffer_that_is_written_later_is_told_and_not_read_twice() -> None:
         module(torch.ones(2, 3))
 
 
-def test_a_pattern_that_matches_no_module_is_refused() -> None:
+def test_pattern_without_a_match_is_rejected() -> None:
     with pytest.raises(
         SpecError, match=r"(?s)'1\.iner' matches no module.*did you mean '1\.inner'"
     ):
@@ -175,7 +180,7 @@ def test_a_pattern_that_matches_no_module_is_refused() -> None:
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
-def test_a_compiled_model_trains_as_the_plain_one(strategy: str) -> None:
+def test_compiled_model_matches_the_plain_one(strategy: str) -> None:
     plain = train(options_job(strategy), Deep).parameters()
     compiled = train(options_job(strategy, compile={"backend": "aot_eager"}), Deep)
     found = compiled.parameters()
@@ -185,7 +190,7 @@ def test_a_compiled_model_trains_as_the_plain_one(strategy: str) -> None:
 
 
 class Weighted(Deep):
-    """Weights, and state, that a run looks at in its first steps; the model is one graph."""
+    """A weighted loss and a state of the task, which a run inspects in its first steps."""
 
     def __init__(self) -> None:
         self.scale: Any = None
@@ -194,56 +199,58 @@ class Weighted(Deep):
         return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
 
     def step(self, model: nn.Module, batch: Any) -> Any:
-        loss = self.computed(model, *batch)
+        loss = self.loss_sum(model, *batch)
         self.scale = loss.detach() + (0 if self.scale is None else self.scale)
         return loss / self.scale, (batch[1] > 0).sum() + 1
 
     @staticmethod
-    def computed(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    def loss_sum(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         return nn.functional.mse_loss(model(inputs), targets, reduction="sum")
 
 
 class Written(Weighted):
-    """Keeps them in a tensor that it writes."""
+    """Writes its state in place."""
 
     def step(self, model: nn.Module, batch: Any) -> Any:
         self.scale = torch.zeros(()) if self.scale is None else self.scale
-        loss = self.computed(model, *batch)
+        loss = self.loss_sum(model, *batch)
         self.scale += loss.detach()
         return loss
 
 
-def test_what_a_task_keeps_is_not_counted_twice() -> None:
-    """Under `hybrid` its `step` is a part of what is computed again."""
+def test_state_of_the_task_is_not_updated_twice() -> None:
+    """`hybrid` recomputes `step` of the task too."""
     plain = train(options_job("hybrid"), Weighted).parameters()
-    saving = options_job("hybrid", activation_checkpointing="0")
-    found = train(saving, Weighted).parameters()
+    checkpointed = options_job("hybrid", activation_checkpointing="0")
+    found = train(checkpointed, Weighted).parameters()
     assert all(torch.equal(found[name], value) for name, value in plain.items())
     with pytest.raises(SpecError, match=r"writes into task\.scale, and `recompute` runs it twice"):
-        train(saving, Written)
+        train(checkpointed, Written)
 
 
 class CompiledByTask(Weighted):
-    computed = staticmethod(torch.compile(Weighted.computed, fullgraph=True, backend="eager"))
+    loss_sum = staticmethod(torch.compile(Weighted.loss_sum, fullgraph=True, backend="eager"))
 
 
-@pytest.mark.parametrize("by", ["job", "task"])
-def test_a_model_that_is_compiled_whole_is_not_looked_at(by: str) -> None:
-    chosen: Any = {"compile": {"backend": "eager", "fullgraph": True}} if by == "job" else {}
+@pytest.mark.parametrize("compiled_by", ["job", "task"])
+def test_fullgraph_model_is_not_inspected(compiled_by: str) -> None:
+    options: Any = (
+        {"compile": {"backend": "eager", "fullgraph": True}} if compiled_by == "job" else {}
+    )
     plain = train(options_job(), Weighted).parameters()
-    task = Weighted if by == "job" else CompiledByTask
-    found = train(options_job(**chosen), task).parameters()
+    task = Weighted if compiled_by == "job" else CompiledByTask
+    found = train(options_job(**options), task).parameters()
     assert all(torch.equal(found[name], value) for name, value in plain.items())
 
 
-def test_a_compiled_module_is_known() -> None:
+def test_compiled_module_returns_the_original() -> None:
     plain = nn.Linear(1, 1)
     compiled: Any = torch.compile(plain, backend="eager")
     assert compiled_module(compiled) is plain
     assert compiled_module(plain) is None
 
 
-def test_what_cannot_be_compiled_runs_as_it_is() -> None:
+def test_falls_back_to_eager_if_compile_fails() -> None:
     def broken(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("no compiler here")
 
@@ -255,7 +262,7 @@ def test_what_cannot_be_compiled_runs_as_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "found"),
+    ("value", "expected"),
     [
         (True, Compile()),
         (False, None),
@@ -263,20 +270,20 @@ def test_what_cannot_be_compiled_runs_as_it_is() -> None:
         ({"mode": "reduce-overhead"}, Compile(mode="reduce-overhead")),
     ],
 )
-def test_compile_may_be_a_flag_or_what_torch_is_told(given: Any, found: Compile | None) -> None:
-    assert options_job(compile=given).compile == found
+def test_compile_accepts_a_flag_or_arguments_of_torch(value: Any, expected: Compile | None) -> None:
+    assert options_job(compile=value).compile == expected
     with pytest.raises((SpecError, ValidationError), match="mode"):
         options_job(compile={"mode": "fast"})
 
 
-def test_stages_are_not_compiled() -> None:
+def test_compile_with_stages_is_rejected() -> None:
     data = options_job().model_dump()
     data |= {"strategy": {"name": "hybrid", "pipeline": 2}, "scaling": {"num_workers": 2}}
     with pytest.raises(SpecError, match=r"(?s)compile: cannot.* with stages.*use `ring`"):
         make_job({**data, "compile": True})
 
 
-def test_whole_models_of_hybrid_are_compiled() -> None:
+def test_hybrid_without_stages_compiles_the_model() -> None:
     graphs = []
 
     def counting(graph: Any, inputs: Any) -> Any:
@@ -286,5 +293,5 @@ def test_whole_models_of_hybrid_are_compiled() -> None:
     torch._dynamo.register_backend(counting, name="counting")
     plain = train(options_job("hybrid"), Weighted).parameters()
     found = train(options_job("hybrid", compile={"backend": "counting"}), Weighted).parameters()
-    assert graphs, "or nothing was compiled"
+    assert graphs, "nothing was compiled"
     assert all(torch.equal(found[name], value) for name, value in plain.items())
