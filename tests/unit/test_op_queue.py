@@ -1,4 +1,4 @@
-"""One operation after the other, in the order in which they were asked for."""
+"""OpQueue runs one operation at a time, in the order of submission."""
 
 import threading
 import time
@@ -14,14 +14,14 @@ def queue() -> OpQueue:
     return OpQueue("test queue")
 
 
-def test_nothing_queued_runs_in_the_callers_thread(queue: OpQueue) -> None:
+def test_run_uses_the_callers_thread_if_the_queue_is_empty(queue: OpQueue) -> None:
     names: list[str] = []
     queue.run(lambda: names.append(threading.current_thread().name))
     assert names == [threading.current_thread().name]
     assert all(thread.name != "test queue" for thread in threading.enumerate())
 
 
-def test_work_for_later_runs_in_one_thread_in_order(queue: OpQueue) -> None:
+def test_submitted_work_runs_in_one_thread_in_order(queue: OpQueue) -> None:
     seen: list[tuple[int, str]] = []
 
     def work(number: int) -> None:
@@ -39,7 +39,7 @@ def test_work_for_later_runs_in_one_thread_in_order(queue: OpQueue) -> None:
     assert all(thread.name != "test queue" for thread in threading.enumerate())
 
 
-def test_never_two_at_a_time(queue: OpQueue) -> None:
+def test_operations_never_overlap(queue: OpQueue) -> None:
     busy = threading.Lock()
 
     def work() -> None:
@@ -62,17 +62,17 @@ def test_never_two_at_a_time(queue: OpQueue) -> None:
     queue.close(5.0)
 
 
-def test_an_error_comes_out_of_wait_with_its_traceback(queue: OpQueue) -> None:
-    def work_that_fails() -> None:
+def test_wait_raises_the_error_with_its_traceback(queue: OpQueue) -> None:
+    def failing_work() -> None:
         raise ValueError("on purpose")
 
-    handle = queue.submit(work_that_fails)
+    handle = queue.submit(failing_work)
     with pytest.raises(ValueError, match="on purpose") as caught:
         handle.wait()
-    assert "work_that_fails" in "".join(traceback.format_tb(caught.value.__traceback__))
+    assert "failing_work" in "".join(traceback.format_tb(caught.value.__traceback__))
     with pytest.raises(ValueError, match="on purpose"):
         handle.wait()
     done: list[int] = []
-    queue.submit(lambda: done.append(1)).wait()  # the thread goes on
+    queue.submit(lambda: done.append(1)).wait()  # the thread still runs
     assert done == [1]
     queue.close(5.0)

@@ -1,4 +1,4 @@
-"""Orders reach actors though they are lost; what they cannot carry out is told."""
+"""Orders are repeated until they arrive; errors of actors are reported."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from distplat.actors.retrying_calls import Orders
 from distplat.platform.errors import InfrastructureError, StaleError
 
 
-class Obedient:
+class OrderedActor:
     def __init__(self) -> None:
         self.done: set[int] = set()
 
@@ -21,15 +21,15 @@ class Obedient:
         raise order
 
 
-def one() -> tuple[LocalCluster, Actor, Orders]:
+def make_orders() -> tuple[LocalCluster, Actor, Orders]:
     cluster = LocalCluster()
-    actor = cluster.spawn("worker-0", "here", lambda _: Obedient())
+    actor = cluster.spawn("worker-0", "here", lambda _: OrderedActor())
     return cluster, actor, Orders(cluster.transport())
 
 
 @pytest.mark.parametrize("lost", ["request", "reply"])
-def test_a_lost_order_is_given_again(lost: Any) -> None:
-    cluster, actor, orders = one()
+def test_lost_order_is_sent_again(lost: Any) -> None:
+    cluster, actor, orders = make_orders()
     inject(cluster, "rest", Fault(lose=lost), times=3)
     orders.send("worker-0", actor, "rest", 7)
     for _ in range(5):
@@ -39,8 +39,8 @@ def test_a_lost_order_is_given_again(lost: Any) -> None:
     assert orders._open == []
 
 
-def test_what_cannot_be_carried_out_is_told_once() -> None:
-    cluster, actor, orders = one()
+def test_error_of_an_order_is_reported_once() -> None:
+    cluster, actor, orders = make_orders()
     orders.send("worker-0", actor, "start", StaleError("an old one"))
     orders.send("worker-0", actor, "start", KeyError("a module"))
     drain(cluster, 5)
@@ -50,8 +50,8 @@ def test_what_cannot_be_carried_out_is_told_once() -> None:
     assert orders.poll() == []
 
 
-def test_who_is_gone_needs_no_orders() -> None:
-    cluster, actor, orders = one()
+def test_orders_of_a_dead_actor_are_dropped() -> None:
+    cluster, actor, orders = make_orders()
     inject(cluster, "rest", Fault(delay_s=1e6))
     orders.send("worker-0", actor, "rest", 1)
     assert orders.poll() == []

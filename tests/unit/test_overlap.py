@@ -1,4 +1,4 @@
-"""Training with overlapped buckets gives the bits of training without, whatever ranks do."""
+"""Training with overlapped buckets is bit-identical to training without overlap."""
 
 import random
 import sys
@@ -35,14 +35,14 @@ RECIPE = "conv-adamw-accumulated-clipped"
 
 @pytest.fixture(params=[0, 2**18], ids=["copied", "added"], autouse=True, scope="module")
 def copied_bytes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """From which size on gradients are copied into the vector, and not added to zeros."""
+    """Patch the size above which gradients are copied into the vector, not added to zeros."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("distplat.strategies.model.flat._COPIED_BYTES", request.param)
         yield
 
 
 class Background(Handle):
-    """An operation on the rank's own thread."""
+    """An operation on a thread of the rank."""
 
     def __init__(self, future: Future[None]) -> None:
         self._future = future
@@ -51,18 +51,18 @@ class Background(Handle):
         self._future.result(timeout=30)
 
 
-counted_s: float | None = None
-"""What an operation of `background` is said to have taken; None: what it took."""
+reported_s: float | None = None
+"""Time that an operation of `background` reports; None: the measured time."""
 PENDING: dict[int, list[Future[None]]] = {}
-"""By the thread that started them: operations of `background`, old ones too."""
+"""All operations of `background`, by the thread that started them."""
 
 
 @pytest.fixture
 def background(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """
-    Let operations of the fake take their time, each rank's one after another on a thread.
+    Run operations of the fake group in the background, on one thread for each rank.
 
-    Gives the sizes of what was started, of all ranks.
+    Return the sizes of all operations of all ranks.
     """
     threads: dict[int, ThreadPoolExecutor] = {}
     sizes: list[int] = []
@@ -73,7 +73,7 @@ def background(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             time.sleep(random.random() * 2e-3)
             group.all_reduce(tensor, op)
             took_s = time.perf_counter() - began
-            group.traffic.working_s += took_s if counted_s is None else counted_s
+            group.traffic.working_s += took_s if reported_s is None else reported_s
 
         sizes.append(tensor.numel())
         thread = threads.setdefault(id(group), ThreadPoolExecutor(1))
@@ -89,7 +89,7 @@ def background(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 class Branches(Classify):
-    """Each batch goes through one of two branches, or through both: so do the ranks."""
+    """Each batch goes through one or two branches, so ranks use different parameters."""
 
     shape = (5,)
 
@@ -112,8 +112,8 @@ class Branches(Classify):
         return self.Model()
 
 
-class Patient(Conv):
-    """Backward comes to its end only once the operations that it has started are over."""
+class WaitsInBackward(Conv):
+    """Backward ends after all operations that it has started."""
 
     def model(self) -> nn.Module:
         model = super().model()
@@ -126,7 +126,7 @@ class Patient(Conv):
 
 
 def job(recipe: str = RECIPE, workers: int = 3, **options: Any) -> Job:
-    # Some have more micro-batches than the batch has samples, which a job file may not.
+    # Some recipes have more micro-batches than samples in a batch, which a job file rejects.
     plain = recipe_job(recipe, "ring", 1, 0).with_workers(workers)
     strategy = plain.strategy.model_copy(update={"options": options})
     return plain.model_copy(update={"strategy": strategy})
@@ -140,15 +140,15 @@ def without_overlap(workers: int, branches: bool = False) -> LocalRun:
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("workers", [2, 3])
-def test_the_same_bits_with_overlap(background: list[int], workers: int) -> None:
-    """With accumulation, uneven parts of a batch, and batches of one sample."""
+def test_overlap_is_bit_identical(background: list[int], workers: int) -> None:
+    """The recipe has accumulation, uneven parts of a batch, and batches of one sample."""
     run = train(job(workers=workers, bucket_mb=ONE_PER_PARAMETER), Conv)
     assert len(background) == 15 * (4 + 1) * workers  # steps; parameters and a control record
     for rank in range(workers):
         assert distance(run.parameters(rank), without_overlap(workers).parameters()) == 0
 
 
-def test_the_same_bits_where_ranks_use_different_parameters(background: list[int]) -> None:
+def test_overlap_is_bit_identical_if_ranks_use_different_parameters(background: list[int]) -> None:
     run = train(job(bucket_mb=ONE_PER_PARAMETER), Branches)
     assert same_bits(run, without_overlap(3, True))
     assert len(set(background)) > 2
@@ -162,7 +162,7 @@ def test_the_same_bits_where_ranks_use_different_parameters(background: list[int
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(bucket_mb=st.floats(1e-6, 1e-3), workers=st.integers(1, 3))
-def test_the_same_bits_whatever_the_buckets(
+def test_overlap_is_bit_identical_for_any_bucket_size(
     background: list[int], bucket_mb: float, workers: int
 ) -> None:
     run = train(job(workers=workers, bucket_mb=bucket_mb), Conv)
@@ -170,10 +170,10 @@ def test_the_same_bits_whatever_the_buckets(
 
 
 @pytest.mark.sweep(3)
-@pytest.mark.parametrize(("name", "within"), [("fp16", 2e-3), ("bf16", 2e-2)])
+@pytest.mark.parametrize(("name", "tolerance"), [("fp16", 2e-3), ("bf16", 2e-2)])
 @pytest.mark.parametrize("overlap", [True, False])
-def test_halves_train_nearly_the_same(
-    background: list[int], name: str, within: float, overlap: bool
+def test_half_precision_compression_is_close_to_exact(
+    background: list[int], name: str, tolerance: float, overlap: bool
 ) -> None:
     options: dict[str, Any] = {
         "compression": name,
@@ -182,45 +182,45 @@ def test_halves_train_nearly_the_same(
     }
     run = train(job("conv-sgd-clipped", **options), Conv)
     exact = train(job("conv-sgd-clipped"), Conv)
-    assert 0 < distance(run.parameters(), exact.parameters()) < within
+    assert 0 < distance(run.parameters(), exact.parameters()) < tolerance
     first, *others = [run.parameters(rank) for rank in range(3)]
     assert all(distance(first, other) == 0 for other in others)
 
 
-def test_figures_of_every_step(background: list[int]) -> None:
+def test_every_step_reports_figures(background: list[int]) -> None:
     run = train(job(bucket_mb=ONE_PER_PARAMETER), Conv)
     steps = [report for report in run.reports[0] if isinstance(report, StepReport)]
     assert len(steps) == 15
     for report in steps:
-        found = report.figures
-        busy = found["waiting_s"] + found["working_s"]
+        figures = report.figures
+        busy = figures["waiting_s"] + figures["working_s"]
         assert busy > 0
-        assert 0 <= found["hidden_s"] <= busy
-        assert found["exposed_s"] <= report.seconds["exchange"]
-        assert busy <= found["hidden_s"] + found["exposed_s"] + 1e-3
-    assert steps[0].figures["hidden_s"] == 0  # nothing leaves early there
+        assert 0 <= figures["hidden_s"] <= busy
+        assert figures["exposed_s"] <= report.seconds["exchange"]
+        assert busy <= figures["hidden_s"] + figures["exposed_s"] + 1e-3
+    assert steps[0].figures["hidden_s"] == 0  # the first step does not overlap
     elements = 48 + 16 + 112 + 3  # with padding: a convolution and a linear layer, bias by bias
     order_bytes = 2 * 2 * 4 * 8  # two words for each of four buckets, to two ranks
-    for report in steps:  # what setting up has sent is in no step
+    for report in steps:  # bytes sent during setup do not count
         sent = 2 * 2 / 3 * (4 * elements + 8 * control_size(4))
         sent += order_bytes if report.step == 0 else 0
         assert report.figures["sent_bytes"] == pytest.approx(sent, rel=0.02)
 
 
-def test_what_ends_before_backward_does_is_hidden(
+def test_operations_that_end_before_backward_are_hidden(
     background: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Operations count a minute each, so that no delay of this machine is longer than they are."""
-    monkeypatch.setattr(sys.modules[__name__], "counted_s", 60.0)
-    run = train(job(bucket_mb=ONE_PER_PARAMETER), Patient)
+    """Operations report a minute each, longer than any delay of a loaded machine."""
+    monkeypatch.setattr(sys.modules[__name__], "reported_s", 60.0)
+    run = train(job(bucket_mb=ONE_PER_PARAMETER), WaitsInBackward)
     hidden = [r.figures["hidden_fraction"] for r in run.reports[0] if isinstance(r, StepReport)]
     assert hidden[0] == 0
     assert all(fraction > 0 for fraction in hidden[1:])
 
 
 @pytest.mark.parametrize("name", ["0.weight", "1.bias", "3.weight"])
-def test_a_gradient_that_is_not_finite_is_found_and_named(name: str) -> None:
-    """Gradients that were copied are looked at in their hooks, others bucket by bucket."""
+def test_non_finite_gradient_is_detected_and_named(name: str) -> None:
+    """Copied gradients are checked in their hooks, others bucket by bucket."""
     fabric, step_of_nan = Fabric(2), 3
 
     def net() -> nn.Module:
@@ -230,10 +230,10 @@ def test_a_gradient_that_is_not_finite_is_found_and_named(name: str) -> None:
         model = net()
         flat = FlatModel(model)
         reducer = BucketReducer(flat, fabric.collective(rank), 4)
-        found: list[tuple[int, int, int]] = []
+        records: list[tuple[int, int, int]] = []
 
         def spoil(gradient: Tensor) -> None:
-            if rank == 1 and len(found) == step_of_nan:
+            if rank == 1 and len(records) == step_of_nan:
                 gradient[-1] = torch.nan
 
         model.get_parameter(name).register_hook(spoil)  # type: ignore[no-untyped-call]
@@ -245,9 +245,9 @@ def test_a_gradient_that_is_not_finite_is_found_and_named(name: str) -> None:
             torch.autograd.backward(loss)
             flat.collect()
             total = reducer.finish(record_of(flat, rank))
-            found.append((total.non_finite, total.rank, total.slot))
+            records.append((total.non_finite, total.rank, total.slot))
         reducer.close()
-        return found
+        return records
 
     slot = [n for n, _ in net().named_parameters()].index(name)
     finite = (0, -1, -1)
@@ -255,8 +255,8 @@ def test_a_gradient_that_is_not_finite_is_found_and_named(name: str) -> None:
     assert on_ranks(2, body) == [expected] * 2
 
 
-def test_a_rank_that_dies_is_named_to_those_in_the_middle_of_backward() -> None:
-    """Whichever operation it does not come to; the worlds, of two ranks each, run side by side."""
+def test_dead_rank_is_named_to_ranks_in_backward() -> None:
+    """The rank dies before each of several operations, each in a world of two ranks of its own."""
     deaths = range(3, 9)
     fabrics = [Fabric(2, timeout_s=2) for _ in deaths]
     models = [nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(2 * len(fabrics))]

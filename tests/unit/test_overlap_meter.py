@@ -1,4 +1,4 @@
-"""What counts as hidden behind backward, on a clock that is set by hand."""
+"""Communication time hidden by backward, measured with a fake clock."""
 
 from types import SimpleNamespace
 
@@ -12,18 +12,26 @@ from distplat.strategies.reduction.base import Meter, OverlapMeter
 @pytest.mark.parametrize(
     ("starts", "finish", "end", "busy", "casting", "exposed", "hidden"),
     [
-        ([10.0], 14.0, 14.0, 4.0, 0.0, 0.0, 4.0),  # all of it behind backward
-        ([10.0], 14.0, 15.0, 5.0, 0.0, 1.0, 4.0),  # the last second not
-        ([10.0], 14.0, 14.0, 1.0, 0.0, 0.0, 1.0),  # over long before the end of backward
-        ([10.0, 13.0], 14.0, 16.0, 4.5, 0.0, 2.0, 2.5),  # two, with a pause between
-        ([14.5], 14.0, 16.0, 1.5, 0.0, 2.0, 0.0),  # nothing left early
-        ([], 14.0, 14.0, 0.0, 0.0, 0.0, 0.0),  # nothing left at all
+        ([10.0], 14.0, 14.0, 4.0, 0.0, 0.0, 4.0),  # entirely hidden
+        ([10.0], 14.0, 15.0, 5.0, 0.0, 1.0, 4.0),  # the last second is exposed
+        ([10.0], 14.0, 14.0, 1.0, 0.0, 0.0, 1.0),  # ends long before the end of backward
+        ([10.0, 13.0], 14.0, 16.0, 4.5, 0.0, 2.0, 2.5),  # two operations with a pause between
+        ([14.5], 14.0, 16.0, 1.5, 0.0, 2.0, 0.0),  # no operation started early
+        ([], 14.0, 14.0, 0.0, 0.0, 0.0, 0.0),  # no operation
         ([10.0], 14.0, 16.0, 5.5, 0.5, 1.5, 4.0),  # half a second of finish() was casting
-        ([10.0], 14.0, 15.0, 9.0, 0.0, 1.0, 4.0),  # a group that counts side by side
-        ([10.0], 14.0, 15.0, 0.0, 0.0, 1.0, 0.0),  # a group that does not count
+        (
+            [10.0],
+            14.0,
+            15.0,
+            9.0,
+            0.0,
+            1.0,
+            4.0,
+        ),  # the group counts concurrent operations separately
+        ([10.0], 14.0, 15.0, 0.0, 0.0, 1.0, 0.0),  # the group does not measure
     ],
 )
-def test_hidden_and_exposed(
+def test_meter_splits_hidden_and_exposed_time(
     monkeypatch: pytest.MonkeyPatch,
     starts: list[float],
     finish: float,
@@ -38,23 +46,23 @@ def test_hidden_and_exposed(
     group = Fabric(1).collective(0)
     group.traffic.working_s = 100.0  # of earlier steps
     meter = OverlapMeter(group)
-    for later in (0.0, 100.0):  # a step leaves nothing behind for the next
+    for offset in (0.0, 100.0):  # a step does not affect the next
         meter.begin()
-        moments = [(at, meter.start) for at in starts] + [(finish, meter.finish)]
-        for at, happens in sorted(moments, key=lambda moment: moment[0]):
-            clock.now = later + at
-            happens()
-        clock.now = later + end
+        events = [(start, meter.start) for start in starts] + [(finish, meter.finish)]
+        for time, callback in sorted(events, key=lambda event: event[0]):
+            clock.now = offset + time
+            callback()
+        clock.now = offset + end
         group.traffic.waiting_s += busy / 4
         group.traffic.working_s += busy * 3 / 4
         meter.end(casting)
-        found = meter.figures()
-        assert (found["exposed_s"], found["hidden_s"]) == pytest.approx((exposed, hidden))
-        whole = exposed + hidden
-        assert found["hidden_fraction"] == pytest.approx(hidden / whole if whole else 0.0)
+        figures = meter.figures()
+        assert (figures["exposed_s"], figures["hidden_s"]) == pytest.approx((exposed, hidden))
+        total = exposed + hidden
+        assert figures["hidden_fraction"] == pytest.approx(hidden / total if total else 0.0)
 
 
-def test_a_lap_counts_from_the_last_one() -> None:
+def test_lap_counts_since_the_last_lap() -> None:
     group = Fabric(1).collective(0)
     group.traffic.sent_bytes = 100
     meter = Meter(group)

@@ -1,4 +1,4 @@
-"""The job of a train function: what it does without, what it refuses, how it is found and run."""
+"""Jobs of train functions: required and rejected fields, checks of the function, runs."""
 
 import os
 import sys
@@ -72,7 +72,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
         sys.modules.pop(module, None)
 
 
-def test_a_job_without_the_fields_of_a_loop_is_one_of_a_train_function(tmp_path: Path) -> None:
+def test_job_without_loop_fields_is_for_a_train_function(tmp_path: Path) -> None:
     job = make_job(FIELDS)
     assert job.own_loop
     assert not make_job({**FIELDS, **LOOP}).own_loop
@@ -83,7 +83,7 @@ def test_a_job_without_the_fields_of_a_loop_is_one_of_a_train_function(tmp_path:
     assert load_job(tmp_path / "job.yaml").own_loop
 
 
-def test_some_of_the_fields_are_those_of_a_task_that_lacks_the_others() -> None:
+def test_job_with_some_loop_fields_requires_the_others() -> None:
     with pytest.raises(SpecError) as caught:
         make_job({**FIELDS, "steps": 2})
     text = str(caught.value)
@@ -92,7 +92,7 @@ def test_some_of_the_fields_are_those_of_a_task_that_lacks_the_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "text"),
+    ("overrides", "text"),
     [
         ({"clip_norm": 1.0}, "clip_norm: has no effect on a train function"),
         ({"ema": {"decay": 0.9}}, "ema: has no effect on a train function"),
@@ -113,14 +113,14 @@ def test_some_of_the_fields_are_those_of_a_task_that_lacks_the_others() -> None:
         ({"strategy": {"name": "ring", "compression": "topk"}}, "none, fp16 or bf16"),
     ],
 )
-def test_what_has_no_effect_is_refused(more: Mapping[str, Any], text: str) -> None:
+def test_field_without_an_effect_is_rejected(overrides: Mapping[str, Any], text: str) -> None:
     with pytest.raises(SpecError) as caught:
-        make_job({**FIELDS, **more})
-    shown = " ".join([str(caught.value), *(one.hint for one in caught.value.problems)])
+        make_job({**FIELDS, **overrides})
+    shown = " ".join([str(caught.value), *(problem.hint for problem in caught.value.problems)])
     assert text in shown
 
 
-def test_each_field_has_an_effect_on_a_train_function_or_is_refused() -> None:
+def test_every_field_has_an_effect_or_is_rejected() -> None:
     used = {"name", "task", "own_loop", "task_args", "strategy", "scaling", "seed", "checkpoint"}
     used |= {"failure", "storage_path", "trackers", "early_stop", "max_time_s"}
     assert {*Job.model_fields} == used | {*OF_TASKS}
@@ -141,7 +141,7 @@ def placed(epochs: int, lr: float, /) -> None: ...
 
 
 @pytest.mark.parametrize(
-    ("function", "given", "text"),
+    ("function", "arguments", "text"),
     [
         (coroutine, [], "coroutine"),
         (two, ["epochs"], "task_args: two needs the argument 'lr'"),
@@ -151,31 +151,31 @@ def placed(epochs: int, lr: float, /) -> None: ...
         (3, [], "got a int"),
     ],
 )
-def test_a_function_that_cannot_be_called_is_refused(
-    function: Any, given: list[str], text: str
+def test_function_that_cannot_be_called_is_rejected(
+    function: Any, arguments: list[str], text: str
 ) -> None:
     with pytest.raises(SpecError, match=text):
-        check_function(function, given)
+        check_function(function, arguments)
 
 
-def test_task_args_go_to_a_function_by_name_or_as_one() -> None:
-    heard: list[Any] = []
+def test_task_args_are_passed_as_keywords_or_as_a_config() -> None:
+    calls: list[Any] = []
 
-    def many(epochs: int, lr: float, *, width: int = 3) -> None:
-        heard.append((epochs, lr, width))
+    def with_names(epochs: int, lr: float, *, width: int = 3) -> None:
+        calls.append((epochs, lr, width))
 
-    def one(config: Any, width: int = 3) -> None:
-        heard.append((config, width))
+    def with_config(config: Any, width: int = 3) -> None:
+        calls.append((config, width))
 
-    def any_of(**more: Any) -> None:
-        heard.append(more)
+    def with_kwargs(**kwargs: Any) -> None:
+        calls.append(kwargs)
 
-    call_train_function(many, {"lr": 0.1, "epochs": 2})
-    call_train_function(one, {"lr": 0.1})
-    call_train_function(lambda: heard.append("bare"), {"lr": 0.1})
-    call_train_function(any_of, {"lr": 0.1})
-    call_train_function(one, {"config": "a.yaml", "width": 5})
-    assert heard == [(2, 0.1, 3), ({"lr": 0.1}, 3), "bare", {"lr": 0.1}, ("a.yaml", 5)]
+    call_train_function(with_names, {"lr": 0.1, "epochs": 2})
+    call_train_function(with_config, {"lr": 0.1})
+    call_train_function(lambda: calls.append("bare"), {"lr": 0.1})
+    call_train_function(with_kwargs, {"lr": 0.1})
+    call_train_function(with_config, {"config": "a.yaml", "width": 5})
+    assert calls == [(2, 0.1, 3), ({"lr": 0.1}, 3), "bare", {"lr": 0.1}, ("a.yaml", 5)]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_task_args_go_to_a_function_by_name_or_as_one() -> None:
         ("train", False, "is a function, and the job has the fields of a task"),
     ],
 )
-def test_a_process_of_its_own_looks_at_it(
+def test_task_check_runs_in_a_separate_process(
     name: str, function: bool, text: str, folder: Path
 ) -> None:
     check = TaskCheck(f"own_loops:{name}", str(folder), [], shown=True, function=function)
@@ -203,15 +203,15 @@ def test_a_process_of_its_own_looks_at_it(
         check.end()
 
 
-def test_it_runs_in_the_calling_process(folder: Path) -> None:
+def test_train_function_runs_in_the_calling_process(folder: Path) -> None:
     job = {**FIELDS, "task": "own_loops:train", "task_args": {"width": 3}, "storage_path": "runs"}
     result = Trainer({**job, "scaling": {"num_workers": 0}}, working_dir=folder).fit()
-    assert [one.step for one in result.history] == [1, 2, 3]
+    assert [entry.step for entry in result.history] == [1, 2, 3]
     assert result.metrics == {"loss": 2.0, "width": 3.0}
 
 
-def test_a_script_finds_what_torchrun_gives(folder: Path) -> None:
-    """At its import as well, and in the process that looks at the job before the run."""
+def test_script_finds_the_environment_of_torchrun(folder: Path) -> None:
+    """The environment is also set at import, and in the process of the task check."""
     job = {**FIELDS, "task": "own_script:script", "task_args": {"width": 3, "height": 2}}
     before = dict(os.environ)
     result = Trainer({**job, "scaling": {"num_workers": 0}}, working_dir=folder).fit()
@@ -220,17 +220,17 @@ def test_a_script_finds_what_torchrun_gives(folder: Path) -> None:
     assert dict(os.environ) == before
 
 
-def test_an_error_is_the_users_with_his_frames_alone(folder: Path) -> None:
+def test_user_error_has_only_frames_of_the_user(folder: Path) -> None:
     job = {**FIELDS, "task": "own_loops:bare", "scaling": {"num_workers": 0}}
     with pytest.raises(UserCodeError) as caught:
         Trainer(job, working_dir=folder).fit()
     assert caught.value.exit_code == 1
-    lines = [one for one in caught.value.traceback.splitlines() if one.startswith('  File "')]
+    lines = [line for line in caught.value.traceback.splitlines() if line.startswith('  File "')]
     assert len(lines) == 1
     assert "own_loops.py" in lines[0]
 
 
-def test_a_function_and_the_job_of_a_task_do_not_go_together() -> None:
+def test_function_with_the_job_of_a_task_is_rejected() -> None:
     def train(config: Any) -> None: ...
 
     fields = {"name": "loop", "strategy": "ring"}
@@ -246,20 +246,20 @@ def test_a_function_and_the_job_of_a_task_do_not_go_together() -> None:
         Trainer({**fields, "own_loop": True}, Mine)
 
 
-def test_a_train_function_is_not_verified(tmp_path: Path) -> None:
-    wanted = VerifyRequest.__new__(VerifyRequest)
-    object.__setattr__(wanted, "job", make_job(FIELDS))
+def test_verify_rejects_a_train_function(tmp_path: Path) -> None:
+    request = VerifyRequest.__new__(VerifyRequest)
+    object.__setattr__(request, "job", make_job(FIELDS))
     with pytest.raises(SpecError, match="such a loop itself"):
-        _check_task(wanted)
+        _check_task(request)
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
-def test_the_example_learns_and_goes_on(strategy: str, tmp_path: Path) -> None:
-    given = ["scaling.num_workers=0", "task_args.epochs=4", f"strategy={strategy}"]
-    job = load_job(EXAMPLE / "job.yaml", overrides=given)
+def test_example_learns_and_resumes(strategy: str, tmp_path: Path) -> None:
+    overrides = ["scaling.num_workers=0", "task_args.epochs=4", f"strategy={strategy}"]
+    job = load_job(EXAMPLE / "job.yaml", overrides=overrides)
     first = Trainer(job, working_dir=EXAMPLE, storage_dir=tmp_path).fit()
     assert first.metrics["accuracy"] > 0.9
-    again = Trainer(job, resume=first.path, working_dir=EXAMPLE, storage_dir=tmp_path).fit()
-    assert again.history == [], "all epochs are made"
-    before, after = (load_file(str(one.checkpoint)) for one in (first, again))
+    resumed = Trainer(job, resume=first.path, working_dir=EXAMPLE, storage_dir=tmp_path).fit()
+    assert resumed.history == [], "all epochs are done"
+    before, after = (load_file(str(result.checkpoint)) for result in (first, resumed))
     assert all((before[name] == after[name]).all() for name in before)

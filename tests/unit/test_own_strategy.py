@@ -1,4 +1,4 @@
-"""The example of a strategy in one file: it does what the paper says, and one file is enough."""
+"""The example strategy in one file implements local SGD."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,8 +48,8 @@ def job(strategy: Any, momentum: float = 0.0, steps: int = 12) -> Job:
     )
 
 
-def vector(strategy: object, **more: Any) -> Tensor:
-    parameters = train(job(strategy, **more), Line).parameters()
+def vector(strategy: object, **overrides: Any) -> Tensor:
+    parameters = train(job(strategy, **overrides), Line).parameters()
     return torch.cat([p.flatten() for p in parameters.values()])
 
 
@@ -63,7 +63,7 @@ def test_longer_period_is_another_algorithm() -> None:
     assert torch.linalg.vector_norm(local - ring) > 1e-4 * torch.linalg.vector_norm(ring)
 
 
-def test_ranks_agree_at_the_end_though_the_period_has_not_passed() -> None:
+def test_ranks_agree_at_the_end_of_a_partial_period() -> None:
     run = train(job({"name": "local-sgd", "period": 50}), Line)
     first, second = run.parameters(0), run.parameters(2)
     assert all(torch.equal(first[name], second[name]) for name in first)

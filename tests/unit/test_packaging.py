@@ -1,4 +1,4 @@
-"""The package as users get it: a wheel, an editable install, a clone that nobody installed."""
+"""The package as users get it: a wheel, an editable install, a clone without installation."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("distplat", "platform", "strategies", "actors", "cli", "pyproject.toml", "LICENSE")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
-ASK = """
+CHECK_IMPORTS = """
 import site, sys
 sys.path.insert(0, sys.argv[1])
 site.addsitedir(sys.argv[1])  # an editable install is a .pth file there
@@ -32,19 +32,19 @@ pytestmark = pytest.mark.packaging
 
 
 def run(command: list[str], cwd: Path) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=100)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.strip()
+    process = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=100)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout.strip()
 
 
 def imports_from(folder: Path, cwd: Path) -> Path:
-    """Where an interpreter without site-packages finds the package, given a folder to look in."""
-    return Path(run([sys.executable, "-S", "-c", ASK, str(folder)], cwd))
+    """Return the module's path in an interpreter with this folder instead of site-packages."""
+    return Path(run([sys.executable, "-S", "-c", CHECK_IMPORTS, str(folder)], cwd))
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the source, links as links: building leaves its traces there, not here."""
+    """Copy the source with its links, so that builds do not write into the repository."""
     folder = tmp_path_factory.mktemp("packaging") / "clone"
     folder.mkdir()
     for part in PARTS:
@@ -59,12 +59,12 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["inside", "outside"])
-def test_a_clone_that_nobody_installed(clone: Path, tmp_path: Path, inside: bool) -> None:
+def test_import_from_a_clone(clone: Path, tmp_path: Path, inside: bool) -> None:
     found = imports_from(clone, cwd=clone if inside else tmp_path)
     assert found == clone / "distplat/platform/errors.py"
 
 
-def test_a_wheel(clone: Path, tmp_path: Path) -> None:
+def test_import_from_a_wheel(clone: Path, tmp_path: Path) -> None:
     build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
     run([*PIP, *build, str(clone)], cwd=tmp_path)
     (wheel,) = tmp_path.glob("distplat-*.whl")
@@ -84,7 +84,7 @@ def test_a_wheel(clone: Path, tmp_path: Path) -> None:
     assert others - {"bin", "__pycache__"} == {"distplat"}  # no top-level `platform` or `cli`
 
 
-def test_an_editable_install(clone: Path, tmp_path: Path) -> None:
+def test_import_from_an_editable_install(clone: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     options = ["--no-deps", "--no-build-isolation", "--target", str(site), "--editable"]
     run([*PIP, "install", *options, str(clone)], cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Parameter groups of a job: its messages, and runs that are what torch's param groups give."""
+"""Parameter groups of a job: validation, and runs equal to param groups of torch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,19 +22,19 @@ from distplat.strategies.task import Task
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_a_run_is_a_plain_loop_with_param_groups(name: str, clip_norm: float | None) -> None:
+def test_groups_match_a_plain_loop_with_param_groups(name: str, clip_norm: float | None) -> None:
     run = train(job(*STRATEGIES[name], clip_norm=clip_norm), Small)
     close(run.parameters(), plain(Small, clip_norm))
 
 
 @pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers", "ps-async"])
-def test_parameters_of_the_task_are_in_groups_too(name: str) -> None:
-    """Here in none; by their own names in one."""
+def test_groups_match_parameters_of_the_task(name: str) -> None:
+    """The task's parameter is first in no group, then in a group by its name."""
     run = train(job(*STRATEGIES[name]), Own)
     close({n: p.clone() for n, p in run.ranks[0].prepared.flat.state_dict().items()}, plain(Own))
     grouped = {**GROUPED, "groups": [*GROUPS, {"match": "task:b*", "lr": 1e-30}]}
-    still = train(job(*STRATEGIES[name], optimizer=grouped), Own).ranks[0].prepared.flat
-    torch.testing.assert_close(still.extra["task:bend"], torch.ones(3, dtype=torch.float64))
+    flat = train(job(*STRATEGIES[name], optimizer=grouped), Own).ranks[0].prepared.flat
+    torch.testing.assert_close(flat.extra["task:bend"], torch.ones(3, dtype=torch.float64))
 
 
 GPT_GROUPS = [
@@ -49,65 +49,65 @@ GPT_OPTIMIZER = {"name": "SGD", "lr": 0.05, "momentum": 0.9, "groups": GPT_GROUP
     ("pipeline", "tensor", "data"), [(2, 1, 1), (3, 1, 2), (1, 2, 1), (2, 2, 1)]
 )
 @pytest.mark.parametrize("clip_norm", [slow(None), 0.5])
-def test_a_model_that_is_cut_has_the_groups_of_the_whole(
+def test_groups_of_a_cut_model_match_the_whole_model(
     pipeline: int, tensor: int, data: int, clip_norm: float | None
 ) -> None:
-    more = {"tensor_plan": GPT_PLAN} if tensor > 1 else {}
-    grid, workers = grid_of(pipeline, tensor, data, **more)
+    options = {"tensor_plan": GPT_PLAN} if tensor > 1 else {}
+    grid, workers = grid_of(pipeline, tensor, data, **options)
     fields = {"optimizer": GPT_OPTIMIZER, "clip_norm": clip_norm}
-    cut = whole(train(hybrid_job(grid, workers, **fields), Gpt))
-    one = train(hybrid_job({}, 1, **fields), Gpt).parameters()
+    sharded = whole(train(hybrid_job(grid, workers, **fields), Gpt))
+    single = train(hybrid_job({}, 1, **fields), Gpt).parameters()
     ungrouped = {"optimizer": {**GPT_OPTIMIZER, "groups": []}, "clip_norm": clip_norm}
     other = train(hybrid_job({}, 1, **ungrouped), Gpt).parameters()
-    assert max(float((cut[name] - one[name]).abs().max()) for name in one) < 1e-5
-    assert max(float((other[name] - one[name]).abs().max()) for name in one) > 1e-2
+    assert max(float((sharded[name] - single[name]).abs().max()) for name in single) < 1e-5
+    assert max(float((other[name] - single[name]).abs().max()) for name in single) > 1e-2
 
 
-def test_a_group_without_effect_is_none() -> None:
-    """The same bits as without groups, whatever the operations are."""
-    same = {**ADAMW, "groups": [{"match": "norm.*", "lr": ADAMW["lr"]}]}
+def test_group_with_the_default_lr_is_bit_identical_to_no_group() -> None:
+    redundant_group = {**ADAMW, "groups": [{"match": "norm.*", "lr": ADAMW["lr"]}]}
     for name in ("ring-2", "sharded", "ps-sync-3-servers"):
-        with_it, without = (
-            train(job(*STRATEGIES[name], optimizer=one), Small) for one in (same, ADAMW)
+        grouped, without = (
+            train(job(*STRATEGIES[name], optimizer=optimizer), Small)
+            for optimizer in (redundant_group, ADAMW)
         )
         for key, value in without.parameters().items():
-            assert torch.equal(with_it.parameters()[key], value), key
+            assert torch.equal(grouped.parameters()[key], value), key
 
 
 def traffic(run: LocalRun) -> list[dict[str, float]]:
-    """What each step of rank 0 has sent and received, in bytes."""
-    steps = [one for one in run.reports[0] if isinstance(one, StepReport)]
-    return [{k: v for k, v in one.figures.items() if k.endswith("_bytes")} for one in steps]
+    """Return the bytes that rank 0 has sent and received in each step."""
+    steps = [report for report in run.reports[0] if isinstance(report, StepReport)]
+    return [{k: v for k, v in step.figures.items() if k.endswith("_bytes")} for step in steps]
 
 
 @pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers", "ps-async"])
-def test_nothing_more_travels(name: str) -> None:
+def test_groups_add_no_traffic(name: str) -> None:
     grouped, without = (
-        train(job(*STRATEGIES[name], optimizer=one), Small) for one in (GROUPED, ADAMW)
+        train(job(*STRATEGIES[name], optimizer=optimizer), Small) for optimizer in (GROUPED, ADAMW)
     )
     assert traffic(grouped)[1:] == traffic(without)[1:]
     assert len(traffic(grouped)) == STEPS and traffic(grouped)[1]
 
 
 @pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers", "hybrid-servers"])
-def test_it_goes_on_from_a_checkpoint_to_the_same_bits(name: str) -> None:
-    of = job(*STRATEGIES[name], checkpoint={"every_steps": 2})
-    unfailed = train(of, Small)
-    resumed = train(of, Small, saved=unfailed.checkpoints[2])
+def test_resume_with_groups_is_bit_identical(name: str) -> None:
+    config = job(*STRATEGIES[name], checkpoint={"every_steps": 2})
+    unfailed = train(config, Small)
+    resumed = train(config, Small, saved=unfailed.checkpoints[2])
     for key, value in unfailed.parameters().items():
         assert torch.equal(resumed.parameters()[key], value), key
 
 
-def test_groups_may_change_where_a_run_goes_on() -> None:
-    """As the learning rate may; what is remembered of each parameter stays."""
-    of, changed = job(checkpoint={"every_steps": 2}), job(optimizer=ADAMW)
-    saved = train(of, Small).checkpoints[2]
-    assert mismatches({**state_of(of, "a", {}), "step": 2}, changed) == []
-    there = train(changed, Small, saved=saved).parameters()
-    back = train(of, Small, saved=saved).parameters()
-    assert not torch.equal(there["head.weight"], back["head.weight"])
-    early = plain(Small)
-    assert torch.allclose(back["head.weight"], early["head.weight"], atol=1e-9)
+def test_groups_may_change_on_resume() -> None:
+    """The optimizer state of each parameter stays."""
+    original, changed = job(checkpoint={"every_steps": 2}), job(optimizer=ADAMW)
+    saved = train(original, Small).checkpoints[2]
+    assert mismatches({**state_of(original, "a", {}), "step": 2}, changed) == []
+    resumed_changed = train(changed, Small, saved=saved).parameters()
+    resumed = train(original, Small, saved=saved).parameters()
+    assert not torch.equal(resumed_changed["head.weight"], resumed["head.weight"])
+    expected = plain(Small)
+    assert torch.allclose(resumed["head.weight"], expected["head.weight"], atol=1e-9)
 
 
 TEXT = """\
@@ -183,7 +183,7 @@ optimizer:
         ),
     ],
 )
-def test_what_is_wrong_is_said_with_its_place(
+def test_error_has_line_and_column(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -202,7 +202,7 @@ def test_nesterov_needs_momentum_in_each_group() -> None:
 
 
 class Tied(Small):
-    """Two names of one tensor, and a layer that is frozen."""
+    """Two names of one tensor, and a frozen layer."""
 
     def model(self) -> nn.Module:
         class Net(nn.Module):
@@ -226,7 +226,7 @@ class Tables(Small):
 
 
 @pytest.mark.parametrize(
-    ("kind", "matches", "message"),
+    ("task_class", "matches", "message"),
     [
         (Small, ["*.biass"], "optimizer.groups.0.match: '*.biass' matches no parameter\n  hint: "),
         (Small, ["head.*", "*.bias, hed.weight"], "optimizer.groups.1.match: 'hed.weight' matches "
@@ -242,25 +242,25 @@ class Tables(Small):
         (Tables, ["words*"], "optimizer.groups.0.match: 'words*' matches the embedding table"),
     ],
 )  # fmt: skip
-def test_patterns_are_compared_with_the_model(
-    kind: type[Task], matches: list[str], message: str
+def test_patterns_are_checked_against_the_model(
+    task_class: type[Task], matches: list[str], message: str
 ) -> None:
     groups = [{"match": match, "lr": 0.5} for match in matches]
-    tables = {"optimizer": {"name": "SGD", "lr": 0.1}} if kind is Tables else None
+    tables = {"optimizer": {"name": "SGD", "lr": 0.1}} if task_class is Tables else None
     with pytest.raises(SpecError) as caught:
-        prepare(job(optimizer={**ADAMW, "groups": groups}, embeddings=tables), kind())
+        prepare(job(optimizer={**ADAMW, "groups": groups}, embeddings=tables), task_class())
     assert str(caught.value).startswith(message)
 
 
-def test_what_is_frozen_may_be_in_a_group() -> None:
+def test_frozen_parameters_may_be_in_a_group() -> None:
     groups = [{"match": "still.*", "lr": 0.5}, {"match": "*", "lr": 0.2}]
     prepared = prepare(job(optimizer={**ADAMW, "groups": groups}), Tied())
     assert {piece.group for piece in prepared.flat.layout.pieces} == {2}
 
 
-def test_a_cut_of_a_layout_keeps_the_groups() -> None:
+def test_layout_cut_keeps_the_groups() -> None:
     layout = prepare(job(), Small()).flat.layout
     assert [piece.group for piece in layout.pieces] == [0, 1, 1, 1, 2, 1]
     cut = layout.cut(16, layout.size - 16)
-    kept = [replace(one, start=0, stop=0, shape=None) for one in cut.pieces]
-    assert kept == [replace(one, start=0, stop=0, shape=None) for one in layout.pieces[:-1]]
+    found = [replace(piece, start=0, stop=0, shape=None) for piece in cut.pieces]
+    assert found == [replace(p, start=0, stop=0, shape=None) for p in layout.pieces[:-1]]

@@ -1,4 +1,4 @@
-"""Cutting layers into stages: never dearer than any other cut, and as even as the best ones are."""
+"""Partition of layers into stages: the cheapest cut and, of these, the most even."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from distplat.strategies.algorithms.partition import bounds, partition
 
-WHOLE = st.lists(st.integers(0, 9), min_size=1, max_size=9)
+COSTS = st.lists(st.integers(0, 9), min_size=1, max_size=9)
 
 
 def stages(costs: Sequence[float], points: Sequence[int]) -> list[float]:
@@ -21,19 +21,19 @@ def every_cut(layers: int, parts: int) -> list[tuple[int, ...]]:
 
 
 @settings(deadline=None)
-@given(WHOLE, st.data())
-def test_no_cut_is_better(costs: list[int], data: st.DataObject) -> None:
+@given(COSTS, st.data())
+def test_partition_is_optimal(costs: list[int], data: st.DataObject) -> None:
     parts = data.draw(st.integers(1, len(costs)))
     found = stages(costs, partition(costs, parts))
     others = [stages(costs, points) for points in every_cut(len(costs), parts)]
     assert max(found) == min(map(max, others))
-    as_cheap = [some for some in others if max(some) == max(found)]
-    assert sum(x * x for x in found) == min(sum(x * x for x in some) for some in as_cheap)
+    cheapest = [other for other in others if max(other) == max(found)]
+    assert sum(x * x for x in found) == min(sum(x * x for x in other) for other in cheapest)
 
 
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=12), st.data())
-def test_fractions(costs: list[float], data: st.DataObject) -> None:
+def test_partition_of_fractional_costs_is_optimal(costs: list[float], data: st.DataObject) -> None:
     parts = data.draw(st.integers(1, len(costs)))
     found = max(stages(costs, partition(costs, parts)))
     best = min(max(stages(costs, points)) for points in every_cut(len(costs), parts))
@@ -41,8 +41,8 @@ def test_fractions(costs: list[float], data: st.DataObject) -> None:
 
 
 @settings(deadline=None)
-@given(WHOLE, st.data())
-def test_with_limits_no_cut_that_fits_is_better(costs: list[int], data: st.DataObject) -> None:
+@given(COSTS, st.data())
+def test_partition_with_limits_is_optimal(costs: list[int], data: st.DataObject) -> None:
     parts = data.draw(st.integers(1, len(costs)))
     memory = data.draw(st.lists(st.integers(0, 9), min_size=len(costs), max_size=len(costs)))
     limits = data.draw(st.lists(st.integers(0, 40), min_size=parts, max_size=parts))
@@ -61,44 +61,44 @@ def test_with_limits_no_cut_that_fits_is_better(costs: list[int], data: st.DataO
         return
     points = partition(costs, parts, fits)
     assert tuple(points) in fitting
-    assert max(stages(costs, points)) == min(max(stages(costs, some)) for some in fitting)
+    assert max(stages(costs, points)) == min(max(stages(costs, other)) for other in fitting)
 
 
-def test_the_drawing() -> None:
+def test_partition_example() -> None:
     costs = [3, 1, 4, 1, 5, 9, 2, 6]
     assert partition(costs, 4) == [3, 5, 6]
     assert stages(costs, [3, 5, 6]) == [8, 6, 9, 8]
 
 
-def test_the_cheap_stages_are_even_too() -> None:
+def test_cheap_stages_are_even() -> None:
     assert partition([9, 1, 1, 1, 1], 3) == [1, 3]
 
 
-def test_stages_differ_by_no_more_than_the_dearest_layer() -> None:
+def test_stages_exceed_the_mean_by_at_most_one_layer() -> None:
     costs = [5, 2, 7, 1, 1, 6, 3, 3, 2, 8, 4, 4]
     for parts in range(1, 7):
         found = stages(costs, partition(costs, parts))
         assert max(found) - sum(costs) / parts <= max(costs)
 
 
-def test_layers_of_no_cost_still_fill_stages() -> None:
+def test_layers_of_zero_cost_fill_stages() -> None:
     assert partition([0, 0, 0], 3) == [1, 2]
 
 
 @pytest.mark.parametrize("parts", [0, 4])
-def test_more_stages_than_layers(parts: int) -> None:
+def test_invalid_number_of_stages_is_rejected(parts: int) -> None:
     with pytest.raises(ValueError, match=f"3 layers cannot be cut into {parts} .*use 1 to 3"):
         partition([1, 2, 3], parts)
 
 
 @pytest.mark.parametrize("cost", [-1.0, float("nan"), float("inf")])
-def test_costs_that_are_none(cost: float) -> None:
+def test_invalid_cost_is_rejected(cost: float) -> None:
     with pytest.raises(ValueError, match="layer 1 costs"):
         partition([1, cost], 2)
 
 
 @pytest.mark.parametrize("points", [[0], [3], [2, 2], [2, 1], [-1]])
-def test_cut_points_that_leave_a_stage_empty(points: list[int]) -> None:
+def test_cut_points_of_an_empty_stage_are_rejected(points: list[int]) -> None:
     with pytest.raises(ValueError, match="must be ascending, each from 1 to 2"):
         bounds(points, 3)
 

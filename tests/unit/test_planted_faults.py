@@ -1,4 +1,4 @@
-"""Faults that were planted into the engine: the comparison with a plain loop finds each of them."""
+"""The comparison with a plain loop detects each fault that is injected into the engine."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ Patch = pytest.MonkeyPatch
 def lose_earlier_micro_batches(patch: Patch) -> None:
     original = WholeModel.__init__
 
-    def made(self: Any, prepared: Any, last_backward: Any, *more: Any) -> None:
+    def init(self: Any, prepared: Any, last_backward: Any, *args: Any) -> None:
         def forget() -> None:
             self.flat.grads.zero_()
             last_backward()
 
-        original(self, prepared, forget, *more)
+        original(self, prepared, forget, *args)
 
-    patch.setattr(WholeModel, "__init__", made)
+    patch.setattr(WholeModel, "__init__", init)
 
 
-def after_gradients(patch: Patch, do: Callable[[Any], None]) -> None:
+def after_gradients(patch: Patch, fault: Callable[[Any], None]) -> None:
     original = WholeModel.gradients
 
     def gradients(self: Any, step: int, clock: Any) -> Any:
         share = original(self, step, clock)
-        do(self)
+        fault(self)
         return share
 
     patch.setattr(WholeModel, "gradients", gradients)
@@ -77,7 +77,7 @@ def forget_momentum(patch: Patch) -> None:
     patch.setattr(FlatOptimizer, "step", step)
 
 
-def take_all_for_present(patch: Patch) -> None:
+def treat_all_as_present(patch: Patch) -> None:
     original = FlatOptimizer.step
 
     def step(self: Any, rates: Any, present: Any = None, **options: Any) -> None:
@@ -86,17 +86,17 @@ def take_all_for_present(patch: Patch) -> None:
     patch.setattr(FlatOptimizer, "step", step)
 
 
-def count_steps_for_all(patch: Patch) -> None:
+def share_step_counts(patch: Patch) -> None:
     original = FlatOptimizer._save_scalar
 
-    def put(self: Any, name: str, run: Any, value: Any) -> None:
+    def save_scalar(self: Any, name: str, run: Any, value: Any) -> None:
         original(self, name, run, value)
         self._scalars[name][:] = value
 
-    patch.setattr(FlatOptimizer, "_save_scalar", put)
+    patch.setattr(FlatOptimizer, "_save_scalar", save_scalar)
 
 
-def fuse_every_type(patch: Patch) -> None:
+def fuse_all_dtypes(patch: Patch) -> None:
     patch.setattr(optim, "FUSED_TYPES", {"bfloat16", "float32", "float64"})
 
 
@@ -104,21 +104,21 @@ def ignore_weights(patch: Patch) -> None:
     patch.setattr(StepControl, "scale", property(lambda self: 1.0))
 
 
-def leave_buffers_alone(patch: Patch) -> None:
+def skip_buffer_synchronization(patch: Patch) -> None:
     patch.setattr(ModelState, "synchronize", lambda self, step, changed=None: None)
 
 
-def take_the_next_rate(patch: Patch) -> None:
+def use_the_next_rate(patch: Patch) -> None:
     original = optim.rate_of
     patch.setattr(optim, "rate_of", lambda job, step, steps: original(job, step + 1, steps))
 
 
-def leave_a_rank_out(patch: Patch) -> None:
+def omit_a_rank(patch: Patch) -> None:
     original = dense_store.sum_in_order  # type: ignore[attr-defined]
     patch.setattr(dense_store, "sum_in_order", lambda parts, out: original(parts[:-1], out))
 
 
-def move_frozen_parameters(patch: Patch) -> None:
+def change_frozen_parameters(patch: Patch) -> None:
     original = RingWorker.update
 
     def update(self: Any, step: int, total: Any) -> None:
@@ -138,38 +138,38 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Drawn]] = {
     "the same, on servers": (forget_momentum, SERVERS),
     "bias corrections start anew": (forget_momentum, replace(RING, optimizer=ADAM)),
     "the learning rate is a step ahead": (
-        take_the_next_rate,
+        use_the_next_rate,
         replace(RING, lr_schedule={"name": "linear"}),
     ),
-    "a server leaves a rank out": (leave_a_rank_out, SERVERS),
-    "frozen parameters move": (move_frozen_parameters, replace(RING, blocks=("frozen",))),
+    "a server leaves a rank out": (omit_a_rank, SERVERS),
+    "frozen parameters move": (change_frozen_parameters, replace(RING, blocks=("frozen",))),
     "parameters without a gradient decay": (
-        take_all_for_present,
+        treat_all_as_present,
         replace(RING, blocks=("unused",), optimizer=DECAY),
     ),
     "the same, on servers, by momentum": (
-        take_all_for_present,
+        treat_all_as_present,
         replace(SERVERS, blocks=("sometimes",)),
     ),
     "all parameters share one count of steps": (
-        count_steps_for_all,
+        share_step_counts,
         replace(RING, blocks=("sometimes",), optimizer=ADAM),
     ),
     "bfloat16 is never updated": (
-        fuse_every_type,
+        fuse_all_dtypes,
         replace(RING, blocks=("narrow",), narrow="bfloat16", optimizer={"name": "SGD", "lr": 1.0}),
     ),
     "weights of the loss are ignored": (ignore_weights, replace(RING, weighted=True)),
-    "buffers are each rank's own": (leave_buffers_alone, replace(RING, blocks=("counts",))),
+    "buffers are each rank's own": (skip_buffer_synchronization, replace(RING, blocks=("counts",))),
 }
 
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_found(fault: str, monkeypatch: Patch) -> None:
-    plant, drawn = FAULTS[fault]
+def test_injected_fault_is_detected(fault: str, monkeypatch: Patch) -> None:
+    inject, drawn = FAULTS[fault]
     assert not compared(drawn).diverges
-    plant(monkeypatch)
+    inject(monkeypatch)
     assert compared(drawn).diverges
 
 
@@ -183,14 +183,14 @@ def test_a_planted_fault_is_found(fault: str, monkeypatch: Patch) -> None:
         "buffers are each rank's own",
     ],
 )
-def test_verify_ends_with_1(fault: str, monkeypatch: Patch) -> None:
-    plant, drawn = FAULTS[fault]
-    assert verdict_of(drawn) == 0
-    plant(monkeypatch)
-    assert verdict_of(drawn) == 1
+def test_verify_exits_with_1(fault: str, monkeypatch: Patch) -> None:
+    inject, drawn = FAULTS[fault]
+    assert verify_exit_code(drawn) == 0
+    inject(monkeypatch)
+    assert verify_exit_code(drawn) == 1
 
 
-def verdict_of(drawn: Drawn) -> int:
-    """Give the exit code of `distplat verify`."""
-    job, kind = drawn.job(), drawn.task()
-    return exit_code(judge(job, references(job, make(kind)), engine(kind)))
+def verify_exit_code(drawn: Drawn) -> int:
+    """Return the exit code of `distplat verify`."""
+    job, task_class = drawn.job(), drawn.task()
+    return exit_code(judge(job, references(job, make(task_class)), engine(task_class)))
