@@ -1,9 +1,9 @@
 """
-Row F25 of the fault grid can fail: rules of the servers' books are taken away, and each shows.
+Row F25 of the fault grid detects each rule that is removed from the servers' ledgers.
 
-As an error of those rules that are left, or in what the row compares.
+A remaining rule raises an error, or the row's comparison fails.
 
-Lost, late and repeated messages are those of `tests/chaos/chaos_messages.py`.
+`tests/chaos/chaos_messages.py` loses, delays and repeats the messages.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from chaos_messages import trial
 Patch = pytest.MonkeyPatch
 
 
-def take_a_repeat_for_the_next_push(patch: Patch) -> None:
+def accept_a_repeat_as_the_next_push(patch: Patch) -> None:
     original = StepLedger.offer
 
     def offer(self: StepLedger, push: PushId) -> Verdict:
@@ -42,7 +42,7 @@ def update_without_all_ranks(patch: Patch) -> None:
     patch.setattr(StepLedger, "complete", property(lambda self: bool(self._staged)))
 
 
-def count_each_push_of_a_task(patch: Patch) -> None:
+def apply_each_push_of_a_task(patch: Patch) -> None:
     original = TaskLedger.offer
 
     def offer(self: Any, push: PushId) -> Verdict:
@@ -56,30 +56,30 @@ def count_each_push_of_a_task(patch: Patch) -> None:
 
 
 REFUSED = r"push \d+ of rank \d refused: expected|version \d+ is not here"
-"""By what is left of the books."""
-OTHER = r"a shard made \d+ updates|the model has other bits"
+"""Errors of the remaining rules."""
+MISMATCH = r"a shard made \d+ updates|the model has other bits"
 
 FAULTS: dict[str, tuple[str, Callable[[Patch], None], str]] = {
-    "a repeated push is one of the next step": (
+    "a repeated push counts for the next step": (
         "ps-sync",
-        take_a_repeat_for_the_next_push,
-        f"{REFUSED}|{OTHER}",
+        accept_a_repeat_as_the_next_push,
+        f"{REFUSED}|{MISMATCH}",
     ),
     "a server does not wait for all ranks": (
         "ps-sync",
         update_without_all_ranks,
-        f"{REFUSED}|{OTHER}",
+        f"{REFUSED}|{MISMATCH}",
     ),
     "a repeated push is another update": (
         "ps-async",
-        count_each_push_of_a_task,
+        apply_each_push_of_a_task,
         r"update \d+ is task \d+, which was applied before",
     ),
 }
 
 
-def wrong_in(strategy: str) -> str:
-    """Say what goes wrong in a run with lost messages; any other error is one of the test."""
+def problems_of(strategy: str) -> str:
+    """Return the problems of a run with lost messages; another error is a fault of the test."""
     try:
         return "; ".join(trial(strategy, 1)[0])
     except (GapError, StaleError) as error:
@@ -88,7 +88,7 @@ def wrong_in(strategy: str) -> str:
 
 @pytest.fixture
 def quick_calls(monkeypatch: Patch) -> Iterator[None]:
-    """Restore what a trial sets."""
+    """Shorten the pause between calls, and restore the log level that a trial sets."""
     monkeypatch.setattr(retrying_calls, "RETRY_PAUSE_S", 0.001)
     logger = logging.getLogger(retrying_calls.__name__)
     level = logger.level
@@ -99,8 +99,8 @@ def quick_calls(monkeypatch: Patch) -> Iterator[None]:
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.usefixtures("quick_calls")
-def test_a_rule_that_is_taken_away_is_missed(fault: str, monkeypatch: Patch) -> None:
-    strategy, plant, text = FAULTS[fault]
-    assert not wrong_in(strategy)
-    plant(monkeypatch)
-    assert re.search(text, wrong_in(strategy))
+def test_removed_rule_is_detected(fault: str, monkeypatch: Patch) -> None:
+    strategy, inject, text = FAULTS[fault]
+    assert not problems_of(strategy)
+    inject(monkeypatch)
+    assert re.search(text, problems_of(strategy))

@@ -1,4 +1,4 @@
-"""Models whose layers are not all used, or not always: as in plain torch, where grad is None."""
+"""Parameters without a gradient in some or all steps are skipped, as in torch with grad None."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,20 +28,20 @@ STRATEGIES: dict[str, Any] = {
 }
 
 
-def job(strategy: Any, world: int, **more: Any) -> Job:
+def job(strategy: Any, world: int, **overrides: Any) -> Job:
     fields = {
         "optimizer": {"name": "Adam", "lr": 0.1, "weight_decay": 0.1},
         "steps": STEPS,
         "global_batch_size": BATCH,
         "data": {"shuffle": False},
         "evaluation": {"every_epochs": 0},
-        **more,
+        **overrides,
     }
     return job_of(strategy, world, **fields)
 
 
 class Base(Task):
-    """Twenty samples: batches of 8, 8 and 4, so that a third rank has few."""
+    """Twenty samples in batches of 8, 8 and 4, so a third rank has few."""
 
     dtype = torch.float64
 
@@ -53,7 +53,7 @@ class Base(Task):
 
 
 class Unused(Base):
-    """A head that no batch uses."""
+    """One layer is never used."""
 
     def model(self) -> nn.Module:
         class Net(nn.Module):
@@ -69,7 +69,7 @@ class Unused(Base):
 
 
 class Sometimes(Base):
-    """An expert that every third step uses, and one that only some samples use."""
+    """One expert is used in every third step, another by some samples only."""
 
     def model(self) -> nn.Module:
         class Net(nn.Module):
@@ -93,12 +93,12 @@ class Sometimes(Base):
 
 
 class ZeroGrad(Base):
-    """zero_grad() in forward: gradients are None there."""
+    """Calls zero_grad() in forward."""
 
     set_to_none = True
 
     def model(self) -> nn.Module:
-        how = self.set_to_none
+        set_to_none = self.set_to_none
 
         class Net(nn.Module):
             def __init__(self) -> None:
@@ -107,7 +107,7 @@ class ZeroGrad(Base):
 
             def forward(self, x: Tensor) -> Tensor:
                 if self.training:
-                    self.zero_grad(set_to_none=how)
+                    self.zero_grad(set_to_none=set_to_none)
                 result: Tensor = self.a(x)
                 return result
 
@@ -119,7 +119,7 @@ class InPlaceZeroGrad(ZeroGrad):
 
 
 class Unfrozen(Base):
-    """A layer that is frozen for three steps."""
+    """One layer is frozen for three steps."""
 
     def model(self) -> nn.Module:
         class Net(nn.Module):
@@ -141,14 +141,14 @@ class Unfrozen(Base):
 
 
 class Mixed(Base):
-    """Layers of four types."""
+    """Layers of four dtypes."""
 
     def model(self) -> nn.Module:
         class Net(nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                types = torch.float64, torch.float32, torch.bfloat16, torch.float64, torch.float16
-                self.layers = nn.ModuleList(nn.Linear(6, 6).to(kind) for kind in types)
+                dtypes = torch.float64, torch.float32, torch.bfloat16, torch.float64, torch.float16
+                self.layers = nn.ModuleList(nn.Linear(6, 6).to(dtype) for dtype in dtypes)
                 self.head = nn.Linear(6, 3).double()
 
             def forward(self, x: Tensor) -> Tensor:
@@ -160,103 +160,108 @@ class Mixed(Base):
         return Net()
 
 
-def plain(of: Job, kind: type[Task]) -> dict[str, Tensor]:
-    """The loop that a user would write."""
-    task = kind()
-    torch.manual_seed(of.seed)
+def plain_loop(config: Job, task_class: type[Task]) -> dict[str, Tensor]:
+    task = task_class()
+    torch.manual_seed(config.seed)
     model = task.model()
-    arguments = of.optimizer.arguments()
-    optimizer = getattr(torch.optim, of.optimizer.name)(model.parameters(), **arguments)
-    made = 0
-    while made < STEPS:
+    arguments = config.optimizer.arguments()
+    optimizer = getattr(torch.optim, config.optimizer.name)(model.parameters(), **arguments)
+    steps_done = 0
+    while steps_done < STEPS:
         for start in range(0, len(X), BATCH):
-            if made == STEPS:
+            if steps_done == STEPS:
                 break
             optimizer.zero_grad()
             inputs, targets = task.train_data()[start : start + BATCH]
             torch.autograd.backward(mean_loss(task, model(inputs), targets))
-            if of.clip_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), of.clip_norm)
+            if config.clip_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
             optimizer.step()
-            made += 1
+            steps_done += 1
     return model.state_dict()
 
 
-def compare(of: Job, kind: type[Task], limit: float = 1e-10) -> None:
-    expected, ours = plain(of, kind), train(of, kind).parameters()
+def assert_matches_plain_loop(
+    config: Job, task_class: type[Task], tolerance: float = 1e-10
+) -> None:
+    expected, ours = plain_loop(config, task_class), train(config, task_class).parameters()
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(ours[name], value, rtol=limit, atol=limit, msg=name)
+        torch.testing.assert_close(ours[name], value, rtol=tolerance, atol=tolerance, msg=name)
 
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("clip_norm", [None, 0.1])
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
-@pytest.mark.parametrize("kind", [Unused, Sometimes, ZeroGrad, InPlaceZeroGrad])
-def test_as_a_plain_loop(
-    kind: type[Task], strategy: Any, world: int, clip_norm: float | None
+@pytest.mark.parametrize("task_class", [Unused, Sometimes, ZeroGrad, InPlaceZeroGrad])
+def test_parameters_without_gradients_match_plain_loop(
+    task_class: type[Task], strategy: Any, world: int, clip_norm: float | None
 ) -> None:
-    compare(job(strategy, world, clip_norm=clip_norm), kind)
+    assert_matches_plain_loop(job(strategy, world, clip_norm=clip_norm), task_class)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
-def test_a_model_of_several_types(strategy: Any) -> None:
+def test_model_of_several_dtypes_matches_plain_loop(strategy: Any) -> None:
     """
-    Alone to the last place of float16; torch's norms of halves are rounded to 8 or 11 bits before
-    they clip all layers, and sums of halves over ranks are rounded, too.
+    Exact to the last bit of float16 on one rank without clipping. Torch rounds norms in half
+    precision to 8 or 11 bits before clipping, and sums over ranks are rounded too.
     """
     momentum = {"name": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
-    compare(job(strategy, 1, optimizer=momentum), Mixed, 2e-4)
-    compare(job(strategy, 1, optimizer=momentum, clip_norm=0.5), Mixed, 2e-3)
-    compare(job(strategy, 3, optimizer=momentum, clip_norm=0.5), Mixed, 1e-2)
+    assert_matches_plain_loop(job(strategy, 1, optimizer=momentum), Mixed, 2e-4)
+    assert_matches_plain_loop(job(strategy, 1, optimizer=momentum, clip_norm=0.5), Mixed, 2e-3)
+    assert_matches_plain_loop(job(strategy, 3, optimizer=momentum, clip_norm=0.5), Mixed, 1e-2)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_model_of_halves_is_trained(strategy: Any, optimizer: str, dtype: torch.dtype) -> None:
+def test_model_in_half_precision_is_trained(
+    strategy: Any, optimizer: str, dtype: torch.dtype
+) -> None:
     class Half(Base):
         def model(self) -> nn.Module:
             return nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 3)).to(dtype)
 
     Half.dtype = dtype
-    # In float16 the usual eps is zero, and so are squares of small gradients: 0 / 0, as in torch.
+    # In float16 the default eps and squares of small gradients are zero: 0 / 0, as in torch.
     eps = {"eps": 1e-3} if optimizer == "Adam" else {}
-    of = job(strategy, 2, optimizer={"name": optimizer, "lr": 0.05, **eps})
-    torch.manual_seed(of.seed)
+    config = job(strategy, 2, optimizer={"name": optimizer, "lr": 0.05, **eps})
+    torch.manual_seed(config.seed)
     start = Half().model().state_dict()
-    expected, ours = plain(of, Half), train(of, Half).parameters()
+    expected, ours = plain_loop(config, Half), train(config, Half).parameters()
     for name, value in expected.items():
-        moved, wanted = (ours[name] - start[name]).float(), (value - start[name]).float()
-        assert (moved - wanted).norm() < 0.2 * wanted.norm(), name
+        update, expected_update = (ours[name] - start[name]).float(), (value - start[name]).float()
+        assert (update - expected_update).norm() < 0.2 * expected_update.norm(), name
 
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("strategy", [STRATEGIES[n] for n in ("ring", "ps-sync", "two-servers")])
 @pytest.mark.parametrize("clip_norm", [None, 0.1])
-def test_a_layer_is_unfrozen(strategy: Any, world: int, clip_norm: float | None) -> None:
-    compare(job(strategy, world, clip_norm=clip_norm), Unfrozen)
+def test_unfrozen_layer_matches_plain_loop(
+    strategy: Any, world: int, clip_norm: float | None
+) -> None:
+    assert_matches_plain_loop(job(strategy, world, clip_norm=clip_norm), Unfrozen)
 
 
-def test_the_tail_is_not_unfrozen_under_a_sharded_optimizer() -> None:
+def test_sharded_optimizer_rejects_an_unfrozen_layer() -> None:
     with pytest.raises(SpecError, match=r"step 4: 'a\.weight' has requires_grad=True"):
         train(job(STRATEGIES["sharded"], 2), Unfrozen)
 
 
-def with_accumulation(kind: type[Task]) -> Callable[[], object]:
-    return lambda: train(job("ring", 1, gradient_accumulation=2), kind)
+def with_accumulation(task_class: type[Task]) -> Callable[[], object]:
+    return lambda: train(job("ring", 1, gradient_accumulation=2), task_class)
 
 
-def test_earlier_micro_batches_are_not_lost() -> None:
-    compare(job("ring", 1, gradient_accumulation=2), ZeroGrad)
-    compare(job("ps-sync", 2, gradient_accumulation=2), ZeroGrad)
+def test_zero_grad_between_micro_batches() -> None:
+    assert_matches_plain_loop(job("ring", 1, gradient_accumulation=2), ZeroGrad)
+    assert_matches_plain_loop(job("ps-sync", 2, gradient_accumulation=2), ZeroGrad)
     with pytest.raises(SpecError, match=r"'a\.weight' away between micro-batches"):
         with_accumulation(InPlaceZeroGrad)()
 
 
 @pytest.mark.parametrize("compression", ["fp16", "bf16", "topk", "powersgd"])
-def test_several_types_are_not_compressed(compression: str) -> None:
-    of = job({"name": "ring", "compression": compression}, 2)
+def test_compression_of_several_dtypes_is_rejected(compression: str) -> None:
+    config = job({"name": "ring", "compression": compression}, 2)
     with pytest.raises(SpecError, match="the trainable parameters are bfloat16 and float16 and"):
-        train(of, Mixed)
+        train(config, Mixed)

@@ -1,9 +1,9 @@
 """
-The promise, drawn at random: any model, optimizer and strategy gives what a plain loop gives.
+Property-based test: any model, optimizer and strategy matches a plain loop.
 
-`make test` makes a fixed sample of runs, `make test-all` minutes of others. What is drawn is
-in `tests/support/drawn_tasks.py`, the plain loop is that of `distplat verify`. That it finds faults
-is tested in `test_planted_faults.py`.
+`make test` runs a fixed sample, `make test-all` minutes of new examples. The tasks are in
+`tests/support/drawn_tasks.py`; the plain loop is that of `distplat verify`. The tests in
+`test_planted_faults.py` show that the comparison detects faults.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rank_threads import UNSHRUNK
 from distplat.platform.errors import SpecError
 
 RUNS = int(os.environ.get("DISTPLAT_DRAWN_RUNS", "6"))
-"""`make test` draws the same ones each time, `make test-all` many others."""
+"""Up to 50 runs are the same in each call."""
 
 OPTIMIZERS: list[dict[str, Any]] = [
     {"name": "SGD", "lr": 0.1},
@@ -63,23 +63,25 @@ STRATEGIES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def drawn_by(random: Random) -> Drawn:
-    """Draw a run that the job file allows: each choice alike, not the simple ones first."""
+def draw_run(random: Random) -> Drawn:
+    """Draw a run that the job file allows, with uniform choices, not the simplest first."""
     strategy, options = random.choice(STRATEGIES)
-    cuts = strategy == "hybrid"
+    is_cut = strategy == "hybrid"
     blocks = tuple(random.choices(sorted(BLOCKS), k=random.randint(1, 3)))
     workers, accumulation = random.randint(1, 3), random.randint(1, 3)
     least = workers * accumulation
-    if cuts:
+    if is_cut:
         workers = options.get("pipeline", 1) * options.get("data", 1)
-        micro = 1 if "teacher" in blocks else accumulation  # it writes what backward still needs
-        options = {**options, "micro_batches": micro}
-        least = max(workers, micro * options.get("data", 1))
+        micro_batches = (
+            1 if "teacher" in blocks else accumulation
+        )  # it writes tensors that backward needs
+        options = {**options, "micro_batches": micro_batches}
+        least = max(workers, micro_batches * options.get("data", 1))
         blocks = (*(name for block in blocks for name in ("plain", block)), "plain")
     batch = least + random.randint(0, 4)
     drawn = Drawn(
         blocks=blocks,
-        form="tensor" if cuts else random.choice(["tensor", "dict", "tuple"]),
+        form="tensor" if is_cut else random.choice(["tensor", "dict", "tuple"]),
         weighted=random.random() < 0.5,
         optimizer=random.choice(OPTIMIZERS),
         lr_schedule=random.choice(SCHEDULES),
@@ -95,29 +97,29 @@ def drawn_by(random: Random) -> Drawn:
 
 
 def with_groups(drawn: Drawn, random: Random) -> Drawn:
-    """Have some parameters updated with other arguments."""
+    """Add two parameter groups with other optimizer arguments."""
     names = [name for name, _ in build(drawn).named_parameters()]
-    some = random.sample(names, random.randint(2, len(names)))
-    cut = random.randint(1, len(some) - 1)
-    first = {"match": ",".join(some[:cut]), "lr": random.choice([0.03, 0.2])}
-    second = {"match": ", ".join(some[cut:]), "weight_decay": random.choice([0.0, 0.3])}
+    grouped = random.sample(names, random.randint(2, len(names)))
+    cut = random.randint(1, len(grouped) - 1)
+    first = {"match": ",".join(grouped[:cut]), "lr": random.choice([0.03, 0.2])}
+    second = {"match": ", ".join(grouped[cut:]), "weight_decay": random.choice([0.0, 0.3])}
     return replace(drawn, optimizer={**drawn.optimizer, "groups": [first, second]})
 
 
-def refused(drawn: Drawn) -> bool:
-    """Say whether the engine refuses by name what it cannot do."""
-    served = "ps-sync" in (drawn.strategy, drawn.options.get("data_strategy"))
-    if "bounded" in drawn.blocks and served:
-        return True  # servers keep what the forward writes
-    fixed = drawn.strategy == "hybrid" or drawn.options.get("shard_optimizer", False)
-    return "unfrozen" in drawn.blocks and fixed
+def is_rejected(drawn: Drawn) -> bool:
+    """Return whether the engine must reject the run."""
+    has_servers = "ps-sync" in (drawn.strategy, drawn.options.get("data_strategy"))
+    if "bounded" in drawn.blocks and has_servers:
+        return True  # forward writes a parameter that is on the servers
+    is_fixed = drawn.strategy == "hybrid" or drawn.options.get("shard_optimizer", False)
+    return "unfrozen" in drawn.blocks and is_fixed
 
 
 @pytest.mark.timeout(120 + RUNS)
 @settings(max_examples=RUNS, derandomize=RUNS <= 50, database=None, phases=UNSHRUNK)
-@given(drawn=st.randoms(use_true_random=True).map(drawn_by))
-def test_a_run_gives_what_a_plain_loop_gives(drawn: Drawn) -> None:
-    if refused(drawn):
+@given(drawn=st.randoms(use_true_random=True).map(draw_run))
+def test_matches_plain_loop(drawn: Drawn) -> None:
+    if is_rejected(drawn):
         with pytest.raises(SpecError):
             compared(drawn)
         return

@@ -1,4 +1,4 @@
-"""What the commands of `make soak` and `make chaos` say of their trials."""
+"""Verdicts of the commands of `make soak` and `make chaos`."""
 
 import importlib
 import signal
@@ -19,9 +19,9 @@ CHAOS = Path(__file__).parent.parent / "chaos"
         ([([], []), (["a kill"], [])], 0),
         ([(["a kill"], []), (["a kill"], ["other bits"])], 1),
     ],
-    ids=["no trial", "no fault fired", "one had no occasion", "one is wrong"],
+    ids=["no trial", "no fault fired", "one without a fault", "one wrong result"],
 )
-def test_trials_in_which_no_fault_fired_are_no_success(
+def test_trials_without_a_fault_fail(
     outcomes: list[tuple[list[str], list[str]]], code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(CHAOS))
@@ -46,14 +46,14 @@ _LOG = "no apply_log.safetensors: log: waited 20 s; `failure.step_timeout_s` cha
     ids=[
         "in time",
         "late",
-        "asked after the last step",
+        "in time after the last step",
         "late after the last step",
-        "nobody was told",
-        "it went on",
-        "nobody was frozen",
+        "no error",
+        "process resumed",
+        "process killed, not frozen",
     ],
 )
-def test_who_is_frozen_for_good_is_found_within_the_deadline_and_what_is_said(
+def test_frozen_process_must_be_detected_within_the_deadline(
     action: int,
     undo_s: float,
     found_s: float | None,

@@ -1,4 +1,4 @@
-"""Random numbers: the same on all ranks, and for a sample whoever reads it, whenever."""
+"""Random numbers are equal on all ranks, and for a sample in any process at any time."""
 
 import random
 import sys
@@ -29,53 +29,55 @@ from distplat.strategies.loop.session import make_task, prepare
 pytestmark = pytest.mark.usefixtures("loader_server")
 
 
-def drawn_in_a_run(one: Job, data: Any, start: int = 0) -> dict[tuple[int, int], tuple[float, ...]]:
-    """Give what each sample drew in each epoch, over all ranks."""
-    sampler = make_sampler(one, data)
+def draw_run(config: Job, data: Any, start: int = 0) -> dict[tuple[int, int], tuple[float, ...]]:
+    """Return the numbers that each sample draws in each epoch, over all ranks."""
+    sampler = make_sampler(config, data)
     found = {}
-    for rank in range(one.scaling.world):
+    for rank in range(config.scaling.world):
         steps = range(start, 2 * sampler.steps_per_epoch)
-        batches = micro_batches(one, data, sampler, rank, steps, one.gradient_accumulation)
+        batches = micro_batches(config, data, sampler, rank, steps, config.gradient_accumulation)
         for step in steps:
-            for _ in sampler.micro_batches(step, rank, one.gradient_accumulation):
-                torch.rand(rank + 1), np.random.rand(3), random.random()  # what others do
+            for _ in sampler.micro_batches(step, rank, config.gradient_accumulation):
+                torch.rand(rank + 1), np.random.rand(3), random.random()  # draws elsewhere
                 for index, numbers in zip(*next(batches), strict=True):
                     found[sampler.epoch_of(step), int(index)] = tuple(numbers.tolist())
     return found
 
 
-def test_samples_draw_by_seed_epoch_and_place_alone() -> None:
-    alone = drawn_in_a_run(job(), Noise())
-    assert len(alone) == 22
+def test_samples_depend_on_seed_epoch_and_index_only() -> None:
+    reference = draw_run(job(), Noise())
+    assert len(reference) == 22
     for number in range(4):
-        assert len({drawn[number] for drawn in alone.values()}) == 22, "samples and epochs differ"
+        assert len({drawn[number] for drawn in reference.values()}) == 22, (
+            "samples and epochs differ"
+        )
     others = [job(2), job(3), job(8), job(accumulation=3), job(2, accumulation=2), job(1, 2)]
     for other in [*others, job(3, 1, 2)]:
-        assert drawn_in_a_run(other, Noise()) == alone, other
-    replaced = drawn_in_a_run(job(2), Noise(), start=4)
-    assert replaced == {key: alone[key] for key in replaced}
-    assert drawn_in_a_run(job(seed=8), Noise()).values() != alone.values()
+        assert draw_run(other, Noise()) == reference, other
+    replaced = draw_run(job(2), Noise(), start=4)
+    assert replaced == {key: reference[key] for key in replaced}
+    assert draw_run(job(seed=8), Noise()).values() != reference.values()
 
 
-def test_a_part_of_a_data_set_is_seeded_sample_by_sample() -> None:
-    part = Subset(Subset(Noise(), range(1, 11)), range(9))
-    alone = drawn_in_a_run(job(), part)
-    assert len({drawn[0] for drawn in alone.values()}) == 18
-    assert drawn_in_a_run(job(2, accumulation=2), part) == alone
+def test_subset_is_seeded_sample_by_sample() -> None:
+    subset = Subset(Subset(Noise(), range(1, 11)), range(9))
+    reference = draw_run(job(), subset)
+    assert len({drawn[0] for drawn in reference.values()}) == 18
+    assert draw_run(job(2, accumulation=2), subset) == reference
 
 
-class Together(Noise):
+class ReadsBatches(Noise):
     def __getitems__(self, ids: list[int]) -> list[tuple[int, Tensor]]:
         return [self[index] for index in ids]
 
 
-def test_a_data_set_that_reads_whole_batches_has_one_seed_for_each() -> None:
-    alone = drawn_in_a_run(job(), Together())
-    assert len({drawn[0] for drawn in alone.values()}) == 22
-    assert drawn_in_a_run(job(loaders=2), Together()) == alone
+def test_getitems_is_seeded_batch_by_batch() -> None:
+    reference = draw_run(job(), ReadsBatches())
+    assert len({drawn[0] for drawn in reference.values()}) == 22
+    assert draw_run(job(loaders=2), ReadsBatches()) == reference
 
 
-def test_evaluation_samples_draw_the_same_each_time() -> None:
+def test_evaluation_samples_are_equal_each_time() -> None:
     found = []
     for loaders, size in ((0, 4), (0, 3), (2, 4)):
         batches = EvalLoader(job(loaders=loaders), Dropping()).batches(Noise(), range(2, 9), size)
@@ -94,11 +96,11 @@ def test_evaluation_samples_draw_the_same_each_time() -> None:
         (type("Other", (TensorDataset,), {})(torch.zeros(3)), True),
     ],
 )
-def test_data_that_cannot_draw_is_not_seeded(data: Any, draws_numbers: bool) -> None:
+def test_data_without_random_numbers_is_not_seeded(data: Any, draws_numbers: bool) -> None:
     assert may_use_random(data) is draws_numbers
 
 
-def test_reading_data_leaves_the_generators_where_they_were() -> None:
+def test_reading_data_keeps_the_generator_state() -> None:
     seed_all(3)
     expected = draws(), draws()
     seed_all(3)
@@ -112,7 +114,7 @@ def test_reading_data_leaves_the_generators_where_they_were() -> None:
     assert draws() == expected[0]
 
 
-def test_the_seed_is_the_one_that_a_plain_script_would_set() -> None:
+def test_seed_all_matches_a_plain_script() -> None:
     seed_all(5)
     found = torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()
     torch.manual_seed(5)
@@ -121,9 +123,8 @@ def test_the_seed_is_the_one_that_a_plain_script_would_set() -> None:
     assert found == (torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random())
 
 
-def drawn_by_the_model(step: int, rank: int = 0, accumulation: int = 2, noise: bool = True) -> Any:
-    one = job(2, accumulation=accumulation)
-    prepared = prepare(one, Dropping(noise))
+def draw_in_the_model(step: int, rank: int = 0, accumulation: int = 2, noise: bool = True) -> Any:
+    prepared = prepare(job(2, accumulation=accumulation), Dropping(noise))
     work = WholeModel(prepared, lambda: None, rank, lambda: None)
     work.start(range(step, 6))
     work.gradients(step, Stopwatch())
@@ -131,14 +132,14 @@ def drawn_by_the_model(step: int, rank: int = 0, accumulation: int = 2, noise: b
     return model.drawn
 
 
-def test_dropout_is_seeded_by_step_and_rank_and_goes_on_over_micro_batches() -> None:
+def test_dropout_is_seeded_by_step_and_rank() -> None:
     seed_step(7, 1, 0)
     expected = [draws(), draws()]
-    assert drawn_by_the_model(1) == expected
-    assert drawn_by_the_model(1, accumulation=1) == expected[:1]
-    assert drawn_by_the_model(1, noise=False) == expected, "data draws from numbers of its own"
-    others = drawn_by_the_model(2), drawn_by_the_model(1, rank=1)
-    numbers = [number for drawn in (expected, *others) for one in drawn for number in one]
+    assert draw_in_the_model(1) == expected
+    assert draw_in_the_model(1, accumulation=1) == expected[:1]
+    assert draw_in_the_model(1, noise=False) == expected, "data has its own generator"
+    others = draw_in_the_model(2), draw_in_the_model(1, rank=1)
+    numbers = [number for drawn in (expected, *others) for draw in drawn for number in draw]
     assert len(set(numbers)) == len(numbers)
 
 
@@ -164,13 +165,15 @@ class Drawing(Task):
     sys.path.remove(str(tmp_path))
 
 
-def test_a_task_is_imported_and_made_with_seeded_generators(drawing_module: Path) -> None:
+def test_task_is_imported_and_created_with_seeded_generators(drawing_module: Path) -> None:
     found = []
     for _ in range(2):
         sys.modules.pop("drawing", None)
         draws()
-        one = job(seed=9)
-        task: Any = make_task(one, lambda: load_task_class("drawing:Drawing", str(drawing_module)))
+        config = job(seed=9)
+        task: Any = make_task(
+            config, lambda: load_task_class("drawing:Drawing", str(drawing_module))
+        )
         found.append((sys.modules["drawing"].TOP, task.made))
     seed_all(9)
     numbers = torch.rand(1).item(), np.random.rand(), random.random()
@@ -190,14 +193,14 @@ class FromNumpy(Dropping):
         return TensorDataset(torch.tensor([[random.random()]]), torch.zeros(1))
 
 
-def test_model_and_data_are_the_same_on_all_ranks() -> None:
+def test_model_and_data_are_equal_on_all_ranks() -> None:
     prepared = []
     for _ in range(2):
         draws()
         prepared.append(prepare(job(), FromNumpy()))
-    one, other = prepared
-    assert torch.equal(one.flat.params, other.flat.params)
-    for mine, its in ((one.data, other.data), (one.eval_data, other.eval_data)):
-        assert mine is not None
-        assert its is not None
-        assert torch.equal(mine[0][0], its[0][0])
+    first, second = prepared
+    assert torch.equal(first.flat.params, second.flat.params)
+    for data, other in ((first.data, second.data), (first.eval_data, second.eval_data)):
+        assert data is not None
+        assert other is not None
+        assert torch.equal(data[0][0], other[0][0])

@@ -1,8 +1,8 @@
 """
-A buffer that each rank computes of its own samples is warned of, and nothing else is.
+A buffer that each rank computes from its own samples gives a warning; other buffers do not.
 
-Code of this module calls `all_gather`, so ranks without samples take part in each step. In memory
-an operation is over when it returns, so it must not begin in a backward: `overlap` is off.
+Tasks of this module call `all_gather`, so ranks without samples take part in each step. In memory
+an operation ends before it returns, so it must not start in backward: `overlap` is off.
 """
 
 from typing import Any
@@ -22,42 +22,42 @@ from distplat.strategies.model.written_tensors import RankComparison, watch_tens
 SAMPLES, BATCH, STEPS = 17, 8, 6
 WIDE = torch.float64
 RING = {"name": "ring", "overlap": False}
-TOLD = "each worker's forward writes other values into 'centre', by its own samples"
+WARNING = "each worker's forward writes other values into 'centre', by its own samples"
 
 
 class Centred(nn.Module):
-    """Subtracts a moving mean, as DINO does; `way` says of what, `every` in which steps."""
+    """Subtracts a moving mean of `source`, as DINO does; updates it every `every` steps."""
 
     centre: Tensor
     calls: Tensor
 
-    def __init__(self, way: str, every: int = 1) -> None:
+    def __init__(self, source: str, every: int = 1) -> None:
         super().__init__()
-        self.way, self.every, self.out = way, every, nn.Linear(6, 3, dtype=WIDE)
+        self.source, self.every, self.out = source, every, nn.Linear(6, 3, dtype=WIDE)
         self.register_buffer("centre", torch.zeros(3, dtype=WIDE))
         self.register_buffer("calls", torch.tensor(0))
 
     def forward(self, x: Tensor) -> Tensor:
         outputs: Tensor = self.out(x)
         if self.training and self.calls % self.every == 0:
-            self.centre.mul_(0.9).add_(self._seen(outputs.detach()), alpha=0.1)
+            self.centre.mul_(0.9).add_(self._mean(outputs.detach()), alpha=0.1)
         if self.training:
             self.calls += 1
         return outputs - self.centre
 
-    def _seen(self, outputs: Tensor) -> Tensor:
-        if self.way == "weights":
+    def _mean(self, outputs: Tensor) -> Tensor:
+        if self.source == "weights":
             return self.out.weight.detach().mean(1)
-        if self.way == "forwards":
+        if self.source == "forwards":
             return torch.ones(3, dtype=WIDE)
-        return (distplat.all_gather(outputs) if self.way == "all samples" else outputs).mean(0)
+        return (distplat.all_gather(outputs) if self.source == "all samples" else outputs).mean(0)
 
 
 class Centring(distplat.Task):
-    way, rule, samples, every = "own samples", None, SAMPLES, 1
+    source, rule, samples, every = "own samples", None, SAMPLES, 1
 
     def model(self) -> nn.Module:
-        return Centred(self.way, self.every)
+        return Centred(self.source, self.every)
 
     def train_data(self) -> TensorDataset:
         generator = torch.Generator().manual_seed(1)
@@ -71,11 +71,11 @@ class Centring(distplat.Task):
         return self.rule
 
 
-def job(strategy: Any, world: int, **more: Any) -> Job:
-    return job_of(strategy, world, steps=STEPS, global_batch_size=BATCH, **more)
+def job(strategy: Any, world: int, **overrides: Any) -> Job:
+    return job_of(strategy, world, steps=STEPS, global_batch_size=BATCH, **overrides)
 
 
-def check_plain(run: LocalRun, task: Centring) -> None:
+def assert_matches_plain_loop(run: LocalRun, task: Centring) -> None:
     """Compare all ranks with a plain loop over whole batches."""
     torch.manual_seed(0)
     model, data = task.model(), task.train_data()
@@ -92,24 +92,24 @@ def check_plain(run: LocalRun, task: Centring) -> None:
 
 
 @pytest.mark.parametrize("strategy", [RING, "ps-sync"])
-def test_a_buffer_of_a_ranks_own_samples_is_warned_of_once(
+def test_buffer_of_a_ranks_own_samples_gives_one_warning(
     strategy: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     train(job(strategy, 3), Centring)
-    assert caplog.text.count(TOLD) == 1
+    assert caplog.text.count(WARNING) == 1
 
 
 @pytest.mark.parametrize("every", [4, 100])
-def test_one_that_few_steps_write_is_warned_of_too(
+def test_buffer_written_in_few_steps_gives_a_warning(
     every: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As a codebook that the first batch begins, or that is renewed now and then."""
+    """Example: a codebook initialized from the first batch, or renewed at times."""
     train(job(RING, 2), type("Seldom", (Centring,), {"every": every}))
-    assert caplog.text.count(TOLD) == 1
+    assert caplog.text.count(WARNING) == 1
 
 
 @pytest.mark.parametrize(
-    ("own", "others", "told"),
+    ("own", "other", "differs"),
     [
         (torch.ones(3), torch.ones(3) + 1e-6, False),
         (torch.ones(3), torch.ones(3) + 1e-3, True),
@@ -124,44 +124,44 @@ def test_one_that_few_steps_write_is_warned_of_too(
     ],
     ids=str,
 )
-def test_what_differs_by_more_than_roundings_is_told_once(
-    own: Tensor, others: Tensor | None, told: bool
+def test_difference_beyond_rounding_gives_one_warning(
+    own: Tensor, other: Tensor | None, differs: bool
 ) -> None:
     module = nn.Module()
     module.register_buffer("centre", own)
-    (one,) = watch_tensors(module, lambda name: None, {})
+    (watched,) = watch_tensors(module, lambda name: None, {})
     comparison = RankComparison()
-    for expected in (told, False):
-        one.slot.take(own)
-        comparison.note([one])
-        one.slot.take(others)
+    for expected in (differs, False):
+        watched.slot.take(own)
+        comparison.note([watched])
+        watched.slot.take(other)
         assert (comparison.mismatch_warning() is not None) == expected
 
 
 @pytest.mark.parametrize("rule", ["rank0", "mean", "local"])
-def test_one_with_a_rule_of_the_task_is_not(rule: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Which is for all buffers; that of whole numbers is no mean, of a rank without samples too."""
+def test_buffer_with_a_rule_gives_no_warning(rule: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The rule is for all buffers; `mean` takes integer buffers from rank 0."""
     run = train(job(RING, 2), type("Ruled", (Centring,), {"rule": rule}))
-    assert TOLD not in caplog.text
-    calls = [int(one.prepared.flat.model.get_buffer("calls")) for one in run.ranks]
+    assert WARNING not in caplog.text
+    calls = [int(rank.prepared.flat.model.get_buffer("calls")) for rank in run.ranks]
     assert calls == ([STEPS, STEPS - 2] if rule == "local" else [STEPS, STEPS])
 
 
 @pytest.mark.parametrize("strategy", [RING, "ps-sync"])
-@pytest.mark.parametrize("way", ["all samples", "weights", "forwards"])
-def test_one_that_is_that_of_one_process_is_not(
-    strategy: Any, way: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("source", ["all samples", "weights", "forwards"])
+def test_buffer_equal_to_that_of_one_process_gives_no_warning(
+    strategy: Any, source: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The epoch's last batch is of one sample: two ranks have none."""
-    kind = type("Other", (Centring,), {"way": way})
-    check_plain(train(job(strategy, 3), kind), kind())
-    assert TOLD not in caplog.text
+    """The last batch of an epoch has one sample, so two ranks have none."""
+    task_class = type("Other", (Centring,), {"source": source})
+    assert_matches_plain_loop(train(job(strategy, 3), task_class), task_class())
+    assert WARNING not in caplog.text
 
 
-def test_ranks_with_other_numbers_of_micro_batches_are_not_compared(
+def test_ranks_with_unequal_micro_batches_are_not_compared(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Of three samples one rank has two micro-batches, and one has one."""
-    kind = type("Counting", (Centring,), {"way": "forwards", "samples": 3})
-    train(job(RING, 2, gradient_accumulation=2), kind)
-    assert TOLD not in caplog.text
+    """Three samples give one rank two micro-batches, the other rank one."""
+    task_class = type("Counting", (Centring,), {"source": "forwards", "samples": 3})
+    train(job(RING, 2, gradient_accumulation=2), task_class)
+    assert WARNING not in caplog.text

@@ -1,4 +1,4 @@
-"""Samplers of a train function's loaders that deal out by rank themselves."""
+"""Loaders of a train function whose samplers already shard by rank."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,7 +16,7 @@ from distplat.strategies.function.sharded_loader import DataShard
 pytestmark = pytest.mark.usefixtures("loader_server")
 
 
-class Odd(Dataset[int]):
+class Numbers(Dataset[int]):
     def __init__(self, count: int = 23) -> None:
         self.count = count
 
@@ -27,8 +27,8 @@ class Odd(Dataset[int]):
         return index
 
 
-class Grouped(BatchSampler):
-    """As torchvision's: makes batches of what a sampler gives, which deals out by rank."""
+class GroupedBatchSampler(BatchSampler):
+    """Groups batches of a sampler that shards by rank, as torchvision's GroupedBatchSampler."""
 
     def __iter__(self) -> Iterator[list[int]]:
         order = [*self.sampler]
@@ -38,8 +38,8 @@ class Grouped(BatchSampler):
         return 3
 
 
-class Mine(Sampler[Any]):
-    """Its own rule, by rank and epoch; of numbers or of batches."""
+class OwnSampler(Sampler[Any]):
+    """Shards by rank and epoch; yields indices or batches of indices."""
 
     def __init__(self, rank: int, *, batches: bool, world: int = 2) -> None:
         self.rank, self.num_replicas, self.batches, self.epoch = rank, world, batches, 0
@@ -56,45 +56,53 @@ class Mine(Sampler[Any]):
         return iter([numbers[:2], numbers[2:]] if self.batches else numbers)
 
 
-def grouped(rank: int) -> DataLoader[int]:
-    inner: DistributedSampler[int] = DistributedSampler(Odd(), 2, rank, seed=3)
-    return DataLoader(Odd(), batch_sampler=Grouped(inner, 3, drop_last=False))
+def grouped_loader(rank: int) -> DataLoader[int]:
+    inner: DistributedSampler[int] = DistributedSampler(Numbers(), 2, rank, seed=3)
+    return DataLoader(Numbers(), batch_sampler=GroupedBatchSampler(inner, 3, drop_last=False))
 
 
-DEALING: dict[str, Callable[[int], DataLoader[int]]] = {
-    "batches": lambda rank: DataLoader(Odd(), batch_sampler=Mine(rank, batches=True)),
-    "numbers": lambda rank: DataLoader(Odd(), batch_size=4, sampler=Mine(rank, batches=False)),
-    "grouped": grouped,
+SHARDED_LOADERS: dict[str, Callable[[int], DataLoader[int]]] = {
+    "batches": lambda rank: DataLoader(Numbers(), batch_sampler=OwnSampler(rank, batches=True)),
+    "numbers": lambda rank: DataLoader(
+        Numbers(), batch_size=4, sampler=OwnSampler(rank, batches=False)
+    ),
+    "grouped": grouped_loader,
 }
 
 
-@pytest.mark.parametrize("kind", DEALING)
-def test_one_that_deals_out_by_rank_itself_is_taken_as_it_is(kind: str) -> None:
+@pytest.mark.parametrize("sampler_type", SHARDED_LOADERS)
+def test_sharding_sampler_is_kept(sampler_type: str) -> None:
     def train(config: Mapping[str, Any]) -> None:
         rank = distplat.get_context().rank
-        plain, loader = DEALING[kind](rank), distplat.prepare(DEALING[kind](rank))
+        plain, loader = (
+            SHARDED_LOADERS[sampler_type](rank),
+            distplat.prepare(SHARDED_LOADERS[sampler_type](rank)),
+        )
         batches: Any = plain.batch_sampler
         for epoch in range(2):
-            for one in (batches, batches.sampler) if hasattr(batches, "sampler") else (batches,):
-                if hasattr(one, "set_epoch"):
-                    one.set_epoch(epoch)
+            samplers = (batches, batches.sampler) if hasattr(batches, "sampler") else (batches,)
+            for sampler in samplers:
+                if hasattr(sampler, "set_epoch"):
+                    sampler.set_epoch(epoch)
             assert [batch.tolist() for batch in loader] == [batch.tolist() for batch in plain]
 
     call_on_ranks(train, 2)
 
 
-def made_for(rank: int, world: int) -> dict[str, DataLoader[int]]:
-    """Give loaders of which each has a sampler with a rank and a number of ranks."""
-    dealing: DistributedSampler[int] = DistributedSampler(Odd(), world, rank, shuffle=False)
+def loaders_for(rank: int, world: int) -> dict[str, DataLoader[int]]:
+    """Return loaders whose samplers have this rank and number of ranks."""
+    distributed: DistributedSampler[int] = DistributedSampler(Numbers(), world, rank, shuffle=False)
     return {
-        "batches": DataLoader(Odd(), batch_sampler=Mine(rank, batches=True, world=world)),
-        "numbers": DataLoader(Odd(), 2, sampler=Mine(rank, batches=False, world=world)),
-        "grouped": DataLoader(Odd(), batch_sampler=Grouped(dealing, 3, drop_last=False)),
-        "torch's": DataLoader(Odd(), 4, sampler=dealing),
+        "batches": DataLoader(Numbers(), batch_sampler=OwnSampler(rank, batches=True, world=world)),
+        "numbers": DataLoader(Numbers(), 2, sampler=OwnSampler(rank, batches=False, world=world)),
+        "grouped": DataLoader(
+            Numbers(), batch_sampler=GroupedBatchSampler(distributed, 3, drop_last=False)
+        ),
+        "torch's": DataLoader(Numbers(), 4, sampler=distributed),
     }
 
 
-DEALT = {
+EXPECTED_BATCHES = {
     "batches": [[[0, 1]], [[2, 3, 4, 5]]],
     "numbers": [[[0, 2], [4]], [[1, 3], [5]]],
     "grouped": [[[0, 1, 2], [*range(8, 23)]], [[3, 4, 5, 6, 7], [0, 1, 2]]],
@@ -105,32 +113,35 @@ DEALT = {
 }
 
 
-@pytest.mark.parametrize("kind", DEALT)
-def test_one_that_knows_of_a_single_rank_is_dealt_out(kind: str) -> None:
+@pytest.mark.parametrize("sampler_type", EXPECTED_BATCHES)
+def test_sampler_of_a_single_rank_is_sharded(sampler_type: str) -> None:
     def train(config: Mapping[str, Any]) -> None:
-        loader, rank = distplat.prepare(made_for(0, 1)[kind]), distplat.get_context().rank
-        assert [batch.tolist() for batch in loader] == DEALT[kind][rank]
+        loader, rank = (
+            distplat.prepare(loaders_for(0, 1)[sampler_type]),
+            distplat.get_context().rank,
+        )
+        assert [batch.tolist() for batch in loader] == EXPECTED_BATCHES[sampler_type][rank]
 
     call_on_ranks(train, 2)
 
 
-@pytest.mark.parametrize("kind", made_for(0, 1))
+@pytest.mark.parametrize("sampler_type", loaders_for(0, 1))
 @pytest.mark.parametrize("shift", [(0, 3), (1, 2)])
-def test_one_of_another_rank_or_number_of_ranks_is_refused(
-    kind: str, shift: tuple[int, int]
+def test_sampler_of_another_rank_or_world_is_rejected(
+    sampler_type: str, shift: tuple[int, int]
 ) -> None:
     def train(config: Mapping[str, Any]) -> None:
-        other, world = shift
-        rank = (distplat.get_context().rank + other) % 2
-        distplat.prepare(made_for(rank, world)[kind])
+        offset, world = shift
+        rank = (distplat.get_context().rank + offset) % 2
+        distplat.prepare(loaders_for(rank, world)[sampler_type])
 
     text = r"of rank \d, num_replicas [23], on rank \d of 2 workers.*get_world_size\(\)"
     with pytest.raises(SpecError, match=f"(?s){text}"):
         call_on_ranks(train, 2)
 
 
-class Stale(Sampler[Any]):
-    """A rank's part of 24 numbers; its length is that of the pass before."""
+class StaleLength(Sampler[Any]):
+    """Shards 24 indices; `len` is that of the previous epoch."""
 
     def __init__(self, rank: int, *, batches: bool) -> None:
         self.rank, self.num_replicas, self.batches, self.epoch = rank, 2, batches, 0
@@ -145,95 +156,99 @@ class Stale(Sampler[Any]):
     def __iter__(self) -> Iterator[Any]:
         order = [*range(24)][self.rank :: 2]
         size = (6, 2, 3)[self.epoch]
-        given: list[Any] = [order[first : first + size] for first in range(0, 12, size)]
-        given = given if self.batches else order[: 2 * size]
-        self.count = len(given)
-        return iter(given)
+        items: list[Any] = [order[first : first + size] for first in range(0, 12, size)]
+        items = items if self.batches else order[: 2 * size]
+        self.count = len(items)
+        return iter(items)
 
 
 @pytest.mark.parametrize("batches", [False, True])
-def test_what_one_gives_that_deals_out_itself_counts_whatever_its_length_says(
+def test_wrong_length_of_a_sharding_sampler_is_ignored(
     batches: bool,
 ) -> None:
     def train(config: Mapping[str, Any]) -> None:
-        given = Stale(distplat.get_context().rank, batches=batches)
-        given.count = 12  # of no pass
+        sampler = StaleLength(distplat.get_context().rank, batches=batches)
+        sampler.count = 12  # wrong for each epoch
         loader = distplat.prepare(
-            DataLoader(Odd(24), batch_sampler=given)
+            DataLoader(Numbers(24), batch_sampler=sampler)
             if batches
-            else DataLoader(Odd(24), 5, sampler=given)
+            else DataLoader(Numbers(24), 5, sampler=sampler)
         )
         for epoch in range(3):
-            found, mine = [], 0
+            found, samples = [], 0
             for batch in loader:
-                mine += len(batch)
+                samples += len(batch)
                 found += distplat.gather_for_metrics(batch).tolist()
-            assert mine == (12 if batches else (12, 4, 6)[epoch])
-            assert sorted(found) == [*range(2 * mine)]
+            assert samples == (12 if batches else (12, 4, 6)[epoch])
+            assert sorted(found) == [*range(2 * samples)]
             distplat.report({"loss": 0.0})
 
     run = call_on_ranks(train, 2)
-    counted = [getattr(one, "samples", None) for one in run.reports]
-    assert counted == ([24] * 3 if batches else [24, 8, 12])
+    counts = [getattr(report, "samples", None) for report in run.reports]
+    assert counts == ([24] * 3 if batches else [24, 8, 12])
 
 
-class InPieces(DistributedSampler[Any]):
-    """Torch's with an order of its own: rank r has the r-th piece."""
+class Strided(DistributedSampler[Any]):
+    """DistributedSampler with another order."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter([*range(23)][self.rank :: 2][:11])
 
 
-def test_torchs_own_with_another_order_repeats_nothing_either() -> None:
+def test_distributed_sampler_with_another_order_repeats_nothing() -> None:
     def train(config: Mapping[str, Any]) -> None:
-        given: Any = InPieces(Odd(21), 2, distplat.get_context().rank)
-        loader = distplat.prepare(DataLoader(Odd(21), 4, sampler=given))
+        sampler: Any = Strided(Numbers(21), 2, distplat.get_context().rank)
+        loader = distplat.prepare(DataLoader(Numbers(21), 4, sampler=sampler))
         found = [distplat.gather_for_metrics(batch) for batch in loader]
         assert sorted(torch.cat(found).tolist()) == [*range(22)]
 
     call_on_ranks(train, 2)
 
 
-@pytest.mark.parametrize("kind", DEALING)
-def test_the_position_in_one_that_deals_out_itself_is_for_as_many_ranks(kind: str) -> None:
+@pytest.mark.parametrize("sampler_type", SHARDED_LOADERS)
+def test_state_of_a_sharding_sampler_needs_the_same_world(sampler_type: str) -> None:
     def train(config: Mapping[str, Any]) -> None:
         rank = distplat.get_context().rank
-        loader, counted = distplat.prepare(DEALING[kind](rank)), "batches"
-        if kind == "numbers":
-            counted = "samples"
-        passed = iter(loader)
-        next(passed)
+        loader, unit = distplat.prepare(SHARDED_LOADERS[sampler_type](rank)), "batches"
+        if sampler_type == "numbers":
+            unit = "samples"
+        batches = iter(loader)
+        next(batches)
         state = loader.state_dict()
-        rest = [batch.tolist() for batch in passed]
+        rest = [batch.tolist() for batch in batches]
         loader.load_state_dict(state)
         assert [batch.tolist() for batch in loader] == rest
         for other in ({"num_replicas": 4}, {}):
-            earlier = {"epoch": 3, counted: 8, **other}
+            state_of_other_world = {"epoch": 3, unit: 8, **other}
             with pytest.raises(ValueError, match=r"for 2 workers than.*set_epoch\(3\)"):
-                loader.load_state_dict(earlier)
-            loader.load_state_dict({**earlier, counted: 0})  # no part has begun
+                loader.load_state_dict(state_of_other_world)
+            loader.load_state_dict({**state_of_other_world, unit: 0})  # start of an epoch
 
     call_on_ranks(train, 2)
 
 
-class Passes(Mine):
-    """Counts its passes itself."""
+class CountsEpochs(OwnSampler):
+    """Increments its epoch itself."""
 
     def __iter__(self) -> Iterator[Any]:
-        given = super().__iter__()
+        items = super().__iter__()
         self.epoch += 1
-        return given
+        return items
 
 
 @pytest.mark.parametrize("loaders", [0, 1])
-def test_a_position_that_is_loaded_stays_where_a_sampler_counts_its_passes(loaders: int) -> None:
-    given = DataLoader(Odd(), batch_sampler=Passes(0, batches=True), num_workers=loaders)
-    loader = BatchSamplerLoader(given, DataShard(0, 2, 5), torch.device("cpu"), lambda *read: None)
+def test_loaded_state_is_kept_if_the_sampler_counts_epochs(loaders: int) -> None:
+    torch_loader = DataLoader(
+        Numbers(), batch_sampler=CountsEpochs(0, batches=True), num_workers=loaders
+    )
+    loader = BatchSamplerLoader(
+        torch_loader, DataShard(0, 2, 5), torch.device("cpu"), lambda *read: None
+    )
 
-    def a_pass() -> list[list[int]]:
+    def read_epoch() -> list[list[int]]:
         return [batch.tolist() for batch in loader]
 
-    wanted = [a_pass() for _ in range(3)]
-    assert [one[0] for one in wanted] == [[0, 1], [1, 2], [2, 3]]
+    expected = [read_epoch() for _ in range(3)]
+    assert [epoch[0] for epoch in expected] == [[0, 1], [1, 2], [2, 3]]
     loader.load_state_dict({"epoch": 1, "batches": 2, "num_replicas": 2})
-    assert [a_pass() for _ in range(2)] == [wanted[1][1:], wanted[2]]
+    assert [read_epoch() for _ in range(2)] == [expected[1][1:], expected[2]]
