@@ -172,8 +172,8 @@ def test_written_parameter_on_servers_is_rejected_by_name(
 
 @pytest.mark.parametrize("task_class", [Replaced, Follower])
 def test_written_parameter_on_workers_matches_one_process(task_class: type[Task]) -> None:
-    one, two = (train(job("ring", world), task_class) for world in (1, 2))
-    assert_same(two, one.parameters())
+    single, double = (train(job("ring", world), task_class) for world in (1, 2))
+    assert_same(double, single.parameters())
 
 
 class Unseeded(Data):

@@ -144,9 +144,11 @@ def test_parameters_of_the_task_are_in_groups() -> None:
 
 
 def test_verify_with_muon_is_equal() -> None:
-    of = job(*STRATEGIES["ps-sync-3-servers"], steps=4, task="a:A")
-    of = of.model_copy(update={"checkpoint": CheckpointConfig(every_steps=1, num_to_keep=9)})
-    assert {row.verdict for row in rows(Deep, of).values()} == {EQUAL}
+    config = job(*STRATEGIES["ps-sync-3-servers"], steps=4, task="a:A")
+    config = config.model_copy(
+        update={"checkpoint": CheckpointConfig(every_steps=1, num_to_keep=9)}
+    )
+    assert {row.verdict for row in rows(Deep, config).values()} == {EQUAL}
 
 
 OPTIMIZERS = [
@@ -172,19 +174,19 @@ def test_muon_combines_with_any_optimizer(optimizer: dict[str, Any]) -> None:
     run = train(job(optimizer={**MUON, "groups": groups}, checkpoint={"every_steps": 3}), Deep)
     assert_same(state_of(run), plain_loop(make_optimizers=partial(muon_and, rest=optimizer)))
     swapped = {**optimizer, "groups": [{"match": "body.?.weight", **MUON}]}
-    of = job(strategy, optimizer=swapped, checkpoint={"every_steps": 3})
-    other = train(of, Deep)
+    config = job(strategy, optimizer=swapped, checkpoint={"every_steps": 3})
+    other = train(config, Deep)
     assert_same(state_of(other), plain_loop(make_optimizers=partial(muon_and, rest=optimizer)))
     assert_same(
-        state_of(train(of, Deep, saved=other.checkpoints[3])),
+        state_of(train(config, Deep, saved=other.checkpoints[3])),
         plain_loop(make_optimizers=partial(muon_and, rest=optimizer)),
     )
 
 
 def test_two_groups_may_name_the_same_optimizer() -> None:
-    both = [{"match": "head.*", **ADAMW}, {"match": "*.bias, *norm*", **ADAMW}]
-    assert_same(state_of(train(job(optimizer={**MUON, "groups": both}), Deep)), plain_loop())
-    other = [both[0], {**both[1], "lr": 0.02, "weight_decay": 0.5}]
+    groups = [{"match": "head.*", **ADAMW}, {"match": "*.bias, *norm*", **ADAMW}]
+    assert_same(state_of(train(job(optimizer={**MUON, "groups": groups}), Deep)), plain_loop())
+    other = [groups[0], {**groups[1], "lr": 0.02, "weight_decay": 0.5}]
     found = state_of(train(job(optimizer={**MUON, "groups": other}), Deep))
     assert not torch.equal(found["norm.weight"], plain_loop()["norm.weight"])
 
@@ -195,28 +197,28 @@ def test_two_elementwise_optimizers_combine(name: str) -> None:
     sgd = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
     groups = [{"match": "head*", **sgd}]
 
-    def both(named: dict[str, Any]) -> list[torch.optim.Optimizer]:
+    def adamw_and_sgd(named: dict[str, Any]) -> list[torch.optim.Optimizer]:
         head = [p for n, p in named.items() if n.startswith("head")]
         rest = [p for n, p in named.items() if not n.startswith("head")]
         return [torch.optim.AdamW(rest, lr=0.01), torch.optim.SGD(head, lr=0.1, momentum=0.9)]
 
     run = train(job(*STRATEGIES[name], optimizer={**ADAMW, "groups": groups}), Small)
-    close(state_of(run), plain_loop(Small, make_optimizers=both))
+    close(state_of(run), plain_loop(Small, make_optimizers=adamw_and_sgd))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: optimizer["name"])
 def test_load_of_empty_state_resets_the_optimizer(optimizer: dict[str, Any]) -> None:
-    of = job(optimizer={**MUON, "groups": [{"match": "bias", **optimizer}]}).optimizer
+    config = job(optimizer={**MUON, "groups": [{"match": "bias", **optimizer}]}).optimizer
     model = nn.Linear(4, 3)
-    flat = FlatModel(model, group_of=of.group_of)
-    tensor_optimizer = TensorOptimizer(of, flat.params, flat.grads, flat.layout)
+    flat = FlatModel(model, group_of=config.group_of)
+    tensor_optimizer = TensorOptimizer(config, flat.params, flat.grads, flat.layout)
     before, found = flat.params.clone(), []
     flat.grads.fill_(0.5)
     for _ in range(2):
         assert tensor_optimizer.state() == {}
         flat.params.copy_(before)
-        tensor_optimizer.step(of.rates())
-        tensor_optimizer.step(of.rates())
+        tensor_optimizer.step(config.rates())
+        tensor_optimizer.step(config.rates())
         assert tensor_optimizer.state_bytes > 0
         found.append(flat.params.clone())
         tensor_optimizer.load({})
@@ -286,16 +288,18 @@ def test_checkpoint_has_the_state_of_each_optimizer() -> None:
 
 
 def test_ema_resumes_from_a_checkpoint() -> None:
-    of = job(*STRATEGIES["ps-sync-3-servers"], checkpoint={"every_steps": 2}, ema={"decay": 0.5})
-    unfailed = train(of, Deep)
-    resumed = train(of, Deep, saved=unfailed.checkpoints[2])
+    config = job(
+        *STRATEGIES["ps-sync-3-servers"], checkpoint={"every_steps": 2}, ema={"decay": 0.5}
+    )
+    unfailed = train(config, Deep)
+    resumed = train(config, Deep, saved=unfailed.checkpoints[2])
     assert "ema:head.weight" in unfailed.trained[0]
     assert_same(resumed.trained[0], unfailed.trained[0])
 
 
 def test_recovery_from_a_lost_worker_is_bit_identical() -> None:
-    of = job("ring", 3)
-    run, fabric = LocalRun(of, Deep), Fabric(3)
+    config = job("ring", 3)
+    run, fabric = LocalRun(config, Deep), Fabric(3)
     fabric.kill(1, after=12)
     assert not UntilOneIsLost(run, fabric).make()
     run.renew(1)
@@ -303,7 +307,7 @@ def test_recovery_from_a_lost_worker_is_bit_identical() -> None:
     assert attempt.make()
     assert min(attempt.starts) > 1
     run.close()
-    unfailed = state_of(train(of, Deep))
+    unfailed = state_of(train(config, Deep))
     for rank in range(3):
         assert_same(state_of(run, rank), unfailed)
 
@@ -463,12 +467,12 @@ def test_promoted_backup_has_the_state_of_each_optimizer() -> None:
     """A primary dies between two steps; its backup has the state of Muon and AdamW."""
     strategy = {"name": "ps-sync", "num_servers": 2, "replication": 2}
     optimizer = {**MUON, "groups": [{"match": "*.bias", **ADAMW}]}
-    of = job(strategy, optimizer=optimizer, lr_schedule={"name": "constant"})
-    servers = Servers(impatient(of, 10.0), make_strategy(of).roles(of))
+    config = job(strategy, optimizer=optimizer, lr_schedule={"name": "constant"})
+    servers = Servers(impatient(config, 10.0), make_strategy(config).roles(config))
     torch.manual_seed(5)
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
     other = deepcopy(model)
-    flat = FlatModel(model, group_of=of.optimizer.group_of)
+    flat = FlatModel(model, group_of=config.optimizer.group_of)
     shards = servers.shards(0, STEPS)
     shards.connect(flat)
     wait_for_backups(servers)

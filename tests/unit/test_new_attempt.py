@@ -80,9 +80,7 @@ def test_all_ranks_push_a_step_in_flight_again() -> None:
     server.store.push(PushId("run", 1, 0, 1), noise(SIZE, 0, 1))
     server.exclusively(lambda: server.renew(2))
     with pytest.raises(FencedError, match="attempt 1 refused"):
-        push(
-            server, 1, 1, 1
-        )  # late push of the lost rank: must not count besides that of the new rank
+        push(server, 1, 1, 1)  # of the lost rank: must not count in addition to the new rank's
     push_from_all(server, 1, 2)
     for seq in range(2):
         push_from_all(unfailed, seq, 1)

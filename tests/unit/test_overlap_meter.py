@@ -19,15 +19,7 @@ from distplat.strategies.reduction.base import Meter, OverlapMeter
         ([14.5], 14.0, 16.0, 1.5, 0.0, 2.0, 0.0),  # no operation started early
         ([], 14.0, 14.0, 0.0, 0.0, 0.0, 0.0),  # no operation
         ([10.0], 14.0, 16.0, 5.5, 0.5, 1.5, 4.0),  # half a second of finish() was casting
-        (
-            [10.0],
-            14.0,
-            15.0,
-            9.0,
-            0.0,
-            1.0,
-            4.0,
-        ),  # the group counts concurrent operations separately
+        ([10.0], 14.0, 15.0, 9.0, 0.0, 1.0, 4.0),  # concurrent operations counted separately
         ([10.0], 14.0, 15.0, 0.0, 0.0, 1.0, 0.0),  # the group does not measure
     ],
 )

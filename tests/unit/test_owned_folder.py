@@ -54,18 +54,18 @@ def orphan(base: Path) -> Path:
 def test_only_certain_orphans_are_removed(tmp_path: Path) -> None:
     elsewhere, base = tmp_path / "elsewhere", tmp_path / "base"
     removed = orphan(base)
-    kept = [orphan(base), orphan(base), orphan(base), orphan(base)]
-    (kept[0] / ".distplat-owner").write_text("of another machine, with locks of its own")
-    kept[1].chmod(0o755)
-    (kept[2] / ".distplat-owner").unlink()
-    (kept[3] / ".distplat-owner").unlink()
-    os.mkfifo(kept[3] / ".distplat-owner")
+    others = [orphan(base), orphan(base), orphan(base), orphan(base)]
+    (others[0] / ".distplat-owner").write_text("of another machine, with locks of its own")
+    others[1].chmod(0o755)
+    (others[2] / ".distplat-owner").unlink()
+    (others[3] / ".distplat-owner").unlink()
+    os.mkfifo(others[3] / ".distplat-owner")
     (base / "ray-link").symlink_to(orphan(elsewhere))
     (base / "ray-file").write_text("")
     (removed / "link").symlink_to(elsewhere)
     remove_orphans(base, "ray-")
     assert not removed.exists()
-    assert all((folder / "r").exists() for folder in (*kept, *elsewhere.iterdir()))
+    assert all((folder / "r").exists() for folder in (*others, *elsewhere.iterdir()))
     remove_orphans(tmp_path / "none", "ray-")
 
 

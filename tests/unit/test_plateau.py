@@ -48,7 +48,7 @@ ROWS = {"servers": 2, "optimizer": {"name": "SGD", "lr": 0.5}}
 GRID = {"name": "hybrid", "pipeline": 2, "data": 2, "cut": "even", "micro_batches": 2}
 
 
-class Diverging(Task):
+class Plateauing(Task):
     """The loss stops improving in the second half."""
 
     def model(self) -> nn.Module:
@@ -86,7 +86,7 @@ def plain_loop(
 ) -> tuple[dict[str, Tensor], list[list[float]]]:
     """Train as torch documents it; return the parameters and each step's learning rates."""
     torch.manual_seed(0)
-    model, task = Diverging().model(), Diverging()
+    model, task = Plateauing().model(), Plateauing()
     data, eval_data = task.train_data(), task.eval_data()
     head: Any = model.get_submodule("3")
     rest = [p for name, p in model.named_parameters() if not name.startswith("3.")]
@@ -144,7 +144,7 @@ def test_matches_plain_loop_with_torchs_scheduler(strategy: Any, world: int) -> 
     expected, torch_rates = plain_loop(RULE)
     assert len({*map(tuple, torch_rates)}) > 2, "the rate changes at least twice"
     assert torch_rates[-1] == [0.06, 0.06]
-    run = train(job(strategy, world), Diverging)
+    run = train(job(strategy, world), Plateauing)
     for rank in range(world):
         assert rates(run, rank) == torch_rates, "bit-identical"
     found = {name: value for part in run.trained for name, value in part.items()}
@@ -163,7 +163,9 @@ def test_scheduler_starts_after_the_warm_up(strategy: str, world: int, warmup_st
         LR * (2 / warmup_steps),
     ]
     assert torch_rates != plain_loop(rule, 15 - warmup_steps)[1] and torch_rates[-1] == [0.06, 0.06]
-    run = train(job(strategy, world, lr_schedule={**rule, "warmup_steps": warmup_steps}), Diverging)
+    run = train(
+        job(strategy, world, lr_schedule={**rule, "warmup_steps": warmup_steps}), Plateauing
+    )
     for rank in range(world):
         assert rates(run, rank) == torch_rates, "bit-identical"
     for name, value in expected.items():
@@ -174,7 +176,7 @@ def test_metric_and_mode_are_options() -> None:
     rule = {**RULE, "metric": "score", "mode": "max", "threshold_mode": "abs", "min_lr": 0.0}
     _, torch_rates = plain_loop(rule)
     assert len({*map(tuple, torch_rates)}) > 2 and torch_rates != plain_loop(RULE)[1]
-    assert rates(train(job("ps-sync", 2, lr_schedule=rule), Diverging)) == torch_rates
+    assert rates(train(job("ps-sync", 2, lr_schedule=rule), Plateauing)) == torch_rates
 
 
 class Disturbed(UntilOneIsLost):
@@ -201,7 +203,7 @@ def test_recovery_from_lost_workers_is_bit_identical(
     strategy: Any, ranks: Set[int], step: int
 ) -> None:
     """An evaluation follows step 12; survivors repeat it although they have counted it."""
-    run, expected = LocalRun(job(strategy, 3), Diverging), dict(enumerate(plain_loop(RULE)[1]))
+    run, expected = LocalRun(job(strategy, 3), Plateauing), dict(enumerate(plain_loop(RULE)[1]))
     assert not Disturbed(run, step, ranks).make()
     for rank in ranks:
         run.renew(rank)
@@ -213,13 +215,13 @@ def test_recovery_from_lost_workers_is_bit_identical(
         found = rates_by_step(run, rank)  # a lost rank may not have reported its last step
         assert found == {s: step_rates for s, step_rates in expected.items() if s in found}
         assert {*range(step, STEPS)} <= found.keys()
-    unfailed = train(job(strategy, 3), Diverging)
+    unfailed = train(job(strategy, 3), Plateauing)
     assert same(run.parameters(), unfailed.parameters())
 
 
 @pytest.mark.parametrize("step", [8, 9])
 def test_resized_run_keeps_the_rates(step: int) -> None:
-    run = train_resized(job("ps-sync"), Diverging, [(2, step), (4, 15), (1, 0)], lambda inputs: [])
+    run = train_resized(job("ps-sync"), Plateauing, [(2, step), (4, 15), (1, 0)], lambda inputs: [])
     steps = {s.step: s.figures for s in run.summaries if isinstance(s, StepSummary)}
     found = [[figures["lr"], figures["lr_group_0"]] for _, figures in sorted(steps.items())]
     assert found == plain_loop(RULE)[1]
@@ -235,16 +237,16 @@ class LosesAServer(Attempt):
 
 
 def test_recovery_from_a_lost_server_with_a_backup() -> None:
-    run = LocalRun(job({"name": "ps-sync", "replication": 2}, 2), Diverging)
+    run = LocalRun(job({"name": "ps-sync", "replication": 2}, 2), Plateauing)
     assert LosesAServer(run).make()
     run.close()
     assert rates(run) == plain_loop(RULE)[1]
-    unfailed = train(job("ps-sync", 2), Diverging)
+    unfailed = train(job("ps-sync", 2), Plateauing)
     assert same(run.parameters(), unfailed.parameters())
 
 
 def test_recovery_of_a_grid_with_servers() -> None:
-    run = LocalRun(job({**GRID, "data_strategy": "ps-sync"}, 4), Diverging)
+    run = LocalRun(job({**GRID, "data_strategy": "ps-sync"}, 4), Plateauing)
     assert not Disturbed(run, 12, {0, 1, 2, 3}).make()
     for rank in range(4):
         run.renew(rank)
@@ -257,10 +259,10 @@ def test_recovery_of_a_grid_with_servers() -> None:
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 def test_resume_keeps_the_rates(strategy: Any) -> None:
     config = job(strategy, 2, checkpoint={"every_steps": 3})
-    unfailed, (_, torch_rates) = train(config, Diverging), plain_loop(RULE)
+    unfailed, (_, torch_rates) = train(config, Plateauing), plain_loop(RULE)
     assert rates(unfailed) == torch_rates
     for version, saved in unfailed.checkpoints.items():  # some versions have an evaluation
-        resumed = train(config, Diverging, saved=saved)
+        resumed = train(config, Plateauing, saved=saved)
         assert rates(resumed) == torch_rates[version:]
         assert same(resumed.parameters(), unfailed.parameters())
 
@@ -268,17 +270,17 @@ def test_resume_keeps_the_rates(strategy: Any) -> None:
 def test_resume_of_a_finished_run_with_more_steps() -> None:
     """The final evaluation of the first run is one of the schedule, or an extra one."""
     for steps in (9, 10):
-        first = train(job(steps=steps, checkpoint={"every_steps": 5}), Diverging)
+        first = train(job(steps=steps, checkpoint={"every_steps": 5}), Plateauing)
         assert [evaluation.step for evaluation in evaluations(first)][-1] == steps
         assert (
-            rates(train(job(), Diverging, saved=first.checkpoints[steps]))
+            rates(train(job(), Plateauing, saved=first.checkpoints[steps]))
             == plain_loop(RULE)[1][steps:]
         )
 
 
 def test_rollback_counts_each_evaluation_once() -> None:
     """All ranks load the checkpoint in processes that have counted later evaluations."""
-    run = LocalRun(job("ring", 2, checkpoint={"every_steps": 5}), Diverging)
+    run = LocalRun(job("ring", 2, checkpoint={"every_steps": 5}), Plateauing)
     assert not Disturbed(run, 13, {0, 1}).make()
     assert UntilOneIsLost(run, saved=run.checkpoints[5], base=5).make()
     run.close()
@@ -287,16 +289,16 @@ def test_rollback_counts_each_evaluation_once() -> None:
 
 
 def test_resume_from_a_checkpoint_of_another_schedule() -> None:
-    constant = train(job(lr_schedule={}, checkpoint={"every_steps": 6}), Diverging)
-    started = train(job(), Diverging, saved=constant.checkpoints[6])
+    constant = train(job(lr_schedule={}, checkpoint={"every_steps": 6}), Plateauing)
+    started = train(job(), Plateauing, saved=constant.checkpoints[6])
     assert rates(started)[0] == [LR, HEAD_LR]
-    reduced = train(job(checkpoint={"every_steps": 20}), Diverging).checkpoints[20]
+    reduced = train(job(checkpoint={"every_steps": 20}), Plateauing).checkpoints[20]
     other = {**RULE, "metric": "score", "mode": "max", "min_lr": 0.0}
-    assert rates(train(job(lr_schedule=other), Diverging, saved=reduced))[0][0] < LR / 10
+    assert rates(train(job(lr_schedule=other), Plateauing, saved=reduced))[0][0] < LR / 10
 
 
 def test_state_lost_if_no_process_has_the_rates() -> None:
-    run = LocalRun(job("ps-sync", 2), Diverging)
+    run = LocalRun(job("ps-sync", 2), Plateauing)
     assert not Disturbed(run, 8, {0, 1}).make()
     for rank in (0, 1):
         run.renew(rank)
@@ -316,11 +318,11 @@ def test_unknown_metric_is_rejected() -> None:
     with pytest.raises(
         SpecError, match=r"lr_schedule.metric: the evaluation gives no 'scor'\n .*'score'"
     ):
-        train(job("ps-sync", 2, lr_schedule=rule), Diverging)
+        train(job("ps-sync", 2, lr_schedule=rule), Plateauing)
 
 
 def test_task_without_evaluation_data_is_rejected() -> None:
-    class WithoutEvalData(Diverging):
+    class WithoutEvalData(Plateauing):
         def eval_data(self) -> Any:
             return None
 
@@ -349,12 +351,12 @@ def test_incompatible_options_are_rejected(
 
 
 def test_stream_without_a_length_requires_every_steps() -> None:
-    class Endless(Diverging):
+    class Endless(Plateauing):
         def train_data(self) -> Any:
             return Stream()
 
         def eval_data(self) -> Any:
-            return Diverging.train_data(self)
+            return Plateauing.train_data(self)
 
     message = r"lr_schedule: needs evaluations during .*\n.*`evaluation.every_steps`"
     with pytest.raises(SpecError, match=message):

@@ -72,9 +72,8 @@ def draw_run(random: Random) -> Drawn:
     least = workers * accumulation
     if is_cut:
         workers = options.get("pipeline", 1) * options.get("data", 1)
-        micro_batches = (
-            1 if "teacher" in blocks else accumulation
-        )  # it writes tensors that backward needs
+        # The forward of a teacher writes tensors that backward needs.
+        micro_batches = 1 if "teacher" in blocks else accumulation
         options = {**options, "micro_batches": micro_batches}
         least = max(workers, micro_batches * options.get("data", 1))
         blocks = (*(name for block in blocks for name in ("plain", block)), "plain")

@@ -154,7 +154,7 @@ from distplat import Task
 TOP = torch.rand(1).item(), np.random.rand(), random.random()
 class Drawing(Task):
     def __init__(self):
-        self.made = torch.rand(1).item(), np.random.rand(), random.random()
+        self.numbers = torch.rand(1).item(), np.random.rand(), random.random()
     def model(self): ...
     def train_data(self): ...
     def loss(self, outputs, targets): ...
@@ -174,7 +174,7 @@ def test_task_is_imported_and_created_with_seeded_generators(drawing_module: Pat
         task: Any = make_task(
             config, lambda: load_task_class("drawing:Drawing", str(drawing_module))
         )
-        found.append((sys.modules["drawing"].TOP, task.made))
+        found.append((sys.modules["drawing"].TOP, task.numbers))
     seed_all(9)
     numbers = torch.rand(1).item(), np.random.rand(), random.random()
     assert found == [(numbers, numbers)] * 2

@@ -1,4 +1,4 @@
-"""The learning rate and the gradient's norm in the metrics of a step."""
+"""Learning rate and gradient norm in the metrics of a step."""
 
 from typing import Any
 
@@ -15,19 +15,19 @@ LIMIT = 0.5
 
 
 def figures(run: LocalRun) -> list[dict[str, float]]:
-    """Give the figures of the run's steps as its metrics have them."""
-    joined = ReportAggregator(len(run.reports))
+    """Return the figures of each step as in the run's metrics."""
+    aggregator = ReportAggregator(len(run.reports))
     found = []
-    steps = sorted((one.step, rank, one) for rank, some in enumerate(run.reports) for one in some
-                   if isinstance(one, StepReport))  # fmt: skip
+    steps = sorted((r.step, rank, r) for rank, reports in enumerate(run.reports) for r in reports
+                   if isinstance(r, StepReport))  # fmt: skip
     for _, _, report in steps:
-        found += [one.figures for one in joined.add(report) if isinstance(one, StepSummary)]
+        found += [s.figures for s in aggregator.add(report) if isinstance(s, StepSummary)]
     assert len(found) == STEPS
     return found
 
 
 def norms() -> list[float]:
-    """What torch's clipping gives in a plain loop."""
+    """Return the norms of torch's clipping in a plain loop."""
     task = Small()
     torch.manual_seed(5)
     model, data = task.model(), task.train_data()
@@ -44,7 +44,7 @@ def norms() -> list[float]:
     return found
 
 
-CUT: dict[str, tuple[Any, int]] = {
+PIPELINES: dict[str, tuple[Any, int]] = {
     "hybrid-pipeline": ({"name": "hybrid", "pipeline": 2, "cut": "even"}, 2),
     "hybrid-servers-of-stages": (
         {"name": "hybrid", "pipeline": 2, "cut": "even", "data_strategy": "ps-sync"},
@@ -54,44 +54,44 @@ CUT: dict[str, tuple[Any, int]] = {
 
 
 class Chain(Small):
-    """The same layers, which a pipeline can cut."""
+    """The same layers as a Sequential, which a pipeline can cut."""
 
     def model(self) -> nn.Module:
         net: Any = super().model()
         return nn.Sequential(net.body, net.norm, nn.Tanh(), net.head)
 
 
-@pytest.mark.parametrize("name", [*STRATEGIES, *CUT])
-def test_rate_and_norm_of_each_step(name: str) -> None:
-    where = (STRATEGIES | CUT)[name]
-    kind = Chain if name in CUT else Small
-    found = figures(train(job(*where, optimizer=ADAMW, clip_norm=LIMIT), kind))
-    assert [one["lr"] for one in found] == pytest.approx([0.05 * scale for scale in SCALES])
-    assert [one["grad_norm"] for one in found] == pytest.approx(norms(), rel=1e-9)
+@pytest.mark.parametrize("name", [*STRATEGIES, *PIPELINES])
+def test_each_step_reports_lr_and_grad_norm(name: str) -> None:
+    strategy = (STRATEGIES | PIPELINES)[name]
+    task_class = Chain if name in PIPELINES else Small
+    steps = figures(train(job(*strategy, optimizer=ADAMW, clip_norm=LIMIT), task_class))
+    assert [step["lr"] for step in steps] == pytest.approx([0.05 * scale for scale in SCALES])
+    assert [step["grad_norm"] for step in steps] == pytest.approx(norms(), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_without_clipping_no_norm_is_computed(name: str) -> None:
-    for one in figures(train(job(*STRATEGIES[name]), Small)):
-        assert "grad_norm" not in one
+def test_no_grad_norm_without_clipping(name: str) -> None:
+    for step in figures(train(job(*STRATEGIES[name]), Small)):
+        assert "grad_norm" not in step
 
 
-def test_a_group_with_a_rate_of_its_own_has_a_figure() -> None:
-    for at, one in enumerate(figures(train(job(), Small))):
-        assert {name for name in one if name.startswith("lr")} == {"lr", "lr_group_1"}
-        assert one["lr_group_1"] == pytest.approx(0.01 * SCALES[at])
+def test_group_with_its_own_lr_has_a_figure() -> None:
+    for number, step in enumerate(figures(train(job(), Small))):
+        assert {name for name in step if name.startswith("lr")} == {"lr", "lr_group_1"}
+        assert step["lr_group_1"] == pytest.approx(0.01 * SCALES[number])
 
 
 @pytest.mark.parametrize("name", ["ring-2", "ps-sync", "ps-sync-3-servers", "hybrid-servers"])
-def test_a_step_that_is_left_out_has_no_norm(name: str) -> None:
-    class Breaks(Small):
+def test_skipped_step_has_no_grad_norm(name: str) -> None:
+    class InfiniteLoss(Small):
         calls = 0
 
         def loss(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             self.calls += 1
-            found = super().loss(outputs, targets)
-            return found * float("inf") if self.calls == 3 else found
+            loss = super().loss(outputs, targets)
+            return loss * float("inf") if self.calls == 3 else loss
 
-    of = job(*STRATEGIES[name], clip_norm=LIMIT, failure={"non_finite": "skip"})
-    found = figures(train(of, Breaks))
-    assert [at for at, one in enumerate(found) if "grad_norm" not in one] == [2]
+    config = job(*STRATEGIES[name], clip_norm=LIMIT, failure={"non_finite": "skip"})
+    steps = figures(train(config, InfiniteLoss))
+    assert [number for number, step in enumerate(steps) if "grad_norm" not in step] == [2]

@@ -1,4 +1,4 @@
-"""What Ray raises means one thing everywhere, and no class of Ray's is undecided."""
+"""Every exception class of Ray has one meaning, defined in `actors/ray_errors.py`."""
 
 import inspect
 import re
@@ -29,32 +29,32 @@ from distplat.platform.errors import (
 )
 
 
-def raised(cause: Exception) -> exceptions.RayError:
-    """Give what a caller gets of what a method raised: of two classes at once."""
+def raised_by_method(cause: Exception) -> exceptions.RayError:
+    """Return the error that a caller gets from a method: an instance of both classes."""
     error = exceptions.RayTaskError(
         "push", "Traceback (most recent)", cause, actor_repr="digits/server-0"
     )
     return error.as_instanceof_cause()
 
 
-def all_of_ray() -> set[type[exceptions.RayError]]:
+def ray_error_classes() -> set[type[exceptions.RayError]]:
     found, todo = set(), [exceptions.RayError]
     while todo:
-        kind = todo.pop()
-        found.add(kind)
-        todo += [one for one in kind.__subclasses__() if one not in found]
-    public = {one for _, one in inspect.getmembers(exceptions, inspect.isclass)}
-    return {kind for kind in found if kind in public and kind.__module__ == exceptions.__name__}
+        cls = todo.pop()
+        found.add(cls)
+        todo += [subclass for subclass in cls.__subclasses__() if subclass not in found]
+    public = {cls for _, cls in inspect.getmembers(exceptions, inspect.isclass)}
+    return {cls for cls in found if cls in public and cls.__module__ == exceptions.__name__}
 
 
-def test_every_class_of_ray_is_decided() -> None:
-    undecided = sorted(kind.__name__ for kind in all_of_ray() - MEANINGS.keys())
-    assert undecided == [], "say in actors/ray_errors.py what these mean to a run"
-    assert len(MEANINGS) > 40, "the walk has found them"
+def test_every_class_of_ray_has_a_meaning() -> None:
+    missing = sorted(cls.__name__ for cls in ray_error_classes() - MEANINGS.keys())
+    assert missing == [], "add the meaning of these classes to actors/ray_errors.py"
+    assert len(MEANINGS) > 40, "all classes of Ray were found"
 
 
-def test_nobody_else_knows_a_class_of_rays_by_name() -> None:
-    """Whoever caught `RayActorError` alone would take an out-of-memory kill for a fault of ours."""
+def test_only_ray_errors_names_classes_of_ray() -> None:
+    """Code that catches only `RayActorError` treats an out-of-memory kill as an internal error."""
     root = Path(distplat.__file__).parent
     files = [path for part in ("actors", "cli") for path in (root / part).rglob("*.py")]
     named = {
@@ -67,7 +67,7 @@ def test_nobody_else_knows_a_class_of_rays_by_name() -> None:
     joining = {("cluster.py", "AuthenticationError"), ("join.py", "AuthenticationError")}
     documented = {("ray_compat.py", "AuthenticationError")}
     assert len(files) > 50
-    assert {one for one in named if one[1] != "RayError"} == joining | documented
+    assert {use for use in named if use[1] != "RayError"} == joining | documented
 
 
 OUT_OF_MEMORY = exceptions.OutOfMemoryError("Task was killed due to the node running low on memory")
@@ -91,13 +91,17 @@ KILLED = "killed by Ray's memory monitor"
         (exceptions.RaySystemError("raylet"), InfrastructureError, "the cluster fails"),
         (exceptions.RuntimeEnvSetupError("no matching package"), SpecError, "no matching package"),
         (exceptions.PendingCallsLimitExceeded("9"), DistplatError, "error inside distplat"),
-        (raised(StaleError("push 2")), StaleError, "push 2"),
-        (raised(KeyError("w")), InfrastructureError, "error inside digits/server-0: KeyError: 'w'"),
-        (raised(OUT_OF_MEMORY), InfrastructureError, KILLED),
+        (raised_by_method(StaleError("push 2")), StaleError, "push 2"),
+        (
+            raised_by_method(KeyError("w")),
+            InfrastructureError,
+            "error inside digits/server-0: KeyError: 'w'",
+        ),
+        (raised_by_method(OUT_OF_MEMORY), InfrastructureError, KILLED),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_an_answer_that_does_not_come(
+def test_errors_map_to_transport_errors(
     error: exceptions.RayError, expected: type[Exception], text: str
 ) -> None:
     found = as_transport_error(error)
@@ -105,8 +109,8 @@ def test_an_answer_that_does_not_come(
     assert text in str(found)
 
 
-def test_what_a_method_raised_is_no_death_of_its_actor() -> None:
-    assert meaning(raised(exceptions.ActorDiedError())) is Meaning.RAISED
+def test_error_raised_by_a_method_is_not_a_death_of_its_actor() -> None:
+    assert meaning(raised_by_method(exceptions.ActorDiedError())) is Meaning.RAISED
 
 
 @pytest.mark.parametrize(
@@ -114,8 +118,8 @@ def test_what_a_method_raised_is_no_death_of_its_actor() -> None:
     [
         (OUT_OF_MEMORY, InfrastructureError),
         (exceptions.ObjectStoreFullError("full"), InfrastructureError),
-        (raised(ActorLost("server-0", None, "died")), ActorLost),
-        (raised(ValueError("in the user's own actor")), type(None)),
+        (raised_by_method(ActorLost("server-0", None, "died")), ActorLost),
+        (raised_by_method(ValueError("in the user's own actor")), type(None)),
         (ValueError("in the user's code"), type(None)),
         (exceptions.UserCodeException("in the user's data set"), type(None)),
         (exceptions.GetTimeoutError("a deadline of the user's"), type(None)),
@@ -124,24 +128,24 @@ def test_what_a_method_raised_is_no_death_of_its_actor() -> None:
         (ActorDied("killed"), InfrastructureError),
     ],
 )
-def test_whose_fault_it_is(error: Exception, expected: type[Any]) -> None:
+def test_of_platform_excludes_errors_of_user_code(error: Exception, expected: type[Any]) -> None:
     found = of_platform(error)
     assert type(found) is expected
     assert found is None or found.exit_code == 4
 
 
-def test_a_cause_is_one_line_and_never_empty() -> None:
+def test_cause_is_one_line_and_not_empty() -> None:
     assert cause_of(exceptions.ActorDiedError()) == "The actor died unexpectedly before " + (
         "finishing this task."
     )
     assert cause_of(exceptions.RayActorError(error_msg="")) == "RayActorError"
-    told = "The actor died unexpectedly.\n\tclass_name: Worker\n\tpid: 17\nEnd of file."
+    message = "The actor died unexpectedly.\n\tclass_name: Worker\n\tpid: 17\nEnd of file."
     for guesses in (
         " There are some potential root causes. (1) x",
         " Some common causes include: (1)",
     ):
-        error = exceptions.RayActorError(error_msg=told + guesses)
-        assert cause_of(error) == told.splitlines()[-1]
+        error = exceptions.RayActorError(error_msg=message + guesses)
+        assert cause_of(error) == message.splitlines()[-1]
     error = exceptions.RayActorError(
         error_msg="The actor died in its creation task\n  File x\nImportError: no numpy",
         actor_init_failed=True,
@@ -150,22 +154,22 @@ def test_a_cause_is_one_line_and_never_empty() -> None:
     assert as_ours(error).exit_code == 4
 
 
-def test_an_owner_that_the_cluster_cannot_call_is_told_so() -> None:
-    """Ray's words, of a driver with a token on a cluster without one: they name no cause."""
+def test_cause_names_an_owner_that_the_cluster_cannot_call() -> None:
+    """Ray's message for a driver with a token on a cluster without one names no cause."""
     error = exceptions.ActorDiedError()
     error.error_msg = (
         "The actor died unexpectedly before finishing this task.\n\tclass_name: ControllerActor\n"
         "The actor is dead because all references to the actor were removed including lineage ref "
         "count."
     )
-    being_made = exceptions.RaySystemError("Actor creation cancelled.")
-    for one in (error, being_made):
-        assert "cannot call the process that created it" in cause_of(one)
-        assert "RAY_AUTH_MODE" in str(as_ours(one))
+    cancelled = exceptions.RaySystemError("Actor creation cancelled.")
+    for ray_error in (error, cancelled):
+        assert "cannot call the process that created it" in cause_of(ray_error)
+        assert "RAY_AUTH_MODE" in str(as_ours(ray_error))
 
 
 @pytest.mark.parametrize(
-    ("role", "said", "advised"),
+    ("role", "message", "has_advice"),
     [
         (
             "worker-1",
@@ -180,13 +184,13 @@ def test_an_owner_that_the_cluster_cannot_call_is_told_so() -> None:
         ("worker-1", "its node ended", False),
     ],
 )
-def test_where_to_look_when_ray_does_not_know_how_a_worker_ended(
-    role: str, said: str, advised: bool
+def test_advice_if_the_cause_of_a_workers_end_is_unknown(
+    role: str, message: str, has_advice: bool
 ) -> None:
-    error = exceptions.RayActorError(error_msg=f"The actor died.\n\tpid: 17\n{said}")
+    error = exceptions.RayActorError(error_msg=f"The actor died.\n\tpid: 17\n{message}")
     found = advice_for(role, cause_of(error))
-    assert bool(found) == advised
-    assert ("`dmesg`" in cause_of(error)) == ("exits" in said)
-    if advised:
-        told = str(ActorLost(role, 3, cause_of(error), found))
-        assert "logs/worker-1.log shows SIGABRT" in told and "different sizes" in told
+    assert bool(found) == has_advice
+    assert ("`dmesg`" in cause_of(error)) == ("exits" in message)
+    if has_advice:
+        text = str(ActorLost(role, 3, cause_of(error), found))
+        assert "logs/worker-1.log shows SIGABRT" in text and "different sizes" in text

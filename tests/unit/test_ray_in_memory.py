@@ -1,4 +1,4 @@
-"""A whole run without Ray: driver, controller and workers, and what becomes of the killed."""
+"""Complete runs without Ray: driver, controller and workers in memory, with killed actors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def fit(ray: InMemoryRay, strategy: object, folder: Path) -> Result:
 
 @pytest.mark.parametrize("killed", ["", "worker-0"])
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=["ring", "ps-sync"])
-def test_a_run_has_the_bits_of_ranks_without_a_driver(
+def test_run_is_bit_identical_to_ranks_without_a_driver(
     cluster: InMemoryRay,
     tmp_path: Path,
     strategy: object,
@@ -75,30 +75,28 @@ def test_a_run_has_the_bits_of_ranks_without_a_driver(
     assert result.checkpoint is not None
     found = load_file(result.checkpoint)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-    assert [one.step for one in result.history] == [*range(1, STEPS + 1)]
+    assert [summary.step for summary in result.history] == [*range(1, STEPS + 1)]
     assert bool(result.failures) == bool(killed)
 
 
-def test_the_controller_counts_the_evaluations_and_ends_the_run(
+def test_controller_ends_the_run_by_early_stop(
     cluster: InMemoryRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without the driver, which asks it to end the run, too, but later."""
+    """The driver's request to end the run is disabled; it would only come later."""
     monkeypatch.setattr(ControllerActor, "end_early", lambda self: None)
     fields = {"steps": 3000, "evaluation": {"every_steps": 1}, "storage_path": str(tmp_path)}
     rule = {"metric": "loss", "mode": "max", "patience": 2}
-    given = make_job(fields_of("ring", 2, early_stop=rule, **fields))
-    trainer = Trainer(given, Evaluated, progress=False, log_to_driver=False)
+    config = make_job(fields_of("ring", 2, early_stop=rule, **fields))
+    trainer = Trainer(config, Evaluated, progress=False, log_to_driver=False)
     result: Result = cluster.as_driver(trainer.fit)
     assert result.stopped == "loss got no better since step 1, in 2 evaluations"
     assert 3 <= result.totals.steps < 3000
     lines = map(json.loads, (result.path / "metrics.jsonl").read_text().splitlines())
-    (told,) = [line for line in lines if line["kind"] == "early stop"]
-    assert told == {"kind": "early stop", "step": 3, "reason": result.stopped}
+    (event,) = [line for line in lines if line["kind"] == "early stop"]
+    assert event == {"kind": "early stop", "step": 3, "reason": result.stopped}
 
 
-def test_a_lost_worker_that_may_not_be_replaced_is_named(
-    cluster: InMemoryRay, tmp_path: Path
-) -> None:
+def test_lost_worker_without_replacement_is_named(cluster: InMemoryRay, tmp_path: Path) -> None:
     KillsInForward.killed = "worker-1"
     fields = {"steps": STEPS, "failure": {"max_failures": 0}, "storage_path": str(tmp_path)}
     trainer = Trainer(
@@ -109,7 +107,7 @@ def test_a_lost_worker_that_may_not_be_replaced_is_named(
     assert caught.value.exit_code == 4
 
 
-def test_a_lost_controller_takes_what_it_made_along(cluster: InMemoryRay, tmp_path: Path) -> None:
+def test_lost_controller_ends_its_actors(cluster: InMemoryRay, tmp_path: Path) -> None:
     KillsInForward.killed = "controller"
     with pytest.raises(ActorLost, match="controller was lost"):
         fit(cluster, "ring", tmp_path)
@@ -117,35 +115,35 @@ def test_a_lost_controller_takes_what_it_made_along(cluster: InMemoryRay, tmp_pa
 
 
 @pytest.mark.parametrize("lost", ["request", "reply"])
-def test_a_worker_whose_answers_are_lost_is_not_taken_for_dead(
+def test_lost_poll_messages_are_no_failure(
     cluster: InMemoryRay, tmp_path: Path, lost: Literal["request", "reply"]
 ) -> None:
-    """Of the questions whether it lives; what it had to tell comes with a later answer."""
+    """The reports of a lost answer arrive with a later answer."""
     inject(cluster.cluster, "poll", Fault(lose=lost), times=6)
     result = fit(cluster, "ring", tmp_path)
     assert result.failures == []
-    assert [one.step for one in result.history] == [*range(1, STEPS + 1)]
+    assert [summary.step for summary in result.history] == [*range(1, STEPS + 1)]
 
 
-def test_the_model_is_saved_before_anything_else_may_fail(
+def test_model_is_saved_before_other_files(
     cluster: InMemoryRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where a server of embedding tables is lost after the last step: no step is made again."""
+    """Example: an embedding server is lost after the last step; no step is repeated."""
 
-    def lost(actor: ControllerActor, group: ActorGroup) -> None:
+    def lose_server(actor: ControllerActor, group: ActorGroup) -> None:
         raise ActorLost("embedding-server-0", STEPS, "killed")
 
-    monkeypatch.setattr(ControllerActor, "_keep_files", lost)
+    monkeypatch.setattr(ControllerActor, "_keep_files", lose_server)
     with pytest.raises(ActorLost, match="embedding-server-0"):
         fit(cluster, "ring", tmp_path)
     (model,) = tmp_path.glob("*/model.safetensors")
     expected = train(job("ring", tmp_path), KillsInForward).parameters()
     assert all(torch.equal(load_file(model)[name], value) for name, value in expected.items())
-    written = json.loads(model.with_name("result.json").read_text())
-    assert (written["status"], written["model"]) == ("FAILED", str(model))
+    result = json.loads(model.with_name("result.json").read_text())
+    assert (result["status"], result["model"]) == ("FAILED", str(model))
 
 
-def test_who_is_frozen_answers_once_it_goes_on(cluster: InMemoryRay) -> None:
+def test_frozen_process_answers_after_it_resumes(cluster: InMemoryRay) -> None:
     class Idle:
         def name(self) -> str:
             return "idle"
@@ -162,8 +160,8 @@ def test_who_is_frozen_answers_once_it_goes_on(cluster: InMemoryRay) -> None:
     cluster.as_driver(work)
 
 
-def own_loop(config: dict[str, int]) -> None:
-    """Train, and go on where the last checkpoint was."""
+def train_from_checkpoint(config: dict[str, int]) -> None:
+    """Train from the last checkpoint."""
     task = KillsInForward()
     model = task.model()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -187,26 +185,26 @@ def own_loop(config: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=["ring", "ps-sync"])
-def test_a_train_function_that_lost_a_worker_has_the_same_bits(
+def test_train_function_with_a_lost_worker_is_bit_identical(
     cluster: InMemoryRay, tmp_path: Path, strategy: object
 ) -> None:
-    def trained(killed: str) -> Result:
+    def fit_function(killed: str) -> Result:
         KillsInForward.killed = killed
         fields = {"name": "test", "strategy": strategy, "scaling": {"num_workers": 2}}
         job = {**fields, "storage_path": str(tmp_path)}
-        trainer = Trainer(job, own_loop, progress=False, log_to_driver=False)
+        trainer = Trainer(job, train_from_checkpoint, progress=False, log_to_driver=False)
         result: Result = cluster.as_driver(trainer.fit)
-        assert [one.step for one in result.history] == [*range(1, STEPS + 1)]
+        assert [summary.step for summary in result.history] == [*range(1, STEPS + 1)]
         assert bool(result.failures) == bool(killed)
         return result
 
-    expected, result = trained(""), trained("worker-0")
+    expected, result = fit_function(""), fit_function("worker-0")
     assert expected.checkpoint is not None and result.checkpoint is not None
     assert expected.checkpoint.read_bytes() == result.checkpoint.read_bytes()
 
 
-class Noting(Callback):
-    """Tells the workers, which are threads here, that a checkpoint is on the disk."""
+class SignalsCheckpoints(Callback):
+    """Signals the workers, which are threads here, that a checkpoint is on the disk."""
 
     saved: dict[int, threading.Event] = {}  # noqa: RUF012
 
@@ -214,25 +212,25 @@ class Noting(Callback):
         self.saved[checkpoint.step].set()
 
 
-def often_lost(config: Mapping[str, Any]) -> None:
-    """Report six epochs; the worker is killed after each of the first five, once it is kept."""
-    before = distplat.get_checkpoint()
-    for epoch in range(1 if before is None else before["epoch"] + 1, 7):
+def train_with_failures(config: Mapping[str, Any]) -> None:
+    """Report six epochs; the worker is killed after each of the first five checkpoints."""
+    saved = distplat.get_checkpoint()
+    for epoch in range(1 if saved is None else saved["epoch"] + 1, 7):
         distplat.report({"loss": 0.0}, {"epoch": epoch})
         process = process_here()
         if process is not None and epoch < 6:
-            assert Noting.saved[epoch].wait(60)
+            assert SignalsCheckpoints.saved[epoch].wait(60)
             KillsInForward.ray.kill_process(process.name)
             process.check()
 
 
-def test_a_train_function_that_saves_between_failures_goes_on(
+def test_checkpoints_between_failures_restore_the_budget(
     cluster: InMemoryRay, tmp_path: Path
 ) -> None:
-    """More failures than three, and after each one a checkpoint that is new."""
-    Noting.saved = {epoch: threading.Event() for epoch in range(1, 7)}
+    """The run has more than three failures, with a new checkpoint after each."""
+    SignalsCheckpoints.saved = {epoch: threading.Event() for epoch in range(1, 7)}
     job = {"name": "test", "strategy": "ring", "scaling": {"num_workers": 1}}
-    given = {**job, "storage_path": str(tmp_path)}
-    more: Any = {"progress": False, "log_to_driver": False, "callbacks": [Noting()]}
-    result: Result = cluster.as_driver(Trainer(given, often_lost, **more).fit)
+    fields = {**job, "storage_path": str(tmp_path)}
+    options: Any = {"progress": False, "log_to_driver": False, "callbacks": [SignalsCheckpoints()]}
+    result: Result = cluster.as_driver(Trainer(fields, train_with_failures, **options).fit)
     assert len(result.failures) == 5

@@ -1,4 +1,4 @@
-"""What Ray raises, in the words of the seam. That it does raise these, tests/cluster/ shows."""
+"""RayTransport maps errors of Ray; tests/cluster/ tests that Ray raises them."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from distplat.platform.errors import StaleError
         (ray.exceptions.RayTaskError("push", "", StaleError("push 2")), StaleError, "push 2"),
     ],
 )
-def test_errors(
+def test_get_maps_errors_of_ray(
     monkeypatch: pytest.MonkeyPatch, raised: Exception, expected: type[Exception], text: str
 ) -> None:
     def get(reference: Any, timeout: float) -> Any:

@@ -1,4 +1,4 @@
-"""The restart budget: who makes progress goes on at once, who does not waits and then gives up."""
+"""The restart budget: with progress a run restarts at once, otherwise it waits and then fails."""
 
 from functools import partial
 
@@ -20,11 +20,11 @@ def spend(budget: Budget, *steps: int, preempted: bool = False) -> list[float | 
     return [budget.spend(step, f"lost at {step}", preempted) for step in steps]
 
 
-def test_progress_costs_no_waiting() -> None:
+def test_progress_restarts_without_delay() -> None:
     assert spend(Budget(Policy(max_failures=4)), 0, 7, 9, 12) == [0.0] * 4
 
 
-def test_failures_at_one_step_wait_then_end_the_run() -> None:
+def test_failures_at_one_step_delay_then_end_the_run() -> None:
     first, second, third = spend(Budget(Policy(max_failures=100)), 7, 7, 7)
     assert (first, second) == (0.0, MIN_DELAY_S)
     assert SAME_STEP_LIMIT == 3
@@ -32,13 +32,13 @@ def test_failures_at_one_step_wait_then_end_the_run() -> None:
     assert "after step 7" in third
 
 
-def test_a_step_between_forgives() -> None:
+def test_progress_resets_the_delay() -> None:
     answers = spend(Budget(Policy(max_failures=100)), 7, 7, 8, 8, 9, 9)
     assert answers == [0.0, MIN_DELAY_S] * 3
     assert max(a for a in answers if isinstance(a, float)) <= MAX_DELAY_S
 
 
-def test_the_budget_is_spent() -> None:
+def test_exhausted_budget_ends_the_run() -> None:
     budget = Budget(Policy(max_failures=2))
     *before, last = spend(budget, 1, 2, 3)
     assert before == [0.0, 0.0]
@@ -50,31 +50,33 @@ def test_the_budget_is_spent() -> None:
     ]
 
 
-def test_preemption_has_a_budget_of_its_own() -> None:
+def test_preemptions_have_their_own_budget() -> None:
     budget = Budget(Policy(max_failures=1, max_preemptions=3))
-    assert spend(budget, 5, 5, 5, preempted=True) == [0.0] * 3, "nobody's failure, no waiting"
+    assert spend(budget, 5, 5, 5, preempted=True) == [0.0] * 3, "preemptions restart without delay"
     assert spend(budget, 5) == [0.0]
     [answer] = spend(budget, 5, preempted=True)
     assert answer == "preempted more than 3 times"
 
 
-def test_what_follows_from_a_failure_is_paid_for_once() -> None:
+def test_consequence_of_a_failure_is_free_once() -> None:
     budget = Budget(Policy(max_failures=2))
-    follow = partial(budget.spend, 7, "its state is gone", False, consequence=True)
+    spend_consequence = partial(budget.spend, 7, "its state is gone", False, consequence=True)
     assert spend(budget, 7, 7) == [0.0, MIN_DELAY_S]
-    assert follow() == 0.0
-    assert follow() == "`failure.max_failures` is 2", "or a fault of ours would go on for ever"
-    assert len(budget.failures) == 4, "all are told"
+    assert spend_consequence() == 0.0
+    assert spend_consequence() == "`failure.max_failures` is 2", (
+        "a repeated consequence may be an internal error"
+    )
+    assert len(budget.failures) == 4, "all failures are listed"
 
 
-def test_a_node_dies_once_though_its_processes_are_missed_one_by_one() -> None:
+def test_lost_processes_of_one_node_count_once() -> None:
     budget = Budget(Policy(max_failures=2))
     cause = "its node has died"
     assert budget.spend(7, "worker-1 does not answer", False) == 0.0
     assert budget.spend(7, f"server-manager: {cause}", False, node="a1") == MIN_DELAY_S
     for role in ("server-0", "server-1", "worker-1/attempt-1"):
         assert budget.spend(7, f"{role}: {cause}", False, node="a1") == 0.0
-    assert len(budget.failures) == 5, "all are told"
+    assert len(budget.failures) == 5, "all failures are listed"
     ended = budget.spend(7, f"worker-0: {cause}", False, node="b2")
     assert ended == "`failure.max_failures` is 2"
 
@@ -86,7 +88,7 @@ def test_a_node_dies_once_though_its_processes_are_missed_one_by_one() -> None:
         ("The actor died because its worker process has died.", ""),
     ],
 )
-def test_the_node_that_died_is_in_rays_words(cause: str, node: str) -> None:
+def test_dead_node_is_parsed_from_rays_message(cause: str, node: str) -> None:
     assert ActorLost("server-0", None, cause).dead_node == node
 
 
@@ -104,8 +106,8 @@ def test_the_node_that_died_is_in_rays_words(cause: str, node: str) -> None:
         (tuple(range(1, 10_000, 100)), False),
     ],
 )
-def test_progress_gives_failures_back(steps: tuple[int, ...], ends: bool) -> None:
-    """Two are allowed; a step that is made again after a rollback is no progress."""
+def test_progress_restores_the_budget(steps: tuple[int, ...], ends: bool) -> None:
+    """The budget is two failures. A step repeated after a rollback is no progress."""
     answers = spend(Budget(Policy(max_failures=2)), *steps)
     assert isinstance(answers[-1], str) is ends
     assert not any(isinstance(answer, str) for answer in answers[:-1])
@@ -127,13 +129,13 @@ def test_progress_gives_failures_back(steps: tuple[int, ...], ends: bool) -> Non
         ("lost 5, saved 6, lost 6, saved 6, lost 7, lost 8", True),
     ],
 )
-def test_a_new_checkpoint_of_a_loop_gives_a_failure_back(events: str, ends: bool) -> None:
-    """Two are allowed. A checkpoint that is made again after a rollback is no progress."""
+def test_new_checkpoint_of_a_loop_restores_the_budget(events: str, ends: bool) -> None:
+    """The budget is two failures. A checkpoint repeated after a rollback is no progress."""
     for preempted in (False, True):
         budget, answers = Budget(Policy(max_failures=2, max_preemptions=2)), []
         for event in events.split(", "):
-            kind, step = event.split()
-            if kind == "saved":
+            action, step = event.split()
+            if action == "saved":
                 budget.checkpoint_saved(int(step))
             else:
                 answers += spend(budget, int(step), preempted=preempted)
@@ -151,12 +153,10 @@ def test_a_new_checkpoint_of_a_loop_gives_a_failure_back(events: str, ends: bool
         (Failure(max_failures=0, max_preemptions=1), True, Policy(0, 1, True)),
     ],
 )
-def test_what_a_job_leaves_open(
-    failure: Failure, survives_worker_loss: bool, policy: Policy
-) -> None:
+def test_policy_of_a_job(failure: Failure, survives_worker_loss: bool, policy: Policy) -> None:
     assert policy_of(failure, survives_worker_loss) == policy
 
 
-def test_checkpoints_make_a_restart_cheap() -> None:
+def test_policy_of_a_job_with_checkpoints() -> None:
     assert policy_of(Failure(), False, checkpoints=True) == Policy(3, 100, False)
     assert policy_of(Failure(max_failures=0), False, checkpoints=True) == Policy(0, 100, False)

@@ -1,4 +1,4 @@
-"""The recommendation example: its clicks, its figures, and small runs without Ray."""
+"""The recommendation example: synthetic clicks, metrics, and small runs without Ray."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def recsys(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("recsys")
 
 
-def test_the_clicks_are_the_same_every_time_and_cover_the_ids(recsys: Any) -> None:
+def test_clicks_are_deterministic_and_cover_the_ids(recsys: Any) -> None:
     ids, features, targets = recsys.make_clicks(20_000, seed=1)
-    again = recsys.make_clicks(20_000, seed=1)
-    assert all(map(torch.equal, (ids, features, targets), again))
+    repeated = recsys.make_clicks(20_000, seed=1)
+    assert all(map(torch.equal, (ids, features, targets), repeated))
     assert ids.min() >= 0
     for column, count in zip(ids.unbind(1), recsys.TABLES.values(), strict=True):
         assert 0.9 * count < column.max() < count
     popular = (ids[:, 0] < 0.5**recsys.HEAD * recsys.TABLES["user"]).double().mean()
     assert 0.48 < popular < 0.52
     assert 0.3 < targets[:, 0].mean() < 0.5
-    of_item = dict(ids[:, 1:].tolist())
-    assert all(of_item[item] == category for item, category in ids[:, 1:].tolist())
+    category_of = dict(ids[:, 1:].tolist())
+    assert all(category_of[item] == category for item, category in ids[:, 1:].tolist())
 
 
-def test_the_curve_of_known_scores(recsys: Any) -> None:
+def test_area_under_curve_of_known_scores(recsys: Any) -> None:
     clicks = torch.tensor([0.0, 1.0, 0.0, 1.0, 1.0])
     scores = torch.tensor([0.1, 0.4, 0.5, 0.6, 0.7])
     assert recsys.area_under_curve(scores, clicks) == pytest.approx(5 / 6)
@@ -49,58 +49,62 @@ def test_the_curve_of_known_scores(recsys: Any) -> None:
     assert recsys.area_under_curve(tied, clicks) == pytest.approx(5.5 / 6)
 
 
-def test_ids_tell_more_than_features(recsys: Any) -> None:
+def test_ids_predict_better_than_features(recsys: Any) -> None:
     *_, targets = recsys.make_clicks(40_000, seed=2)
     task = recsys.Clicks()
-    figures = {name: one.compute() for name, one in task.metrics(targets[:, 2], targets).items()}
+    figures = {
+        name: metric.compute() for name, metric in task.metrics(targets[:, 2], targets).items()
+    }
     assert figures["auc"] == figures["auc_best_of_all"] > 0.85
     assert 0.6 < figures["auc_best_without_ids"] < 0.64
 
 
-def test_the_top_network_gets_the_products_of_all_pairs(recsys: Any) -> None:
+def test_top_network_gets_the_products_of_all_pairs(recsys: Any) -> None:
     model = recsys.DLRM(8, {})
     model.tables = torch.nn.ModuleDict(
         {"a": torch.nn.Embedding(5, 8), "b": torch.nn.Embedding(5, 8)}
     )
     model.register_buffer("pairs", torch.tril_indices(3, 3, -1))
-    given: list[torch.Tensor] = []
+    top_inputs: list[torch.Tensor] = []
     model.top = torch.nn.Sequential(torch.nn.Linear(8 + 3, 1))
-    model.top.register_forward_pre_hook(lambda module, inputs: given.extend(inputs))
+    model.top.register_forward_pre_hook(lambda module, inputs: top_inputs.extend(inputs))
     ids, features = torch.tensor([[1, 2]]), torch.ones(1, recsys.FEATURES)
     model((ids, features))
     dense = model.bottom(features)[0]
-    one, other = model.tables["a"].weight[1], model.tables["b"].weight[2]
-    products = torch.stack([dense @ one, dense @ other, one @ other])
-    torch.testing.assert_close(given[0][0], torch.cat([dense, products]))
+    row_a, row_b = model.tables["a"].weight[1], model.tables["b"].weight[2]
+    products = torch.stack([dense @ row_a, dense @ row_b, row_a @ row_b])
+    torch.testing.assert_close(top_inputs[0][0], torch.cat([dense, products]))
 
 
-def test_the_same_from_two_workers_under_ring_and_ps_sync(recsys: Any) -> None:
-    """Tables and networks alike, and a curve of all samples, whoever had them."""
+def test_two_workers_match_one_under_ring_and_ps_sync(recsys: Any) -> None:
+    """The AUC is over the samples of all workers."""
 
-    class Few(recsys.Clicks):  # type: ignore[misc]
+    class FewClicks(recsys.Clicks):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__(samples=96, width=4)
 
         def eval_data(self) -> Any:
             return Subset(super().eval_data(), range(200))
 
-    def figures(strategy: str, workers: int, **more: Any) -> list[float]:
-        embeddings = {"optimizer": {"name": "Adagrad", "lr": 0.1}, **more}
+    def metrics_of(strategy: str, workers: int, **options: Any) -> list[float]:
+        embeddings = {"optimizer": {"name": "Adagrad", "lr": 0.1}, **options}
         job = job_of(strategy, workers, global_batch_size=24, embeddings=embeddings)
-        return [one for run in evaluations(train(job, Few)) for one in run.metrics.values()]
+        return [
+            value for run in evaluations(train(job, FewClicks)) for value in run.metrics.values()
+        ]
 
-    one, ring, ps_sync = figures("ring", 1), figures("ring", 2), figures("ps-sync", 2)
-    assert len(one) == 4 and ring == ps_sync == pytest.approx(one, rel=1e-5)
-    free = figures("ps-async", 2, asynchronous=True)
-    assert free[2:] == pytest.approx(one[2:], rel=1e-6), (
-        "what is known does not depend on the model"
+    single, ring, ps_sync = metrics_of("ring", 1), metrics_of("ring", 2), metrics_of("ps-sync", 2)
+    assert len(single) == 4 and ring == ps_sync == pytest.approx(single, rel=1e-5)
+    ps_async = metrics_of("ps-async", 2, asynchronous=True)
+    assert ps_async[2:] == pytest.approx(single[2:], rel=1e-6), (
+        "the AUC of the true probabilities does not depend on the model"
     )
-    assert free[1] == pytest.approx(one[1], abs=0.1)
+    assert ps_async[1] == pytest.approx(single[1], abs=0.1)
 
 
 @pytest.mark.sweep(2)
 @pytest.mark.parametrize("ids", [True, False])
-def test_a_small_run(ids: bool, tmp_path: Path) -> None:
+def test_small_run_writes_metrics_and_tables(ids: bool, tmp_path: Path) -> None:
     overrides = ["scaling.num_workers=0", "task_args.samples=9000", f"storage_path={tmp_path}"]
     if not ids:
         overrides += ["embeddings=null", "task_args.ids=false"]

@@ -1,4 +1,4 @@
-"""What looks like a secret, by its name or its form, is blanked; what only sounds so is not."""
+"""`redact` replaces secrets, recognized by key or value, and keeps similar entries."""
 
 import pytest
 
@@ -14,7 +14,7 @@ from distplat.platform.redaction import REDACTED, redact
         *("private_key", "credentials", "passphrase", "pwd"),
     ],
 )
-def test_a_secret_by_its_name(key: str) -> None:
+def test_secret_is_recognized_by_key(key: str) -> None:
     assert redact({"task_args": {key: "canary"}}) == {"task_args": {key: REDACTED}}
     assert redact({key: {"a": "canary"}}) == {key: REDACTED}
 
@@ -31,7 +31,7 @@ def test_a_secret_by_its_name(key: str) -> None:
         "redis://:canary@host",
     ],
 )
-def test_a_secret_by_its_form(value: str) -> None:
+def test_secret_is_recognized_by_value(value: str) -> None:
     assert redact({"where": [value, {"x": value}]}) == {"where": [REDACTED, {"x": REDACTED}]}
 
 
@@ -54,5 +54,5 @@ def test_a_secret_by_its_form(value: str) -> None:
         *(("data", "s3://bucket/a:b@c"), ("url", "http://h:80/a@b"), ("mask", "hf_mask-rest")),
     ],
 )
-def test_what_only_sounds_like_one_is_shown(key: str, value: object) -> None:
+def test_similar_keys_are_kept(key: str, value: object) -> None:
     assert redact({key: value}) == {key: value}

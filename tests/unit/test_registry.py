@@ -1,4 +1,4 @@
-"""The registry: who may take a name, what is said about an unknown one, when it looks around."""
+"""The registry of strategies: registration, unknown names, discovery."""
 
 import threading
 
@@ -12,7 +12,7 @@ def make(name: str, module: str = "here") -> type:
     return type(name, (), {"__module__": module, "__qualname__": name})
 
 
-def test_a_thing_is_found_under_its_name() -> None:
+def test_registered_class_is_found_by_name() -> None:
     registry: Registry[type] = Registry("strategy")
     ring = make("Ring")
     assert registry.register("ring")(ring) is ring
@@ -21,16 +21,16 @@ def test_a_thing_is_found_under_its_name() -> None:
     assert registry.names() == ["alpha", "ring"]
 
 
-def test_the_same_thing_twice_is_fine() -> None:
+def test_same_class_may_be_registered_twice() -> None:
     registry: Registry[type] = Registry("strategy")
-    again = make("Ring")
+    reloaded = make("Ring")
     registry.register("ring")(make("Ring"))
-    registry.register("ring")(again)  # as after a reload
-    assert registry.get("ring") is again
+    registry.register("ring")(reloaded)
+    assert registry.get("ring") is reloaded
 
 
 @pytest.mark.parametrize("other", [make("Ring", "there"), make("Circle")])
-def test_another_thing_of_the_same_name_is_refused(other: type) -> None:
+def test_another_class_of_the_same_name_is_rejected(other: type) -> None:
     registry: Registry[type] = Registry("strategy")
     first = make("Ring")
     registry.register("ring")(first)
@@ -43,14 +43,14 @@ def test_another_thing_of_the_same_name_is_refused(other: type) -> None:
     assert registry.get("ring") is first
 
 
-def test_a_registered_instance_is_named_by_its_class() -> None:
+def test_registered_instance_is_named_by_its_class() -> None:
     registry: Registry[int] = Registry("number")
     registry.register("one")(1)
     with pytest.raises(SpecError, match=r"already builtins\.1; give builtins\.2"):
         registry.register("one")(2)
 
 
-def test_an_unknown_name_gets_a_suggestion() -> None:
+def test_unknown_name_gets_a_suggestion() -> None:
     registry: Registry[type] = Registry("strategy")
     registry.register("ring")(make("Ring"))
     registry.register("ps-sync")(make("PsSync"))
@@ -65,12 +65,12 @@ def test_an_unknown_name_gets_a_suggestion() -> None:
     )
 
 
-def test_discovery_comes_late_and_once() -> None:
+def test_discovery_is_lazy_and_runs_once() -> None:
     calls = []
 
     def discover() -> None:
         calls.append(1)
-        assert registry.names() == []  # a look-up inside discovery does not start it again
+        assert registry.names() == []  # a look-up inside discovery does not start another one
         registry.register("ring")(make("Ring"))
 
     registry: Registry[type] = Registry("strategy", discover)
@@ -80,7 +80,7 @@ def test_discovery_comes_late_and_once() -> None:
     assert calls == [1]
 
 
-def test_a_failed_discovery_is_not_taken_for_an_empty_one() -> None:
+def test_failed_discovery_is_raised_each_time() -> None:
     def discover() -> None:
         raise ImportError("broken")
 
@@ -90,13 +90,13 @@ def test_a_failed_discovery_is_not_taken_for_an_empty_one() -> None:
             registry.names()
 
 
-def test_whoever_looks_up_meanwhile_waits_for_the_discovery() -> None:
-    """Two requests for another number of workers, in two threads of a controller."""
-    begun, go_on = threading.Event(), threading.Event()
+def test_concurrent_look_up_waits_for_the_discovery() -> None:
+    """Two threads of a controller may handle resize requests at once."""
+    started, proceed = threading.Event(), threading.Event()
 
     def discover() -> None:
-        begun.set()
-        go_on.wait(60)
+        started.set()
+        proceed.wait(60)
         registry.register("ring")(make("Ring"))
 
     registry: Registry[type] = Registry("strategy", discover)
@@ -104,9 +104,9 @@ def test_whoever_looks_up_meanwhile_waits_for_the_discovery() -> None:
     threads = [threading.Thread(target=lambda: found.append(registry.names())) for _ in range(2)]
     for thread in threads:
         thread.start()
-        assert begun.wait(60)
+        assert started.wait(60)
     threads[1].join(0.05)
-    go_on.set()
+    proceed.set()
     for thread in threads:
         thread.join(60)
     assert found == [["ring"], ["ring"]]

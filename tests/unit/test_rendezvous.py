@@ -1,4 +1,4 @@
-"""Ranks of a group tell each other where they are, by words in Ray's key-value store."""
+"""Ranks of a group exchange their addresses through Ray's key-value store."""
 
 from collections.abc import Iterator
 
@@ -11,16 +11,16 @@ from distplat.platform.errors import DeadlineExceeded
 
 
 class Store(dict[bytes, bytes]):
-    """The key-value store; a rank takes its word back right after everybody was seen."""
+    """Key-value store; deletes the key `removed` after the first list of all keys."""
 
-    fickle: bytes | None = None
-    looks = 0
+    removed: bytes | None = None
+    calls = 0
 
     def keys_of(self, prefix: bytes) -> list[bytes]:
         found = [key for key in self if key.startswith(prefix)]
-        self.looks += 1
-        if self.fickle is not None and self.looks == 1:
-            del self[self.fickle]
+        self.calls += 1
+        if self.removed is not None and self.calls == 1:
+            del self[self.removed]
         return found
 
 
@@ -34,18 +34,18 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     yield store
 
 
-def test_a_table_has_the_words_of_all(store: Store) -> None:
+def test_table_has_the_addresses_of_all_ranks(store: Store) -> None:
     for rank in range(3):
         store[rendezvous._location_key("g", rank)] = b'"%d"' % rank
     rendezvous._publish_table(GroupMember("g", 0, 3, GroupSettings(rendezvous_s=5.0)))
     assert store == {rendezvous._table_key("g"): b'["0","1","2"]'}
 
 
-def test_a_word_that_is_taken_back_meanwhile_is_waited_for(store: Store) -> None:
-    """Else the table would have a hole, and reading it would fail on all ranks."""
+def test_removed_address_is_waited_for(store: Store) -> None:
+    """An incomplete table would be an error on all ranks."""
     for rank in range(3):
         store[rendezvous._location_key("g", rank)] = b'"%d"' % rank
-    store.fickle = rendezvous._location_key("g", 2)
+    store.removed = rendezvous._location_key("g", 2)
     with pytest.raises(DeadlineExceeded, match="missing: worker-2"):
         rendezvous._publish_table(GroupMember("g", 0, 3, GroupSettings(rendezvous_s=0.2)))
     assert rendezvous._table_key("g") not in store

@@ -1,4 +1,4 @@
-"""Figures of a report: what a run came to."""
+"""Statistics of a run report."""
 
 import math
 from pathlib import Path
@@ -25,7 +25,9 @@ from distplat.platform.run_report import (
 NAN = math.nan
 
 
-def made(step: int, loss: float = 1.0, compute: float = 0.1, **figures: float) -> StepSummary:
+def step_summary(
+    step: int, loss: float = 1.0, compute: float = 0.1, **figures: float
+) -> StepSummary:
     return StepSummary(step, 0, loss, 8, {"data": 0.1, "compute": compute}, 10, figures)
 
 
@@ -45,64 +47,71 @@ def made(step: int, loss: float = 1.0, compute: float = 0.1, **figures: float) -
         (RunRecord(Path()), "UNKNOWN", "no metrics"),
     ],
 )
-def test_status(record: RunRecord, word: str, detail: str) -> None:
+def test_status_of_a_run(record: RunRecord, word: str, detail: str) -> None:
     status = status_of(record, 1000.0)
     assert status.word == word
     assert detail in status.detail
     assert status.error == ("x" if word == "FAILED" else "")
 
 
-def test_time_is_shared_out_to_parts() -> None:
-    data, compute = phase_times([made(0, compute=5.0), made(1), made(2, compute=0.5)])
+def test_phase_times_of_steps() -> None:
+    data, compute = phase_times(
+        [step_summary(0, compute=5.0), step_summary(1), step_summary(2, compute=0.5)]
+    )
     assert (data.name, compute.name) == ("data", "compute")
     assert data.total_s == pytest.approx(0.3)
     assert compute.share == pytest.approx(5.6 / 5.9)
-    assert compute.median_s == pytest.approx(0.3)  # the first step apart
+    assert compute.median_s == pytest.approx(0.3)  # without the first step
     assert compute.p95_s == pytest.approx(0.48)
     assert phase_times([]) == []
 
 
-def test_speed() -> None:
-    assert samples_per_s([made(0), made(1)]) == pytest.approx(16 / 0.4)
+def test_samples_per_second() -> None:
+    assert samples_per_s([step_summary(0), step_summary(1)]) == pytest.approx(16 / 0.4)
     assert samples_per_s([]) is None
 
 
-def test_figures_are_those_of_settled_steps() -> None:
-    rows = figure_rows([made(0, sent=9.0), made(1, sent=1.0), made(2, sent=3.0, late=4.0)])
+def test_figure_rows_exclude_the_first_step() -> None:
+    rows = figure_rows(
+        [step_summary(0, sent=9.0), step_summary(1, sent=1.0), step_summary(2, sent=3.0, late=4.0)]
+    )
     assert [(r.name, r.mean, r.least, r.most, r.last) for r in rows] == [
         ("sent", 2.0, 1.0, 3.0, 3.0),
         ("late", 4.0, 4.0, 4.0, 4.0),
     ]
 
 
-def test_figures_that_are_never_finite_are_left_out() -> None:
-    assert figure_rows([made(0, norm=NAN), made(1, norm=NAN)]) == []
+def test_figures_without_finite_values_are_omitted() -> None:
+    assert figure_rows([step_summary(0, norm=NAN), step_summary(1, norm=NAN)]) == []
 
 
-def test_metrics_are_curves() -> None:
+def test_metrics_are_points_by_step() -> None:
     found = metrics([EvalSummary(5, 1, {"a": 1.0}), EvalSummary(9, 1, {"a": 2.0, "b": 3.0})])
     assert [(m.name, m.points) for m in found] == [("a", ((5, 1.0), (9, 2.0))), ("b", ((9, 3.0),))]
 
 
-def test_restarts_know_what_became_of_them() -> None:
+def test_restarts_have_their_recoveries() -> None:
     first, second = (FailureEvent(n, 3, "lost", (), 0.0) for n in (1, 2))
     record = RunRecord(Path(), failures=[first, second], recoveries=[Recovery(1, 2.5)])
-    assert [one.recovery and one.recovery.seconds for one in restarts(record)] == [2.5, None]
+    assert [restart.recovery and restart.recovery.seconds for restart in restarts(record)] == [
+        2.5,
+        None,
+    ]
 
 
-def test_staleness_is_counted() -> None:
-    steps = [made(n, staleness=value) for n, value in enumerate([0.0, 2.0, 2.0, NAN])]
+def test_staleness_counts() -> None:
+    steps = [step_summary(n, staleness=value) for n, value in enumerate([0.0, 2.0, 2.0, NAN])]
     assert staleness(steps) == {0: 1, 2: 2}
-    assert not staleness([made(0)])
+    assert not staleness([step_summary(0)])
 
 
 @given(st.lists(st.floats(-100, 100), max_size=40), st.integers(0, 5))
-def test_smoothing_stays_between_its_neighbours(values: list[float], reach: int) -> None:
+def test_smoothed_values_are_within_their_window(values: list[float], reach: int) -> None:
     found = smoothed(values, reach)
     assert len(found) == len(values)
-    for place, mean in enumerate(found):
-        near = values[max(0, place - reach) : place + reach + 1]
-        assert min(near) - 1e-6 <= mean <= max(near) + 1e-6
+    for index, mean in enumerate(found):
+        window = values[max(0, index - reach) : index + reach + 1]
+        assert min(window) - 1e-6 <= mean <= max(window) + 1e-6
 
 
 def test_smoothing_keeps_straight_lines_and_gaps() -> None:
@@ -112,22 +121,26 @@ def test_smoothing_keeps_straight_lines_and_gaps() -> None:
 
 
 @given(st.integers(0, 50), st.integers(1, 10))
-def test_bins_cover_all_steps(count: int, most: int) -> None:
-    steps = [made(n, loss=float(n)) for n in range(count)]
-    runs = binned(steps, most, lambda step: step.loss)
-    assert len(runs) <= most
-    assert [n for first, stop, _ in runs for n in range(first, stop)] == list(range(count))
-    assert all(first <= mean < stop for first, stop, mean in runs)
+def test_bins_cover_all_steps(count: int, maximum: int) -> None:
+    steps = [step_summary(n, loss=float(n)) for n in range(count)]
+    bins = binned(steps, maximum, lambda step: step.loss)
+    assert len(bins) <= maximum
+    assert [n for first, stop, _ in bins for n in range(first, stop)] == list(range(count))
+    assert all(first <= mean < stop for first, stop, mean in bins)
 
 
-def test_bins_pass_over_what_is_not_finite() -> None:
-    runs = binned([made(0, NAN), made(1, 3.0), made(2, NAN)], 2, lambda step: step.loss)
-    assert runs[0] == (0, 2, 3.0)
-    assert math.isnan(runs[1][2])
+def test_bins_ignore_non_finite_values() -> None:
+    bins = binned(
+        [step_summary(0, NAN), step_summary(1, 3.0), step_summary(2, NAN)],
+        2,
+        lambda step: step.loss,
+    )
+    assert bins[0] == (0, 2, 3.0)
+    assert math.isnan(bins[1][2])
 
 
 @pytest.mark.parametrize(
-    ("values", "most"),
+    ("values", "maximum"),
     [
         ([], 0.0),
         ([NAN], 0.0),
@@ -137,5 +150,5 @@ def test_bins_pass_over_what_is_not_finite() -> None:
         ([0.0] * 99 + [50.0], 50.0),
     ],
 )
-def test_an_axis_is_not_made_for_outliers(values: list[float], most: float) -> None:
-    assert axis_limit(values) == pytest.approx(most)
+def test_axis_limit_ignores_outliers(values: list[float], maximum: float) -> None:
+    assert axis_limit(values) == pytest.approx(maximum)

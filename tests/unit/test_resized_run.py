@@ -1,4 +1,4 @@
-"""More and fewer workers while a run goes on: the same samples in every step, the same model."""
+"""Resizing a run while it trains keeps each step's samples and the model."""
 
 from typing import Any
 
@@ -16,12 +16,12 @@ from distplat.platform.spec import Consistency, Job
 from distplat.strategies.task import Task
 
 SAMPLES, BATCH, EPOCHS = 26, 7, 3
-PER_EPOCH = 4  # the last batch is of five
+PER_EPOCH = 4  # the last batch has five samples
 STEPS = PER_EPOCH * EPOCHS
 
 
 class Numbered(Task):
-    """Every sample has its number in its first column."""
+    """The first column of a sample is its number."""
 
     def train_data(self) -> TensorDataset:
         generator = torch.Generator().manual_seed(1)
@@ -43,13 +43,13 @@ def numbers(inputs: Tensor) -> list[int]:
     return [int(number) for number in inputs[:, 0]]
 
 
-def make(**more: Any) -> Job:
+def make_job(**overrides: Any) -> Job:
     fields: dict[str, Any] = {
         "strategy": {"name": "ps-sync", "num_servers": 2},
         "optimizer": {"name": "AdamW", "lr": 0.02},
         "epochs": EPOCHS,
         "global_batch_size": BATCH,
-        **more,
+        **overrides,
     }
     return job_of(**fields)
 
@@ -65,54 +65,54 @@ def make(**more: Any) -> Job:
     ids=["one server", "two servers", "two phases"],
 )
 @pytest.mark.parametrize(
-    "course",
+    "schedule",
     [
         [(2, 2), (3, 7), (1, 0)],
         [(2, 4), (3, 5), (5, 8), (1, 11), (2, 0)],  # between two epochs; before the last step
-        [(3, 1), (2, 2), (2, 3), (4, 0)],  # as soon as can be
+        [(3, 1), (2, 2), (2, 3), (4, 0)],  # in the first steps
     ],
     ids=["2-3-1", "2-3-5-1-2", "3-2-2-4"],
 )
-def test_every_sample_of_an_epoch_is_in_one_step_and_the_model_is_the_same(
-    course: list[tuple[int, int]], strategy: dict[str, Any], clip_norm: float | None
+def test_resized_run_matches_one_worker(
+    schedule: list[tuple[int, int]], strategy: dict[str, Any], clip_norm: float | None
 ) -> None:
-    job = make(strategy=strategy, clip_norm=clip_norm)
-    run = train_resized(job, Numbered, course, numbers)
+    job = make_job(strategy=strategy, clip_norm=clip_norm)
+    run = train_resized(job, Numbered, schedule, numbers)
 
-    assert sorted(run.pushed) == _each_once(course), "a gradient was made for nothing"
-    steps = [one for one in run.summaries if isinstance(one, StepSummary)]
-    assert [one.step for one in steps] == list(range(1, STEPS + 1))
+    assert sorted(run.pushed) == _expected_pushes(schedule), "no gradient was discarded"
+    steps = [summary for summary in run.summaries if isinstance(summary, StepSummary)]
+    assert [step.step for step in steps] == list(range(1, STEPS + 1))
     order = Sampler(SAMPLES, BATCH, 1)
-    assert [one.samples for one in steps] == [order.batch_size(step) for step in range(STEPS)]
+    assert [step.samples for step in steps] == [order.batch_size(step) for step in range(STEPS)]
     for step in range(STEPS):
-        assert _seen(run.seen, step) == sorted(order.batch_ids(step).tolist())
+        assert _samples_of(run.seen, step) == sorted(order.batch_ids(step).tolist())
     for epoch in range(EPOCHS):
-        each = range(epoch * PER_EPOCH, (epoch + 1) * PER_EPOCH)
-        made = [sample for step in each for sample in _seen(run.seen, step)]
-        assert sorted(made) == list(range(SAMPLES))
-    evaluations = [one for one in run.summaries if isinstance(one, EvalSummary)]
+        epoch_steps = range(epoch * PER_EPOCH, (epoch + 1) * PER_EPOCH)
+        samples = [sample for step in epoch_steps for sample in _samples_of(run.seen, step)]
+        assert sorted(samples) == list(range(SAMPLES))
+    evaluations = [s for s in run.summaries if isinstance(s, EvalSummary)]
     assert [(e.step, e.samples) for e in evaluations] == [(4, SAMPLES), (8, SAMPLES), (12, SAMPLES)]
 
-    alone = train(job.with_workers(1), Numbered)
-    for mine in run.parameters:
-        for name, value in alone.parameters().items():
-            assert torch.allclose(mine[name], value, rtol=1e-9, atol=1e-12), name
-    for one, other in zip(steps, _losses(alone.reports[0]), strict=True):
-        assert one.loss == pytest.approx(other, rel=1e-9)
+    expected = train(job.with_workers(1), Numbered)
+    for parameters in run.parameters:
+        for name, value in expected.parameters().items():
+            assert torch.allclose(parameters[name], value, rtol=1e-9, atol=1e-12), name
+    for summary, loss in zip(steps, _losses(expected.reports[0]), strict=True):
+        assert summary.loss == pytest.approx(loss, rel=1e-9)
 
 
-def _each_once(course: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Give (step, rank) of all gradients of a run, if no step is begun that is not made."""
-    ends = [*(stop for _, stop in course[:-1]), STEPS]
+def _expected_pushes(schedule: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return (step, rank) of each gradient, if each started step is completed."""
+    ends = [*(stop for _, stop in schedule[:-1]), STEPS]
     worlds = {
-        s: w for (w, _), end in reversed([*zip(course, ends, strict=True)]) for s in range(end)
+        s: w for (w, _), end in reversed([*zip(schedule, ends, strict=True)]) for s in range(end)
     }
     return [(step, rank) for step in range(STEPS) for rank in range(worlds[step])]
 
 
-def _seen(seen: dict[tuple[int, int], list[int]], step: int) -> list[int]:
-    """Give the samples of a step that was made; it was made with one number of workers only."""
-    (world,) = [world for made, world in seen if made == step and seen[made, world]]
+def _samples_of(seen: dict[tuple[int, int], list[int]], step: int) -> list[int]:
+    """Return the samples of a completed step; only one world size completed it."""
+    (world,) = [world for number, world in seen if number == step and seen[number, world]]
     return sorted(seen[step, world])
 
 
@@ -120,19 +120,19 @@ def _losses(reports: list[Any]) -> list[float]:
     return [report.loss for report in reports if hasattr(report, "loss")]
 
 
-def test_with_backup_workers_a_step_is_scaled_by_those_that_there_are() -> None:
-    """Four workers, of which a step waits for three: their sum counts as a mean of four."""
+def test_backup_workers_scale_a_step_by_the_new_world() -> None:
+    """A step waits for three of four workers, and their sum is scaled to a mean over four."""
     from distplat.platform.ledger import PushId
     from distplat.platform.shard_map import ShardPlan
     from distplat.strategies.server.dense_store import DenseStore
 
-    job = make(optimizer={"name": "SGD", "lr": 1.0}).with_workers(2)
+    job = make_job(optimizer={"name": "SGD", "lr": 1.0}).with_workers(2)
     plan = ShardPlan(job, "run", 0, 2, STEPS, 1, Consistency(backup_workers=1))
     shard = DenseStore(plan, torch.zeros(3))
     shard.restore(0)
     shard.push(PushId("run", 0, 1, 0), torch.ones(3))
     assert shard.commit(0, None)
-    assert shard.params.tolist() == [-2.0] * 3  # one of two
+    assert shard.params.tolist() == [-2.0] * 3  # one of two ranks
     shard.renew(1, 4)
     for rank in (0, 2, 3):
         shard.push(PushId("run", 1, rank, 1), torch.ones(3))

@@ -1,4 +1,4 @@
-"""What comes of requests for another number of ranks, where all ranks change at the same step."""
+"""Resizing: requests for another number of ranks, which takes effect at one step for all ranks."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from distplat.platform.scaling import Resizing
 
 
-def asked(world: int, workers: int) -> Resizing:
+def requested(world: int, workers: int) -> Resizing:
     resizing = Resizing(world)
     resizing.request(workers)
     for rank in resizing.ranks_to_start:
@@ -14,14 +14,14 @@ def asked(world: int, workers: int) -> Resizing:
     return resizing
 
 
-def test_without_a_wish_nothing_is_due() -> None:
+def test_no_request_has_no_effect() -> None:
     resizing = Resizing(2)
     assert (resizing.ranks_to_start, resizing.ranks_to_stop) == ([], [])
     assert (resizing.due, resizing.granted) == (None, False)
 
 
-def test_newcomers_are_ready_before_the_number_changes() -> None:
-    resizing = asked(2, 4)
+def test_world_grows_after_all_newcomers_are_ready() -> None:
+    resizing = requested(2, 4)
     assert sorted(resizing.newcomers) == [2, 3]
     resizing.newcomer_ready(3)
     assert (resizing.ranks_to_start, resizing.due) == ([], None)
@@ -33,17 +33,17 @@ def test_newcomers_are_ready_before_the_number_changes() -> None:
     assert resizing.due is None
 
 
-def test_fewer_are_due_at_once() -> None:
-    assert asked(4, 1).due == 1
+def test_world_shrinks_at_once() -> None:
+    assert requested(4, 1).due == 1
 
 
-def test_as_many_as_there_are_is_granted_at_once() -> None:
-    resizing = asked(3, 3)
+def test_request_for_the_current_world_is_granted_at_once() -> None:
+    resizing = requested(3, 3)
     assert (resizing.due, resizing.granted, resizing.ranks_to_start) == (None, True, [])
 
 
-def test_a_later_wish_keeps_who_is_still_wanted() -> None:
-    resizing = asked(2, 5)
+def test_later_request_keeps_needed_newcomers() -> None:
+    resizing = requested(2, 5)
     resizing.newcomer_ready(2)
     resizing.request(3)
     assert (resizing.ranks_to_start, resizing.ranks_to_stop, resizing.due) == ([], [3, 4], 3)
@@ -51,50 +51,50 @@ def test_a_later_wish_keeps_who_is_still_wanted() -> None:
     assert (resizing.ranks_to_stop, resizing.due) == ([2, 3, 4], 1)
 
 
-def test_when_one_cannot_come_all_are_let_go() -> None:
-    resizing = asked(2, 4)
+def test_cancel_stops_all_newcomers() -> None:
+    resizing = requested(2, 4)
     resizing.newcomer_ready(2)
     resizing.newcomer_removed(3)
     resizing.cancel()
     assert (resizing.ranks_to_start, resizing.ranks_to_stop, resizing.due) == ([], [2], None)
 
 
-def test_when_all_is_made_anew_the_wish_stands() -> None:
-    resizing = asked(2, 4)
+def test_request_survives_a_restart_of_all_ranks() -> None:
+    resizing = requested(2, 4)
     resizing.newcomer_ready(2)
     resizing.all_restarted(2)
     assert (resizing.ranks_to_start, resizing.due) == ([2, 3], None)
 
 
-STEPS = st.one_of(
+EVENTS = st.one_of(
     st.tuples(st.just("request"), st.integers(1, 6)),
     st.tuples(st.sampled_from(["ready", "lost"]), st.integers(0, 6)),
-    st.tuples(st.sampled_from(["give_up", "anew", "change"]), st.just(0)),
+    st.tuples(st.sampled_from(["cancel", "restart", "resize"]), st.just(0)),
 )
 
 
-@given(st.integers(1, 4), st.lists(STEPS, max_size=30))
-def test_only_who_is_wanted_is_made_and_only_who_is_ready_joins(
-    world: int, steps: list[tuple[str, int]]
+@given(st.integers(1, 4), st.lists(EVENTS, max_size=30))
+def test_only_requested_ranks_start_and_only_ready_ranks_join(
+    world: int, events: list[tuple[str, int]]
 ) -> None:
-    """The body does what it is told to; `alive` are the newcomers that it has."""
+    """The loop plays the controller; `alive` are the started newcomers."""
     resizing, alive, ready = Resizing(world), set[int](), set[int]()
-    for what, number in steps:
-        if what == "request":
+    for event, number in events:
+        if event == "request":
             resizing.request(number)
-        elif what == "ready" and number in alive:
+        elif event == "ready" and number in alive:
             resizing.newcomer_ready(number)
             ready.add(number)
-        elif what == "lost" and number in alive:
+        elif event == "lost" and number in alive:
             resizing.newcomer_removed(number)
             resizing.cancel()
             alive.discard(number)
-        elif what == "give_up":
+        elif event == "cancel":
             resizing.cancel()
-        elif what == "anew":
+        elif event == "restart":
             resizing.all_restarted(resizing.world)
             alive.clear()
-        elif what == "change" and resizing.due is not None:
+        elif event == "resize" and resizing.due is not None:
             joining = range(resizing.world, resizing.due)
             assert ready.issuperset(joining) and alive.issuperset(joining)
             alive.difference_update(joining)

@@ -1,4 +1,4 @@
-"""The example of a ResNet: what it draws and computes does not depend on the workers."""
+"""The ResNet example: augmentation, and equal models with one and two workers."""
 
 import importlib
 from pathlib import Path
@@ -24,17 +24,17 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_augmentation_changes_images_and_keeps_their_range(example: Any) -> None:
     plain = example.Images(held_out=False, augment=False)
-    changed = example.Images(held_out=False, augment=True)
+    augmented = example.Images(held_out=False, augment=True)
     torch.manual_seed(0)
-    first, again = changed[3][0], changed[3][0]
+    first, second = augmented[3][0], augmented[3][0]
     assert first.shape == plain[3][0].shape == (1, 8, 8)
     assert 0.0 <= float(first.min()) and float(first.max()) <= 1.0 + 1e-6
-    assert not torch.equal(first, plain[3][0]) and not torch.equal(first, again)
+    assert not torch.equal(first, plain[3][0]) and not torch.equal(first, second)
     assert len(plain) + len(example.Images(held_out=True, augment=False)) == 1797
 
 
-def test_two_workers_train_the_model_of_one(example: Any) -> None:
-    """Without augmentation: ranks in memory are threads, which draw from one generator."""
+def test_two_workers_match_one(example: Any) -> None:
+    """Without augmentation, because ranks in memory are threads with one generator."""
 
     class Small(example.ResNetDigits):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -53,16 +53,16 @@ def test_two_workers_train_the_model_of_one(example: Any) -> None:
             return None
 
     fields: dict[str, Any] = {"steps": 3, "global_batch_size": 16}
-    one, two = (train(job_of("ring", n, **fields), Small).parameters() for n in (1, 2))
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-6, atol=1e-8)
+    single, double = (train(job_of("ring", n, **fields), Small).parameters() for n in (1, 2))
+    for name, value in single.items():
+        torch.testing.assert_close(double[name], value, rtol=1e-6, atol=1e-8)
 
 
-def test_the_job_names_what_the_example_has(example: Any) -> None:
+def test_job_file_matches_the_example(example: Any) -> None:
     job = Job.model_validate(yaml.safe_load((FOLDER / "job.yaml").read_text()))
     assert job.task == "resnet:ResNetDigits" and uncalled_hooks(example.ResNetDigits) == []
     model = example.ResNetDigits(**job.task_args).model()
     (group,) = job.optimizer.groups
-    norms = [one for one in model.modules() if isinstance(one, torch.nn.SyncBatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.SyncBatchNorm)]
     named = [name for name, _ in model.named_parameters() if "norm" in name]
     assert group.match == "*norm*" and len(named) == 2 * len(norms) > 0

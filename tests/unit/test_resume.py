@@ -1,4 +1,4 @@
-"""A run that goes on from a checkpoint is the run that never stopped."""
+"""A run resumed from a checkpoint is bit-identical to an uninterrupted run."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ ADAMW = {"name": "AdamW", "lr": 0.02}
 
 
 class Normed(Task):
-    """Batch norm, a frozen layer, and a last batch that is short."""
+    """Batch norm, a frozen layer, and a short last batch."""
 
     def model(self) -> nn.Module:
         frozen = nn.Linear(5, 16)
@@ -45,20 +45,20 @@ class Normed(Task):
 
 
 class Plain(Normed):
-    """Nothing that depends on which rank has which sample."""
+    """No layer that depends on the distribution of samples over ranks."""
 
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3))
 
 
-def job(strategy: Any, world: int = 2, **more: Any) -> Job:
+def job(strategy: Any, world: int = 2, **overrides: Any) -> Job:
     fields = {
         "optimizer": ADAMW,
         "global_batch_size": 8,
         "steps": STEPS,
         "checkpoint": {"every_steps": HALF},
         "lr_schedule": {"name": "cosine"},
-        **more,
+        **overrides,
     }
     return job_of(strategy, world, **fields)
 
@@ -72,7 +72,7 @@ STRATEGIES: list[dict[str, Any]] = [
 ]
 
 
-def named(strategy: dict[str, Any]) -> str:
+def id_of(strategy: dict[str, Any]) -> str:
     return "-".join(map(str, strategy.values()))
 
 
@@ -86,24 +86,24 @@ def losses(run: LocalRun) -> dict[int, float]:
 
 @pytest.mark.sweep(3)
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=named)
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=id_of)
 @pytest.mark.parametrize("clip", [None, 0.3])
-def test_the_same_bits(strategy: object, optimizer: object, clip: float | None) -> None:
-    whole = job(strategy, optimizer=optimizer, clip_norm=clip)
-    unfailed = train(whole, Normed)
+def test_resume_is_bit_identical(strategy: object, optimizer: object, clip: float | None) -> None:
+    config = job(strategy, optimizer=optimizer, clip_norm=clip)
+    unfailed = train(config, Normed)
     assert sorted(unfailed.checkpoints) == [5, 10, 12]
-    never = train(job(strategy, optimizer=optimizer, clip_norm=clip, checkpoint={}), Normed)
-    assert equal(never.parameters(), unfailed.parameters()), "checkpoints change nothing"
-    for version in (5, 10, STEPS):  # at the end nothing is left to do, after a failure there
-        resumed = train(whole, Normed, saved=unfailed.checkpoints[version])
+    without = train(job(strategy, optimizer=optimizer, clip_norm=clip, checkpoint={}), Normed)
+    assert equal(without.parameters(), unfailed.parameters()), "checkpoints change nothing"
+    for version in (5, 10, STEPS):  # the last one has no steps left, as after a failure at the end
+        resumed = train(config, Normed, saved=unfailed.checkpoints[version])
         assert equal(resumed.parameters(), unfailed.parameters())
         expected = {step: loss for step, loss in losses(unfailed).items() if step >= version}
         assert losses(resumed) == expected
         assert sorted(resumed.checkpoints) == [v for v in (5, 10, 12) if v > version]
 
 
-class Steep(Plain):
-    """Overflows in float16 at the first loss scales; evaluated on what it trains on."""
+class Overflowing(Plain):
+    """Overflows in float16 at the first loss scales; evaluated on the training data."""
 
     def eval_data(self) -> TensorDataset:
         return self.train_data()
@@ -113,7 +113,7 @@ class Steep(Plain):
 
 
 class TwoTerms(Plain):
-    """Means over all samples, and over those of some classes."""
+    """Means over all samples, and over samples of some classes."""
 
     def weights(self, batch: Any) -> dict[str, Any]:
         return {"all": len(batch[1]), "some": (batch[1] != 0).sum()}
@@ -126,13 +126,13 @@ class TwoTerms(Plain):
 EVALUATED: dict[str, Any] = {"evaluation": {"every_steps": 2}}
 PLATEAU = {"name": "ReduceLROnPlateau", "metric": "loss", "patience": 0, "threshold": 0.1}
 FEATURES: dict[str, tuple[type[Task], dict[str, Any]]] = {
-    "fp16": (Steep, {"precision": "fp16", "clip_norm": 0.5}),
-    "ema": (Steep, {"precision": "fp16", "ema": {"decay": 0.9}, **EVALUATED}),
-    "plateau": (Steep, {"lr_schedule": PLATEAU, **EVALUATED}),
+    "fp16": (Overflowing, {"precision": "fp16", "clip_norm": 0.5}),
+    "ema": (Overflowing, {"precision": "fp16", "ema": {"decay": 0.9}, **EVALUATED}),
+    "plateau": (Overflowing, {"lr_schedule": PLATEAU, **EVALUATED}),
     "terms": (TwoTerms, {"gradient_accumulation": 2}),
 }
 BY_TENSOR = {"name": "hybrid", "tensor": 2, "tensor_plan": {"0": "colwise", "2": "rowwise"}}
-UNDER: list[tuple[str, dict[str, Any], int]] = [
+FEATURE_RUNS: list[tuple[str, dict[str, Any], int]] = [
     ("fp16", {"name": "ring"}, 3),
     ("fp16", {"name": "ring", "shard_optimizer": True}, 2),
     ("fp16", {"name": "ps-sync", "num_servers": 2, "replication": 2}, 2),
@@ -148,47 +148,49 @@ UNDER: list[tuple[str, dict[str, Any], int]] = [
 
 
 @pytest.mark.sweep(2)
-@pytest.mark.parametrize(("name", "strategy", "world"), UNDER)
-def test_what_a_run_has_beside_its_optimizer_goes_on(
+@pytest.mark.parametrize(("name", "strategy", "world"), FEATURE_RUNS)
+def test_resume_keeps_loss_scale_ema_and_scheduler(
     name: str, strategy: dict[str, Any], world: int
 ) -> None:
-    task, more = FEATURES[name]
-    given = job(strategy, world, **{"lr_schedule": {"name": "wsd", "decay_steps": 4}, **more})
-    whole = train(given, task)
-    if given.precision == "fp16":
-        assert len({one[2] for one in figures(whole).values()}) > 1, "the loss scale moves"
-    resumed = train(given, task, saved=whole.checkpoints[HALF])
-    assert all(map(equal, resumed.trained, whole.trained))
-    assert figures(resumed) == {n: one for n, one in figures(whole).items() if n >= HALF}
+    task, fields = FEATURES[name]
+    config = job(strategy, world, **{"lr_schedule": {"name": "wsd", "decay_steps": 4}, **fields})
+    unfailed = train(config, task)
+    if config.precision == "fp16":
+        assert len({row[2] for row in figures(unfailed).values()}) > 1, "the loss scale changes"
+    resumed = train(config, task, saved=unfailed.checkpoints[HALF])
+    assert all(map(equal, resumed.trained, unfailed.trained))
+    assert figures(resumed) == {n: row for n, row in figures(unfailed).items() if n >= HALF}
 
 
 def figures(run: LocalRun) -> dict[int, Any]:
-    """Give what rank 0 tells of each step, but what it costs."""
-    told = "lr", "loss_scale", "grad_norm", "skipped_steps"
-    steps = (one for one in run.reports[0] if isinstance(one, StepReport))
-    return {one.step: (repr(one.loss), *(one.figures.get(name) for name in told)) for one in steps}
+    """Return the loss and the figures of each step of rank 0, without times and traffic."""
+    names = "lr", "loss_scale", "grad_norm", "skipped_steps"
+    steps = (report for report in run.reports[0] if isinstance(report, StepReport))
+    return {r.step: (repr(r.loss), *(r.figures.get(name) for name in names)) for r in steps}
 
 
 @pytest.mark.parametrize("name", ["ema", "plateau"])
-def test_runs_that_their_time_cuts_off_are_one_run(name: str, tmp_path: Path) -> None:
-    task, more = FEATURES[name]
+def test_runs_stopped_by_max_time_match_one_run(name: str, tmp_path: Path) -> None:
+    task, features = FEATURES[name]
     best = {"every_steps": 1, "keep_best": {"metric": "loss", "mode": "min"}}
-    given = fields_of("ring", 0, steps=5, global_batch_size=8, optimizer=ADAMW, **more)
-    given |= {"checkpoint": best, "evaluation": {"every_steps": 1}, "storage_path": str(tmp_path)}
-    whole, last = Trainer(given, task).fit(), None
+    fields = fields_of("ring", 0, steps=5, global_batch_size=8, optimizer=ADAMW, **features)
+    fields |= {"checkpoint": best, "evaluation": {"every_steps": 1}, "storage_path": str(tmp_path)}
+    whole, last = Trainer(fields, task).fit(), None
     for step in range(1, 6):
-        run = Trainer({**given, "max_time_s": 1e-9}, task, resume=last).fit()
-        assert [one.step for one in run.history] == [step]
+        run = Trainer({**fields, "max_time_s": 1e-9}, task, resume=last).fit()
+        assert [summary.step for summary in run.history] == [step]
         assert (run.stopped is None) == (step == 5)
-        assert run.best_checkpoint == Catalogue(run.path / "checkpoints").path(step), "its own"
+        assert run.best_checkpoint == Catalogue(run.path / "checkpoints").path(step), (
+            "each run has its own"
+        )
         last = run.path
-    found = [load_file(one.path / "model.safetensors") for one in (run, whole)]
-    assert equal(*found)
+    models = [load_file(result.path / "model.safetensors") for result in (run, whole)]
+    assert equal(*models)
     assert run.metrics == whole.metrics
 
 
-def test_dropout_goes_on_alike() -> None:
-    """One rank only: threads share torch's generator, processes do not."""
+def test_resume_with_dropout_is_bit_identical() -> None:
+    """One rank only, because threads share torch's generator."""
 
     class Dropped(Normed):
         def model(self) -> nn.Module:
@@ -199,7 +201,7 @@ def test_dropout_goes_on_alike() -> None:
     assert equal(resumed.parameters(), unfailed.parameters())
 
 
-def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one() -> None:
+def test_resume_of_a_finished_run_with_more_steps() -> None:
     constant: dict[str, Any] = {"lr_schedule": {"name": "constant"}}
     short = train(job("ring", steps=7, **constant), Normed)
     longer = train(job("ring", **constant), Normed, saved=short.checkpoints[7])
@@ -215,7 +217,7 @@ ONE_CYCLE = {"name": "OneCycleLR", "cycle_momentum": False}
 
 
 @pytest.mark.parametrize(
-    "task, schedule, steps, told",
+    "task, schedule, steps, warning",
     [
         (Plain, ONE_CYCLE, 2 * STEPS, "in its step 5; in this run, of 24 steps,"),
         (Plain, {"name": "cosine"}, 2 * STEPS, "lr x 0.7077 in its step 5;"),
@@ -227,27 +229,27 @@ ONE_CYCLE = {"name": "OneCycleLR", "cycle_momentum": False}
     ],
 )
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_another_length_that_breaks_the_curve_of_the_rate_is_told(
-    strategy: str, task: type[Task], schedule: Any, steps: int, told: str, caplog: Any
+def test_resume_warns_if_another_length_changes_the_lr_curve(
+    strategy: str, task: type[Task], schedule: Any, steps: int, warning: str, caplog: Any
 ) -> None:
     short = train(job(strategy, 1, lr_schedule=schedule, optimizer=SGD), task)
     longer = job(strategy, 1, lr_schedule=schedule, optimizer=SGD, steps=steps)
     caplog.clear()
     train(longer, task, saved=short.checkpoints[HALF])
-    assert told in caplog.text and caplog.text.count("length of the run") == bool(told)
+    assert warning in caplog.text and caplog.text.count("length of the run") == bool(warning)
 
 
 @pytest.mark.sweep(3)
-@pytest.mark.parametrize("after", STRATEGIES, ids=named)
-@pytest.mark.parametrize("before", STRATEGIES, ids=named)
-def test_from_one_strategy_to_another(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """With another number of workers, too: the same up to the order of sums."""
-    near = 2e-2 if "compression" in {*before, *after} else 1e-5
+@pytest.mark.parametrize("after", STRATEGIES, ids=id_of)
+@pytest.mark.parametrize("before", STRATEGIES, ids=id_of)
+def test_resume_under_another_strategy(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """The number of workers differs too, so sums are in another order."""
+    tolerance = 2e-2 if "compression" in {*before, *after} else 1e-5
     unfailed = train(job("ring", 1), Plain).parameters()
     saved = train(job(before, 3), Plain).checkpoints[HALF]
     resumed = train(job(after, 2), Plain, saved=saved).parameters()
     for name, value in unfailed.items():
-        assert torch.allclose(resumed[name], value, rtol=near, atol=near)
+        assert torch.allclose(resumed[name], value, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.sweep(2)
@@ -255,80 +257,80 @@ def test_from_one_strategy_to_another(before: dict[str, Any], after: dict[str, A
     "name",
     ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam"],
 )
-def test_every_optimizer_is_remembered(name: str) -> None:
-    more: dict[str, Any] = {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
-    more |= {"centered": True} if name == "RMSprop" else {}
-    more |= {"amsgrad": True} if name in ("Adam", "AdamW") else {}
+def test_resume_with_each_optimizer_is_bit_identical(name: str) -> None:
+    arguments: dict[str, Any] = {"momentum": 0.9} if name in ("SGD", "RMSprop") else {}
+    arguments |= {"centered": True} if name == "RMSprop" else {}
+    arguments |= {"amsgrad": True} if name in ("Adam", "AdamW") else {}
     for strategy in ("ring", {"name": "ps-sync", "num_servers": 2}):
-        whole = job(strategy, optimizer={"name": name, "lr": 0.01, **more})
-        unfailed = train(whole, Plain)
-        resumed = train(whole, Plain, saved=unfailed.checkpoints[HALF])
+        config = job(strategy, optimizer={"name": name, "lr": 0.01, **arguments})
+        unfailed = train(config, Plain)
+        resumed = train(config, Plain, saved=unfailed.checkpoints[HALF])
         assert equal(resumed.parameters(), unfailed.parameters())
 
 
-def test_a_checkpoint_has_the_state_of_its_step_whatever_comes_after() -> None:
-    """Taken while training goes on: the same as the end of a run of so many steps."""
+def test_checkpoint_has_the_state_of_its_step() -> None:
+    """Training continues during the snapshot; the state equals that of a run that ends there."""
     for strategy in STRATEGIES:
         constant: dict[str, Any] = {"lr_schedule": {"name": "constant"}}
         longer = train(job(strategy, **constant), Normed).checkpoints[HALF]
         shorter = train(job(strategy, steps=HALF, **constant), Normed).checkpoints[HALF]
         for file in ("model", "optimizer"):
-            mine, others = longer._load(file), shorter._load(file)
-            assert mine.keys() == others.keys()
-            assert all(mine[k].data.tobytes() == others[k].data.tobytes() for k in mine)
+            found, expected = longer._load(file), shorter._load(file)
+            assert found.keys() == expected.keys()
+            assert all(found[k].data.tobytes() == expected[k].data.tobytes() for k in found)
 
 
-def test_what_is_in_it() -> None:
+def test_contents_of_a_checkpoint() -> None:
     saved = train(job("ps-sync"), Normed).checkpoints[10]
     model = Normed().model()
     assert {n: w.shape for n, w in saved._load("model").items()} == {
         name: tuple(value.shape) for name, value in model.state_dict().items()
     }
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    kinds = ("exp_avg", "exp_avg_sq", "step")
-    assert {*saved._load("optimizer")} == {f"{k}/{name}" for k in kinds for name in trained}
+    entries = ("exp_avg", "exp_avg_sq", "step")
+    assert {*saved._load("optimizer")} == {f"{k}/{name}" for k in entries for name in trained}
     assert saved.state["samples"] == 38
     assert (saved.state["steps_per_epoch"], saved.state["epoch"]) == (5, 2)
 
 
-def test_asynchronous_ranks_go_on_from_the_slowest() -> None:
-    """Nothing is promised of the bits; every rank makes the steps that are left."""
-    whole = job({"name": "ps-async", "num_servers": 2}, 3)
-    first = train(whole, Plain)
+def test_ps_async_resumes_with_the_remaining_steps() -> None:
+    """The result is not bit-identical; each rank does the remaining steps."""
+    config = job({"name": "ps-async", "num_servers": 2}, 3)
+    first = train(config, Plain)
     saved = first.checkpoints[max(first.checkpoints)]
-    assert saved.step == STEPS, "the last one is never skipped"
+    assert saved.step == STEPS, "the last checkpoint is never skipped"
     longer = job({"name": "ps-async", "num_servers": 2}, 3, steps=20)
     second = train(longer, Plain, saved=saved)
-    made = sorted((r.step, r.rank) for reports in second.reports for r in reports)
-    assert made == [(step, part) for step in range(STEPS, 20) for part in range(3)]
+    done = sorted((r.step, r.rank) for reports in second.reports for r in reports)
+    assert done == [(step, part) for step in range(STEPS, 20) for part in range(3)]
     assert len(second.servers.logs()[0]) == 3 * (20 - STEPS)
 
 
-class Other(Plain):
+class OtherModel(Plain):
     def model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 4), nn.Linear(4, 3))
 
 
-class More(Plain):
+class MoreData(Plain):
     def train_data(self) -> TensorDataset:
         return TensorDataset(torch.randn(60, 5), torch.zeros(60, dtype=torch.int64))
 
 
-def fails(task: type[Task], saved: SavedState) -> str:
+def error_of_resume(task: type[Task], saved: SavedState) -> str:
     with pytest.raises(SpecError) as caught:
         train(job("ring", 1), task, saved=saved)
     return str(caught.value)
 
 
-def test_another_model_or_data_set_is_named() -> None:
+def test_resume_rejects_another_model_or_data_set() -> None:
     saved = train(job("ring", 1), Plain).checkpoints[HALF]
-    text = fails(Other, saved)
+    text = error_of_resume(OtherModel, saved)
     assert "no '3.bias' in the checkpoint" in text
     assert "'2.weight' is [3, 16] in the checkpoint, [4, 16] here" in text
-    assert "made with 38 training samples, the task has 60" in fails(More, saved)
+    assert "made with 38 training samples, the task has 60" in error_of_resume(MoreData, saved)
 
 
-def test_a_parameter_that_was_frozen_begins_anew() -> None:
+def test_unfrozen_parameter_has_new_optimizer_state() -> None:
     saved = train(job("ring", 1), Normed).checkpoints[HALF]
 
     class Unfrozen(Normed):
@@ -342,14 +344,16 @@ def test_a_parameter_that_was_frozen_begins_anew() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
-def test_one_step_for_all_parameters_as_older_checkpoints_have_it(strategy: str) -> None:
+def test_older_checkpoint_with_one_step_count_is_loaded(strategy: str) -> None:
     saved = train(job(strategy), Normed).checkpoints[HALF]
     files = {name: dict(saved._load(name)) for name in ("model", "optimizer")}
-    of_each = [key for key in files["optimizer"] if key.startswith("step/")]
-    files["optimizer"]["step"] = [files["optimizer"].pop(key) for key in of_each][-1]
+    step_keys = [key for key in files["optimizer"] if key.startswith("step/")]
+    files["optimizer"]["step"] = [files["optimizer"].pop(key) for key in step_keys][-1]
     older = SavedState(saved.state, files.__getitem__)
-    again, whole = (train(job(strategy), Normed, saved=one).parameters() for one in (older, saved))
-    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    found, expected = (
+        train(job(strategy), Normed, saved=state).parameters() for state in (older, saved)
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 STATE = {
@@ -379,7 +383,7 @@ STATE = {
         ({"seed": 3, "steps": 2}, ["seed", "steps"]),
     ],
 )
-def test_what_may_change_and_what_may_not(changes: dict[str, Any], fields: list[str]) -> None:
+def test_mismatches_of_a_resumed_job(changes: dict[str, Any], fields: list[str]) -> None:
     changed = {"strategy": "ring", "optimizer": SGD, **changes}
     found = mismatches(STATE, job(changed.pop("strategy"), **changed))
     assert [problem.field for problem in found] == fields
@@ -394,12 +398,12 @@ def test_what_may_change_and_what_may_not(changes: dict[str, Any], fields: list[
         ({"every_step": 5}, "did you mean 'every_steps'"),
     ],
 )
-def test_a_wrong_job_is_refused(checkpoint: dict[str, Any], message: str) -> None:
+def test_invalid_checkpoint_options_are_rejected(checkpoint: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         job("ring", checkpoint=checkpoint)
 
 
-def test_periods() -> None:
+def test_checkpoint_period_in_steps() -> None:
     assert job("ring", checkpoint={"every_epochs": 2}).checkpoint.period(5) == 10
     assert job("ring", checkpoint={"every_steps": 3}).checkpoint.period(5) == 3
     assert job("ring", checkpoint={}).checkpoint.period(5) == 0
@@ -407,8 +411,8 @@ def test_periods() -> None:
     assert sorted(run.checkpoints) == [5, 10, 12]
 
 
-def test_a_rank_takes_the_slab_that_is_its_own() -> None:
-    """As a tensor-parallel stage would: names of a part, tensors of the whole."""
+def test_rank_loads_its_slab() -> None:
+    """A tensor-parallel rank loads its part of a full tensor."""
     from distplat.platform.tensor_slices import TensorSlice
     from distplat.strategies.model.flat import FlatModel
 
@@ -447,7 +451,7 @@ def test_a_rank_takes_the_slab_that_is_its_own() -> None:
         {"embeddings": {"optimizer": {}}},
     ],
 )
-def test_a_state_of_another_shape_is_damage(state: dict[str, Any], tmp_path: Path) -> None:
+def test_invalid_state_is_reported_as_damage(state: dict[str, Any], tmp_path: Path) -> None:
     Catalogue(tmp_path / "checkpoints").write(10, {"model.safetensors": [b""]}, state)
     with pytest.raises(StorageError, match=r"step-000010/state\.json is damaged, or of no run"):
         start_from(job("ring"), tmp_path, print)

@@ -1,4 +1,4 @@
-"""The example of a stream: its rows, where it goes on, and a small run without Ray."""
+"""The stream example: its rows, its position, and a small run without Ray."""
 
 import importlib
 from itertools import islice
@@ -24,27 +24,27 @@ def rides(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return module
 
 
-def test_the_rows_go_on_from_each_place(rides: Any, tmp_path: Path) -> None:
+def test_stream_resumes_at_any_position(rides: Any, tmp_path: Path) -> None:
     data = rides.Rides(str(tmp_path / "data")).train_data()
     rows = list(data)
     assert len(rows) == 200 and list(data) == rows
-    for place in (0, 1, 39, 40, 99, 100, 163, 199, 200):
-        begun = iter(data)
-        assert list(islice(begun, place)) == rows[:place]
-        state = data.state_dict() if place else {"next": [0, 0, 0]}
+    for position in (0, 1, 39, 40, 99, 100, 163, 199, 200):
+        iterator = iter(data)
+        assert list(islice(iterator, position)) == rows[:position]
+        state = data.state_dict() if position else {"next": [0, 0, 0]}
         other = rides.Rides(str(tmp_path / "data")).train_data()
         other.load_state_dict(state)
-        assert list(other) == rows[place:], place
-        assert list(other) == rows, "the next pass begins with the first row"
+        assert list(other) == rows[position:], position
+        assert list(other) == rows, "the next epoch starts with the first row"
 
 
-def test_what_is_drawn_follows_the_rates(rides: Any) -> None:
+def test_rates_depend_on_the_weekday(rides: Any) -> None:
     monday_8, sunday_8 = 4 * 24 + 8, 3 * 24 + 8  # 1970 began on a Thursday
     monday, sunday = rides.rates(np.array(4), np.array([monday_8, sunday_8]), np.array(15.0))
     assert monday > 5 * sunday
 
 
-def test_a_small_run_comes_near_who_knows_the_rates(rides: Any, tmp_path: Path) -> None:
+def test_small_run_approaches_the_best_loss(rides: Any, tmp_path: Path) -> None:
     rides.write(tmp_path / "more", rows=1500)
     overrides = [
         *("scaling.num_workers=0", "steps=150", "global_batch_size=64", "data.num_workers=0"),
@@ -57,7 +57,7 @@ def test_a_small_run_comes_near_who_knows_the_rates(rides: Any, tmp_path: Path) 
     assert torch.isfinite(torch.tensor(figures["eval_loss"]))
 
 
-def test_a_row_has_the_rate_of_its_time(rides: Any, tmp_path: Path) -> None:
+def test_row_has_the_rate_of_its_time(rides: Any, tmp_path: Path) -> None:
     for row in islice(rides.Rides(str(tmp_path / "data")).train_data(), 50):
         time = np.array([row["time"]], "datetime64[h]").astype(np.int64)
         noisy = rides.rates(np.array([row["station"]]), time, np.array([row["celsius"]]))

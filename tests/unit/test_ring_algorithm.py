@@ -1,4 +1,4 @@
-"""Ring all-reduce: the table of its docstring, sums on every rank, and what it costs."""
+"""Ring all-reduce: schedules, sums on every rank, and traffic."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from distplat.strategies.fakes import Fabric
 
 
 @pytest.mark.parametrize("rank", range(3))
-def test_the_table_for_three_ranks(rank: int) -> None:
+def test_schedule_of_three_ranks(rank: int) -> None:
     r = rank
     assert list(reduce_scatter_steps(rank, 3)) == [
         (r % 3, (r - 1) % 3),
@@ -22,12 +22,12 @@ def test_the_table_for_three_ranks(rank: int) -> None:
     assert list(all_gather_steps(rank, 3)) == [((r + 1) % 3, r % 3), (r % 3, (r - 1) % 3)]
 
 
-def test_alone_there_is_nothing_to_do() -> None:
+def test_schedule_of_one_rank_is_empty() -> None:
     assert list(reduce_scatter_steps(0, 1)) == list(all_gather_steps(0, 1)) == []
 
 
 @given(st.integers(2, 12))
-def test_what_a_rank_receives_is_what_its_left_neighbour_sends(world: int) -> None:
+def test_rank_receives_the_chunks_of_its_left_neighbour(world: int) -> None:
     for steps in (reduce_scatter_steps, all_gather_steps):
         for rank in range(world):
             arriving = [recv for _, recv in steps(rank, world)]
@@ -37,19 +37,19 @@ def test_what_a_rank_receives_is_what_its_left_neighbour_sends(world: int) -> No
 
 
 @given(st.integers(2, 12))
-def test_after_the_first_half_rank_r_has_chunk_r_plus_1_complete(world: int) -> None:
-    have = [[{rank} for _ in range(world)] for rank in range(world)]  # rank, chunk -> summands
+def test_reduce_scatter_completes_chunk_r_plus_1_on_rank_r(world: int) -> None:
+    summands = [[{rank} for _ in range(world)] for rank in range(world)]  # [rank][chunk] -> ranks
     for moves in zip(*(reduce_scatter_steps(rank, world) for rank in range(world)), strict=True):
-        sent = [set(have[rank][send]) for rank, (send, _) in enumerate(moves)]
+        sent = [set(summands[rank][send]) for rank, (send, _) in enumerate(moves)]
         for rank, (_, recv) in enumerate(moves):
-            assert have[rank][recv].isdisjoint(sent[rank - 1])  # nothing is added twice
-            have[rank][recv] |= sent[rank - 1]
+            assert summands[rank][recv].isdisjoint(sent[rank - 1])  # no gradient is added twice
+            summands[rank][recv] |= sent[rank - 1]
     for rank in range(world):
-        assert have[rank][(rank + 1) % world] == set(range(world))
+        assert summands[rank][(rank + 1) % world] == set(range(world))
 
 
 def ring_all_reduce(vector: torch.Tensor, group: Collective) -> int:
-    """Sum in place as the tables say; give the bytes that this rank sent."""
+    """All-reduce in place by the schedules; return the bytes that this rank sent."""
     rank, world = group.rank, group.world
     chunks = [vector[a:b] for a, b in split_evenly(vector.numel(), world)]
     left, right = (rank - 1) % world, (rank + 1) % world
@@ -69,9 +69,9 @@ def ring_all_reduce(vector: torch.Tensor, group: Collective) -> int:
 
 @settings(max_examples=60, deadline=None, phases=UNSHRUNK)
 @given(st.integers(1, 9), st.integers(0, 50))
-def test_every_rank_gets_the_sum_for_the_price_of_the_table(world: int, size: int) -> None:
+def test_every_rank_gets_the_sum_with_the_expected_traffic(world: int, size: int) -> None:
     parts = [torch.arange(size, dtype=torch.float32) * (rank + 1) - rank for rank in range(world)]
-    expected = torch.stack(parts).sum(0)  # whole numbers: exact in any order
+    expected = torch.stack(parts).sum(0)  # integers: exact in any order
     fabric = Fabric(world)
 
     def body(rank: int) -> tuple[torch.Tensor, int]:
@@ -82,14 +82,16 @@ def test_every_rank_gets_the_sum_for_the_price_of_the_table(world: int, size: in
     chunks = [4 * (stop - start) for start, stop in split_evenly(size, world)]
     for rank, (vector, sent_bytes) in enumerate(results):
         assert torch.equal(vector, expected)
-        # All chunks but one in each half: 2 (N-1) of N.
-        kept = chunks[(rank + 1) % world] + chunks[(rank + 2) % world] if world > 1 else 8 * size
-        assert sent_bytes == 8 * size - kept
+        # Each phase sends all chunks except one: 2 (N-1) of N.
+        not_sent = (
+            chunks[(rank + 1) % world] + chunks[(rank + 2) % world] if world > 1 else 8 * size
+        )
+        assert sent_bytes == 8 * size - not_sent
     if size % world == 0:
         assert {sent for _, sent in results} == {2 * (world - 1) * 4 * size // world}
 
 
-def test_the_dtype_is_kept() -> None:
+def test_all_reduce_keeps_the_dtype() -> None:
     fabric = Fabric(3)
 
     def body(rank: int) -> torch.Tensor:

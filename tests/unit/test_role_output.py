@@ -1,4 +1,4 @@
-"""Lines that a run's actors print: each once for each role, in the terminal and in files."""
+"""Printed lines of a run's actors appear once for each role, in the terminal and in files."""
 
 import os
 import threading
@@ -17,7 +17,7 @@ Emit = Callable[..., None]
 
 
 def batch(name: str, *lines: str, pid: object = 17, err: bool = False) -> dict[str, Any]:
-    """As Ray's log monitor sends it."""
+    """Return a message as from Ray's log monitor."""
     return {
         "actor_name": name,
         "pid": pid,
@@ -31,24 +31,26 @@ def batch(name: str, *lines: str, pid: object = 17, err: bool = False) -> dict[s
 
 
 @pytest.fixture
-def rays_own() -> Iterator[list[dict[str, Any]]]:
-    """What Ray's own printer was handed."""
+def ray_printer() -> Iterator[list[dict[str, Any]]]:
+    """Return the messages that reach Ray's own printer."""
     dispatcher = ray_logging.global_worker_stdstream_dispatcher
     printed: list[dict[str, Any]] = []
     before = dispatcher.handlers
     dispatcher.handlers = [("ray_print_logs", printed.append)]
     yield printed
-    assert [name for name, _ in dispatcher.handlers] == ["ray_print_logs"], "put back"
+    assert [name for name, _ in dispatcher.handlers] == ["ray_print_logs"], (
+        "the handlers are restored"
+    )
     dispatcher.handlers = before
 
 
 def run(folder: Path, *batches: dict[str, Any], shown: bool = True) -> list[str]:
-    """Have these batches come during a run; give the warnings."""
-    said: list[str] = []
-    with role_output.role_output("digits", folder, said.append, shown=shown):
-        for one in batches:
-            ray_logging.global_worker_stdstream_dispatcher.emit(one)
-    return said
+    """Emit these messages during a run; return the warnings."""
+    warnings: list[str] = []
+    with role_output.role_output("digits", folder, warnings.append, shown=shown):
+        for message in batches:
+            ray_logging.global_worker_stdstream_dispatcher.emit(message)
+    return warnings
 
 
 @pytest.mark.parametrize(
@@ -65,20 +67,20 @@ def run(folder: Path, *batches: dict[str, Any], shown: bool = True) -> list[str]
         ("", "autoscaler", "A worker died or was killed", None),
     ],
 )
-def test_whose_lines_they_are(name: str, pid: object, line: str, role: str | None) -> None:
+def test_role_of_a_message(name: str, pid: object, line: str, role: str | None) -> None:
     assert role_of("digits", batch(name, line, pid=pid)) == role
 
 
-def test_lines_that_are_alike_appear_for_each_role(
+def test_equal_lines_appear_for_each_role(
     tmp_path: Path,
-    rays_own: list[dict[str, Any]],
+    ray_printer: list[dict[str, Any]],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RAY_COLOR_PREFIX", "0")
-    same = [batch(f"digits/worker-{rank}", "epoch 1", pid=17 + rank) for rank in range(2)]
-    late = batch("digits/worker-1/attempt-1", "a warning", pid=19, err=True)
-    assert run(tmp_path, *same, late) == []
+    equal_lines = [batch(f"digits/worker-{rank}", "epoch 1", pid=17 + rank) for rank in range(2)]
+    warning = batch("digits/worker-1/attempt-1", "a warning", pid=19, err=True)
+    assert run(tmp_path, *equal_lines, warning) == []
     shown = capsys.readouterr()
     assert shown.out.splitlines() == [
         "(digits/worker-0 pid=17) epoch 1",
@@ -87,35 +89,35 @@ def test_lines_that_are_alike_appear_for_each_role(
     assert shown.err == "(digits/worker-1/attempt-1 pid=19) a warning\n"
     files = {path.name: path.read_text() for path in (tmp_path / "logs").iterdir()}
     assert files == {"worker-0.log": "epoch 1\n", "worker-1.log": "epoch 1\na warning\n"}
-    assert rays_own == []
+    assert ray_printer == []
 
 
 @pytest.mark.parametrize("dedup", ["0", "1"])
-def test_a_pipe_that_nobody_reads_costs_no_line_of_the_files(
+def test_broken_pipe_does_not_affect_the_files(
     dedup: str,
     tmp_path: Path,
-    rays_own: list[dict[str, Any]],
+    ray_printer: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is raised would end Ray's thread, which brings the lines."""
+    """An exception would end Ray's thread of log messages."""
 
-    class Gone:
+    class BrokenPipe:
         def write(self, text: str) -> int:
             raise BrokenPipeError
 
-    def print_it(batch: dict[str, Any]) -> None:
+    def print_batch(batch: dict[str, Any]) -> None:
         raise BrokenPipeError
 
     monkeypatch.setenv("RAY_DEDUP_LOGS", dedup)
-    ray_logging.global_worker_stdstream_dispatcher.handlers = [("ray_print_logs", print_it)]
-    monkeypatch.setattr("sys.stdout", Gone())
+    ray_logging.global_worker_stdstream_dispatcher.handlers = [("ray_print_logs", print_batch)]
+    monkeypatch.setattr("sys.stdout", BrokenPipe())
     run(tmp_path, batch("digits/worker-0", "first"), batch("digits/worker-0", "second"))
     assert (tmp_path / "logs/worker-0.log").read_text() == "first\nsecond\n"
 
 
-def test_a_terminal_alone_gets_colors(
+def test_colors_depend_on_the_environment(
     tmp_path: Path,
-    rays_own: list[dict[str, Any]],
+    ray_printer: list[dict[str, Any]],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -129,78 +131,78 @@ def test_a_terminal_alone_gets_colors(
     monkeypatch.setenv("NO_COLOR", "1")
     run(tmp_path, batch("digits/worker-0", "x"))
     assert "\x1b" not in capsys.readouterr().out
-    assert "RAY_COLOR_PREFIX" not in os.environ, "the user's own actors print as they did"
+    assert "RAY_COLOR_PREFIX" not in os.environ, "the user's actors are not affected"
 
 
-def test_others_lines_are_rays_to_print(
-    tmp_path: Path, rays_own: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+def test_lines_of_other_actors_are_printed_by_ray(
+    tmp_path: Path, ray_printer: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = batch("Actor", "mine")
     run(tmp_path, other)
-    assert rays_own == [other]
+    assert ray_printer == [other]
     assert not (tmp_path / "logs").exists()
     assert capsys.readouterr() == ("", "")
 
 
-def test_quiet_lines_are_in_files_all_the_same(
-    tmp_path: Path, rays_own: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+def test_hidden_lines_are_in_files(
+    tmp_path: Path, ray_printer: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(tmp_path, batch("digits/worker-0", "x"), shown=False)
     assert (tmp_path / "logs" / "worker-0.log").read_text() == "x\n"
-    assert (capsys.readouterr(), rays_own) == (("", ""), [])
+    assert (capsys.readouterr(), ray_printer) == (("", ""), [])
 
 
-def test_rays_own_way_is_had_for_the_asking(
-    tmp_path: Path, rays_own: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+def test_ray_dedup_logs_keeps_rays_printer(
+    tmp_path: Path, ray_printer: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_DEDUP_LOGS", "1")
-    one = batch("digits/worker-0", "x")
-    run(tmp_path, one)
-    assert rays_own == [one]
+    message = batch("digits/worker-0", "x")
+    run(tmp_path, message)
+    assert ray_printer == [message]
     assert (tmp_path / "logs" / "worker-0.log").read_text() == "x\n"
 
 
-def test_what_cannot_be_written_is_warned_of_once(
-    tmp_path: Path, rays_own: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+def test_write_failure_gives_a_warning_and_a_count(
+    tmp_path: Path, ray_printer: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "logs").write_text("a file")
-    said = run(tmp_path, *(batch("digits/worker-0", f"line {n}") for n in range(3)))
-    assert len(said) == 2
-    assert said[0].startswith("printed lines are lost, and the run continues without them: ")
-    assert "Not a directory" in said[0]
-    assert said[1] == "3 records of printed lines were not written"
-    assert len(capsys.readouterr().out.splitlines()) == 3, "it is printed all the same"
+    warnings = run(tmp_path, *(batch("digits/worker-0", f"line {n}") for n in range(3)))
+    assert len(warnings) == 2
+    assert warnings[0].startswith("printed lines are lost, and the run continues without them: ")
+    assert "Not a directory" in warnings[0]
+    assert warnings[1] == "3 records of printed lines were not written"
+    assert len(capsys.readouterr().out.splitlines()) == 3, "the lines are printed"
 
 
-def test_files_do_not_grow_for_ever(tmp_path: Path) -> None:
+def test_log_files_are_rotated(tmp_path: Path) -> None:
     files = RoleFiles(tmp_path, pytest.fail, max_bytes=100)
     for number in range(100):
         files.write("worker-0", [f"line {number}"])
     files.close()
-    kept = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
-    assert kept.keys() == {"worker-0.log", "worker-0.log.1"}
-    assert all(size <= 100 for size in kept.values())
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert sizes.keys() == {"worker-0.log", "worker-0.log.1"}
+    assert all(size <= 100 for size in sizes.values())
     assert (tmp_path / "worker-0.log").read_text().endswith("line 99\n")
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_last_lines_come_after_the_end(
+def test_last_lines_may_arrive_after_the_end(
     fails: bool,
     tmp_path: Path,
-    rays_own: list[dict[str, Any]],
+    ray_printer: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also of a run that has failed, whose lines are wanted most."""
+    """The lines of a failed run matter most."""
     ended = threading.Event()
 
-    def late() -> None:
+    def emit_late() -> None:
         assert ended.wait(60)
         last = batch("digits/worker-0", "Traceback")
         ray_logging.global_worker_stdstream_dispatcher.emit(last)
 
     monkeypatch.setattr(role_output, "_QUIET_S", 2.0)
     monkeypatch.setattr(role_output, "_MAX_WAIT_S", 2.0)
-    thread = threading.Thread(target=late)
+    thread = threading.Thread(target=emit_late)
     thread.start()
     with (
         suppress(ValueError),

@@ -1,4 +1,4 @@
-"""How the roles of a run are drawn, and given as JSON."""
+"""The roles of a run as text and as JSON."""
 
 import json
 from typing import Any
@@ -17,7 +17,7 @@ from distplat.platform.shard_map import Shard
 from distplat.platform.worker_stats import WorkerStats
 
 CUTS = (Shard(0, 0, 617_296), Shard(1, 617_296, 1_234_567))
-SEATS = (
+ASSIGNMENTS = (
     ShardAssignment(0, "server-2", "server-3", ready=False),
     ShardAssignment(1, "server-1", "server-4", ready=True),
 )
@@ -31,7 +31,7 @@ WORKERS = (
 )
 
 
-def scheduler(**more: Any) -> SchedulerStatus:
+def scheduler(**overrides: Any) -> SchedulerStatus:
     fields: dict[str, Any] = {
         "attempt": 1,
         "dynamic_tasks": True,
@@ -41,15 +41,15 @@ def scheduler(**more: Any) -> SchedulerStatus:
         "duplicates": 3,
         "workers": WORKERS,
     }
-    return SchedulerStatus(**{**fields, **more})
+    return SchedulerStatus(**{**fields, **overrides})
 
 
-def test_a_submitted_run_is_found_by_its_submission(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_submitted_run_is_found_by_its_submission(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = {"line-1": "first", "line-2": None, "line-3": "gone", "line-4": "second"}
 
     def ask(run: RunName, role: str, question: object) -> str | None:
         if ids[run.run] == "gone":
-            raise ActorLost(role, None, "it is over")
+            raise ActorLost(role, None, "the run has ended")
         return ids[run.run]
 
     monkeypatch.setattr(overview, "find_runs", lambda name: [RunName(run, name) for run in ids])
@@ -59,9 +59,9 @@ def test_a_submitted_run_is_found_by_its_submission(monkeypatch: pytest.MonkeyPa
         overview.submitted_run("third", "line")
 
 
-def test_a_run_with_leases_and_backups() -> None:
-    seen = Overview("digits-1", "digits", ServerGroupStatus(3, CUTS, SEATS, True), scheduler())
-    assert role_lines(seen) == [
+def test_text_of_a_run_with_leases_and_backups() -> None:
+    run = Overview("digits-1", "digits", ServerGroupStatus(3, CUTS, ASSIGNMENTS, True), scheduler())
+    assert role_lines(run) == [
         "run digits-1",
         "",
         "server manager    map version 3, 1,234,567 elements",
@@ -78,12 +78,12 @@ def test_a_run_with_leases_and_backups() -> None:
     ]
 
 
-def test_a_synchronous_run_without_backups() -> None:
+def test_text_of_a_synchronous_run_without_backups() -> None:
     assignments = tuple(ShardAssignment(index, f"server-{index}") for index in range(2))
     workers = (WorkerRow(FAST, None, False), WorkerRow(SLOW, None, False))
-    told = scheduler(dynamic_tasks=False, attempt=0, workers=workers)
+    status = scheduler(dynamic_tasks=False, attempt=0, workers=workers)
     lines = role_lines(
-        Overview("digits-1", "digits", ServerGroupStatus(1, CUTS, assignments, False), told)
+        Overview("digits-1", "digits", ServerGroupStatus(1, CUTS, assignments, False), status)
     )
     assert lines[3:] == [
         "SHARD  ELEMENTS            SERVER",
@@ -104,17 +104,17 @@ def test_a_synchronous_run_without_backups() -> None:
         (ShardAssignment(0, "server-0", starting="server-9"), "server-9 (starting)"),
     ],
 )
-def test_backups_that_are_not_there(backup: ShardAssignment, shown: str) -> None:
+def test_text_of_missing_backups(backup: ShardAssignment, shown: str) -> None:
     lines = role_lines(Overview("r", "j", ServerGroupStatus(1, CUTS[:1], (backup,), True), None))
     assert lines[-1].endswith(f"server-0  {shown}")
 
 
 @pytest.mark.parametrize(
-    ("seen", "last"),
+    ("run", "last"),
     [
         (Overview("r", "j", None, None), "its strategy has neither servers nor a task scheduler"),
         (
-            Overview("r", "j", ServerGroupStatus(0, (), SEATS, True), None),
+            Overview("r", "j", ServerGroupStatus(0, (), ASSIGNMENTS, True), None),
             "server manager    no shards yet: no worker has registered",
         ),
         (
@@ -133,14 +133,14 @@ def test_backups_that_are_not_there(backup: ShardAssignment, shown: str) -> None
         ),
     ],
 )
-def test_what_is_not_there_is_said(seen: Overview, last: str) -> None:
-    assert role_lines(seen)[-1] == last
+def test_text_of_missing_parts(run: Overview, last: str) -> None:
+    assert role_lines(run)[-1] == last
 
 
-def test_tables_that_are_kept_twice_are_shown() -> None:
+def test_text_of_replicated_tables() -> None:
     tables = (ShardAssignment(0, "embedding-server-0", "embedding-server-1", ready=True),)
-    seen = ServerGroupStatus(0, (), (), False, tables)
-    assert role_lines(Overview("r", "j", seen, None)) == [
+    servers = ServerGroupStatus(0, (), (), False, tables)
+    assert role_lines(Overview("r", "j", servers, None)) == [
         "run r",
         "",
         "server manager    no shards",
@@ -150,9 +150,9 @@ def test_tables_that_are_kept_twice_are_shown() -> None:
     ]
 
 
-def test_json_has_all_of_it() -> None:
-    seen = Overview("digits-1", "digits", ServerGroupStatus(3, CUTS, SEATS, True), scheduler())
-    found = json.loads(to_json(role_facts(seen)))
+def test_json_has_all_fields() -> None:
+    run = Overview("digits-1", "digits", ServerGroupStatus(3, CUTS, ASSIGNMENTS, True), scheduler())
+    found = json.loads(to_json(role_facts(run)))
     assert found["servers"]["assignments"][0]["backup"] == "server-3"
     assert found["scheduler"]["workers"][1]["stats"]["straggler"] is True
     assert found["scheduler"]["workers"][0]["lease"] == [240, 249, 10]

@@ -1,4 +1,4 @@
-"""A question to all servers: each is asked in its time, and its answer is taken when it comes."""
+"""FanOutCall: calls to all servers, whose answers are processed as they arrive."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ CUTS = cut_shards(48, 3).shards
 
 
 class Server:
-    """Answers with its number as the version."""
+    """Replies with its number as the version."""
 
     def __init__(self, number: int) -> None:
         self.number, self.calls = number, 0
@@ -27,7 +27,7 @@ class Server:
 
 
 class Cluster:
-    """Three servers, and the mailboxes of some shards."""
+    """Three servers, some with mailboxes."""
 
     def __init__(self, local_shards: set[int]) -> None:
         self.cluster = LocalCluster()
@@ -38,7 +38,7 @@ class Cluster:
         ]
         self.notified: list[int] = []
         self.shards = sorted(local_shards)
-        self.lines = SimpleNamespace(
+        self.fan_out = SimpleNamespace(
             transport=self.transport,
             cuts=CUTS,
             servers=self.servers,
@@ -48,7 +48,7 @@ class Cluster:
             limit_s=lambda setting: 5.0,
         )
 
-    def slow(self, shard: int, seconds: float) -> None:
+    def delay(self, shard: int, seconds: float) -> None:
         inject(self.cluster, "push", Fault(delay_s=seconds), actor=f"server-{shard}")
 
     def called(self) -> list[int]:
@@ -60,38 +60,38 @@ class Cluster:
     def answers(self, notified: list[int], *_: Any) -> Any:
         yield from ((shard, ServerReply(shard)) for shard in notified)
 
-    def round(
+    def fan_out_call(
         self, take: Callable[[Shard, ServerReply], None], *, mailboxes: bool = True
     ) -> FanOutCall:
         request = MailboxRequest(0) if mailboxes else None
         ask = lambda server, cut: self.transport.call(server, "push")  # noqa: E731
-        return FanOutCall(cast(FanOut, self.lines), "push 0", ask, take, request)
+        return FanOutCall(cast(FanOut, self.fan_out), "push 0", ask, take, request)
 
 
-def test_each_answer_is_taken_when_it_comes() -> None:
+def test_answers_are_processed_as_they_arrive() -> None:
     cluster, taken = Cluster(set()), list[int]()
-    cluster.slow(0, 0.2)
-    cluster.slow(1, 0.4)
-    asked = cluster.round(lambda cut, answer: taken.append(cut.index))
-    asked.send(CUTS)
-    assert [answer.version for answer in asked.answers()] == [0, 1, 2]
+    cluster.delay(0, 0.2)
+    cluster.delay(1, 0.4)
+    call = cluster.fan_out_call(lambda cut, answer: taken.append(cut.index))
+    call.send(CUTS)
+    assert [answer.version for answer in call.answers()] == [0, 1, 2]
     assert taken == [2, 0, 1]
 
 
-def test_near_servers_are_notified_and_far_ones_called() -> None:
+def test_local_servers_are_notified_and_remote_ones_called() -> None:
     cluster, taken = Cluster({1}), list[int]()
-    cluster.slow(0, 0.2)
-    asked = cluster.round(lambda cut, answer: taken.append(cut.index))
-    asked.send(CUTS[1:])
-    asked.send(CUTS[:1])
-    assert [answer.version for answer in asked.answers()] == [0, 1, 2]
+    cluster.delay(0, 0.2)
+    call = cluster.fan_out_call(lambda cut, answer: taken.append(cut.index))
+    call.send(CUTS[1:])
+    call.send(CUTS[:1])
+    assert [answer.version for answer in call.answers()] == [0, 1, 2]
     assert taken == [1, 2, 0]
     assert cluster.notified == [1] and cluster.called() == [0, 2]
 
 
-def test_a_pull_is_a_call_everywhere() -> None:
+def test_pull_calls_all_servers() -> None:
     cluster = Cluster({0, 1, 2})
-    asked = cluster.round(lambda cut, answer: None, mailboxes=False)
-    asked.send(CUTS)
-    asked.answers()
+    call = cluster.fan_out_call(lambda cut, answer: None, mailboxes=False)
+    call.send(CUTS)
+    call.answers()
     assert cluster.notified == [] and cluster.called() == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""Index, rows and first values of an embedding table: against dicts and plain arrays."""
+"""Index, rows and initial values of an embedding table, compared with dicts and arrays."""
 
 import numpy as np
 import pytest
@@ -32,33 +32,35 @@ def plan(servers: int, partition: str = "hash") -> TablePlan:
 IDS = st.integers(0, 2**62) | st.integers(0, 50)
 
 
-FEW = st.integers(0, 99)
+SMALL_IDS = st.integers(0, 99)
 
 
-@given(st.lists(st.lists(FEW, unique=True, max_size=40), max_size=8))
-def test_the_index_by_array_is_a_dict(batches: list[list[int]]) -> None:
+@given(st.lists(st.lists(SMALL_IDS, unique=True, max_size=40), max_size=8))
+def test_array_index_matches_a_dict(batches: list[list[int]]) -> None:
     check_against_a_dict(ArrayIndex(100), batches, (7, 99))
 
 
 @given(st.lists(st.lists(IDS, unique=True, max_size=40), max_size=8))
-def test_the_index_by_hash_is_a_dict(batches: list[list[int]]) -> None:
+def test_hash_index_matches_a_dict(batches: list[list[int]]) -> None:
     check_against_a_dict(HashIndex(), batches, (7, 2**61))
 
 
-def check_against_a_dict(index: RowIndex, batches: list[list[int]], more: tuple[int, ...]) -> None:
+def check_against_a_dict(
+    index: RowIndex, batches: list[list[int]], missing: tuple[int, ...]
+) -> None:
     model = dict[int, int]()
     for batch in batches:
         new = [i for i in batch if i not in model]
         slots = index.add(np.array(new, np.int64))
         model |= dict(zip(new, slots.tolist(), strict=True))
-        asked = np.array([*batch, *more], np.int64)
-        assert index.find(asked).tolist() == [model.get(int(i), -1) for i in asked]
+        queries = np.array([*batch, *missing], np.int64)
+        assert index.find(queries).tolist() == [model.get(int(i), -1) for i in queries]
     assert index.ids.tolist() == list(model)
     assert sorted(model.values()) == list(range(len(index)))
 
 
 @pytest.mark.parametrize("rows", [None, 80_000, MOST_BY_ARRAY + 1])
-def test_the_index_grows_and_keeps_what_it_has(rows: int | None) -> None:
+def test_index_grows_and_keeps_its_ids(rows: int | None) -> None:
     index, ids = build_index(rows), np.random.default_rng(0).permutation(40_000)
     for part in np.array_split(ids, 17):
         index.add(part)
@@ -66,24 +68,24 @@ def test_the_index_grows_and_keeps_what_it_has(rows: int | None) -> None:
     assert (index.find(ids + 40_000) == -1).all()
 
 
-def test_an_array_takes_no_id_beyond_its_end() -> None:
+def test_array_index_rejects_an_id_beyond_its_end() -> None:
     with pytest.raises(IndexError):
         ArrayIndex(10).find(np.array([10]))
 
 
-def test_ids_without_end_are_hashed() -> None:
+def test_build_index_hashes_large_or_unbounded_tables() -> None:
     assert isinstance(build_index(MOST_BY_ARRAY), ArrayIndex)
     assert isinstance(build_index(MOST_BY_ARRAY + 1), HashIndex)
     assert isinstance(build_index(None), HashIndex)
 
 
-def test_ids_whose_places_collide_are_told_apart() -> None:
-    """All of these fall into the same place of the smallest table."""
+def test_hash_index_resolves_collisions() -> None:
+    """All ids have the same slot in the smallest table."""
     ids = np.arange(200_000, dtype=np.int64)
-    together = ids[(mix(ids.astype(np.uint64)) & np.uint64(1023)) == 5][:150]
+    colliding = ids[(mix(ids.astype(np.uint64)) & np.uint64(1023)) == 5][:150]
     index = HashIndex()
-    index.add(together)
-    assert index.find(together[::-1]).tolist() == list(range(150))[::-1]
+    index.add(colliding)
+    assert index.find(colliding[::-1]).tolist() == list(range(150))[::-1]
 
 
 @pytest.mark.parametrize("width", [1, 3, 64, 5000])
@@ -98,7 +100,7 @@ def test_rows_grow_in_place(width: int) -> None:
     assert (rows.array == np.arange(1000)[:, None]).all()
 
 
-def test_first_values_are_a_function_of_seed_table_and_id() -> None:
+def test_initial_rows_depend_on_seed_table_and_id() -> None:
     ids = np.arange(1000)
     rows = initial_rows(SPEC, 3, ids)
     shuffled = np.random.default_rng(0).permutation(1000)
@@ -110,20 +112,20 @@ def test_first_values_are_a_function_of_seed_table_and_id() -> None:
     assert len(np.unique(rows)) > 7500  # neither rows nor columns repeat
 
 
-def test_first_values_look_normal() -> None:
+def test_initial_rows_are_normally_distributed() -> None:
     rows = initial_rows(TableSpec("t", None, 50, 0.1), 0, np.arange(20_000))
     assert abs(rows.mean()) < 1e-3
     assert abs(rows.std() - 0.1) < 1e-3
     assert abs(rows).max() < 0.35
-    inside = (abs(rows) < 0.1).mean()
-    assert 0.66 < inside < 0.70  # 0.683 of a normal distribution
-    between = np.corrcoef(rows[:, :10].T) - np.eye(10)
-    assert abs(between).max() < 0.03
+    within_one_sigma = (abs(rows) < 0.1).mean()
+    assert 0.66 < within_one_sigma < 0.70  # 0.683 of a normal distribution
+    correlations = np.corrcoef(rows[:, :10].T) - np.eye(10)
+    assert abs(correlations).max() < 0.03
     assert (initial_rows(TableSpec("t", None, 4, 0.0), 0, np.arange(3)) == 0).all()
 
 
-def test_first_values_stay_as_they_are() -> None:
-    """Saved tables leave rows out that follow from the seed: another formula would change them."""
+def test_initial_rows_are_stable() -> None:
+    """Checkpoints omit untouched rows, so another formula would change saved tables."""
     rows = initial_rows(TableSpec("users", None, 3, 1.0), 7, np.array([0, 2**62]))
     assert rows.tobytes().hex() == PINNED
 
@@ -132,10 +134,10 @@ PINNED = "aee351bf4951a1bf1ae080bd7347503c353fb8bd0deb2fbf"
 
 
 @given(st.lists(IDS, unique=True), st.integers(1, 5))
-def test_every_id_is_routed_to_its_server(ids: list[int], servers: int) -> None:
-    asked = np.array(ids, np.int64)
-    routed, order = route(plan(servers), SPEC, asked)
-    assert np.array_equal(routed.ids, asked if order is None else asked[order])
+def test_route_sends_each_id_to_its_server(ids: list[int], servers: int) -> None:
+    queries = np.array(ids, np.int64)
+    routed, order = route(plan(servers), SPEC, queries)
+    assert np.array_equal(routed.ids, queries if order is None else queries[order])
     assert (routed.cuts[0], routed.cuts[-1]) == (0, len(ids))
     for server in range(servers):
         part = routed.ids[routed.part(server)]
@@ -144,16 +146,16 @@ def test_every_id_is_routed_to_its_server(ids: list[int], servers: int) -> None:
 
 @pytest.mark.parametrize("partition", ["hash", "range"])
 @pytest.mark.parametrize("servers", [1, 2, 3, 7])
-def test_servers_get_equal_parts(partition: str, servers: int) -> None:
+def test_servers_get_even_parts(partition: str, servers: int) -> None:
     counts = np.bincount(server_of(plan(servers, partition), SPEC, np.arange(1000)))
     assert len(counts) == servers
     assert counts.sum() == 1000
     assert counts.max() < 1.35 * 1000 / servers
 
 
-def test_a_server_of_hashed_ids_fills_its_index_evenly() -> None:
-    """Its ids must not share the bits by which the index places them."""
+def test_index_of_a_server_is_filled_evenly() -> None:
+    """The ids of a server must not share the bits that select the slot."""
     ids = np.arange(100_000)
-    mine = ids[server_of(plan(4), SPEC, ids) == 0]
-    places = mix(mine.astype(np.uint64)) & np.uint64(63)
-    assert np.bincount(places.astype(np.int64), minlength=64).min() > 300
+    server_ids = ids[server_of(plan(4), SPEC, ids) == 0]
+    slots = mix(server_ids.astype(np.uint64)) & np.uint64(63)
+    assert np.bincount(slots.astype(np.int64), minlength=64).min() > 300

@@ -1,4 +1,4 @@
-"""The run directory: every file readable by those who will read it, and failures that say so."""
+"""The run directory: readable files, and errors of writes."""
 
 import errno
 import json
@@ -48,7 +48,7 @@ STEPS = [
 EVALUATION = EvalSummary(3, 100, {"loss": 0.5, "accuracy": 0.75})
 
 
-def bits(value: torch.Tensor) -> list[int]:
+def bytes_of(value: torch.Tensor) -> list[int]:
     return value.contiguous().reshape(-1).view(torch.uint8).tolist()
 
 
@@ -60,21 +60,21 @@ def lines(directory: RunDirectory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (directory.path / "metrics.jsonl").open()]
 
 
-def test_run_names_are_unlike_each_other() -> None:
+def test_run_names_are_random() -> None:
     names = {new_run_name(JOB.name) for _ in range(20)}
-    assert len(names) > 15  # 4 hex digits: some of 20 may meet
+    assert len(names) > 15  # 4 hex digits: some of 20 may be equal
     assert all(re.fullmatch(r"kept-\d{8}-\d{6}-[0-9a-f]{4}", name) for name in names)
 
 
-def test_what_a_run_leaves(tmp_path: Path) -> None:
+def test_files_of_a_finished_run(tmp_path: Path) -> None:
     directory = make(tmp_path)
     assert directory.path == tmp_path.resolve() / "some/runs/kept-1"
     directory.record(STEPS[0])
     directory.draw(STEPS[0])
     directory.save_model(b"what the worker sent")
     directory.finish("SUCCEEDED", {"metrics": {"loss": 0.5}, "seconds": 3.0})
-    left = sorted(path.name for path in directory.path.iterdir())
-    assert left == ["job.yaml", "metrics.jsonl", "model.safetensors", "result.json", "tensorboard"]
+    names = sorted(path.name for path in directory.path.iterdir())
+    assert names == ["job.yaml", "metrics.jsonl", "model.safetensors", "result.json", "tensorboard"]
     assert directory.path.stat().st_mode & 0o007 == 0
     assert json.loads((directory.path / "result.json").read_text()) == {
         "status": "SUCCEEDED",
@@ -83,11 +83,11 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     }
 
 
-def test_the_job_can_be_read_back(tmp_path: Path) -> None:
+def test_job_file_round_trip(tmp_path: Path) -> None:
     assert read_job(make(tmp_path).path / "job.yaml") == JOB
 
 
-def test_metrics_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:
+def test_metrics_are_written_at_once(tmp_path: Path) -> None:
     directory = make(tmp_path)
     for number, summary in enumerate(STEPS):
         directory.record(summary)
@@ -123,7 +123,7 @@ def test_metrics_are_on_disk_while_the_run_goes_on(tmp_path: Path) -> None:
     ]
 
 
-def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
+def test_tensorboard_has_the_curves(tmp_path: Path) -> None:
     directory = make(tmp_path)
     for summary in STEPS:
         directory.draw(summary)
@@ -166,7 +166,7 @@ def test_tensorboard_reads_the_curves(tmp_path: Path) -> None:
         "scales",
     ],
 )
-def test_a_saved_model_is_bitwise_equal(value: torch.Tensor, tmp_path: Path) -> None:
+def test_saved_model_is_bit_identical(value: torch.Tensor, tmp_path: Path) -> None:
     model = torch.nn.Module()
     model.register_buffer("first", value)
     model.register_buffer("tied", value)
@@ -177,11 +177,11 @@ def test_a_saved_model_is_bitwise_equal(value: torch.Tensor, tmp_path: Path) -> 
     assert sorted(read) == ["first", "tied"]
     for found in read.values():
         assert (found.shape, found.dtype) == (value.shape, value.dtype)
-        assert bits(found) == bits(value)
+        assert bytes_of(found) == bytes_of(value)
     assert not list(path.parent.glob("*.partial"))
 
 
-def test_a_diverged_loss_is_null(tmp_path: Path) -> None:
+def test_non_finite_loss_is_null(tmp_path: Path) -> None:
     directory = make(tmp_path)
     directory.record(StepSummary(0, 0, float("nan"), 8, {"data": float("inf")}))
     line = (directory.path / "metrics.jsonl").read_text()
@@ -189,7 +189,7 @@ def test_a_diverged_loss_is_null(tmp_path: Path) -> None:
     assert (json.loads(line)["loss"], json.loads(line)["seconds"]) == (None, {"data": None})
 
 
-def test_a_failed_run_says_why(tmp_path: Path) -> None:
+def test_result_of_a_failed_run_has_the_error(tmp_path: Path) -> None:
     directory = make(tmp_path)
     directory.finish("FAILED", {"error": "worker-1 was lost: killed"})
     result = json.loads((directory.path / "result.json").read_text())
@@ -197,25 +197,25 @@ def test_a_failed_run_says_why(tmp_path: Path) -> None:
     assert not (directory.path / "tensorboard").exists()
 
 
-def test_no_run_directory_is_used_twice(tmp_path: Path) -> None:
+def test_existing_run_directory_is_rejected(tmp_path: Path) -> None:
     make(tmp_path)
     with pytest.raises(StorageError, match=r"cannot make the run directory .*kept-1"):
         make(tmp_path)
 
 
-def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "some").write_text("a file in the way: stops root too, where permissions do not")
+def test_directory_that_cannot_be_created_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "some").write_text("a file at this path stops root too, permissions do not")
     with pytest.raises(StorageError, match=r"cannot make the run directory .*some/runs/kept-1"):
         make(tmp_path)
 
 
 def fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every write take a part and then fail, as that of a full disk does."""
-    real = os.write
+    """Make each write store a part and then fail, as on a full disk."""
+    original = os.write
 
     def write(file: int, data: bytes) -> int:
         if len(data) > 8:
-            return real(file, bytes(data[: len(data) // 2]))
+            return original(file, bytes(data[: len(data) // 2]))
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def fsync(file: int) -> None:
@@ -236,7 +236,7 @@ def fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["metrics", "model", "log", "trace", "result"],
 )
-def test_a_full_disk_is_told_with_the_path_and_leaves_nothing_half_written(
+def test_full_disk_is_reported_and_leaves_no_partial_file(
     write: Callable[[RunDirectory], None],
     name: str,
     tmp_path: Path,
@@ -246,19 +246,17 @@ def test_a_full_disk_is_told_with_the_path_and_leaves_nothing_half_written(
     directory.record(STEPS[0])
     before = {path.name: path.stat().st_size for path in directory.path.iterdir()}
     fill_the_disk(monkeypatch)
-    told = (
+    message = (
         rf"cannot write .*kept-1/{name}.*No space left on device; free some space, or set `storage_"
     )
-    with pytest.raises(StorageError, match=told) as caught:
+    with pytest.raises(StorageError, match=message) as caught:
         write(directory)
     assert caught.value.exit_code == 5
     assert {path.name: path.stat().st_size for path in directory.path.iterdir()} == before
     assert [line["step"] for line in lines(directory)] == [0]
 
 
-def test_a_disk_that_is_full_for_tensorboard_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_for_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = make(tmp_path)
     with monkeypatch.context() as patch:
         fill_the_disk(patch)
@@ -271,30 +269,30 @@ def test_a_disk_that_is_full_for_tensorboard_alone(
         fill_the_disk(patch)
         with pytest.raises(StorageError, match=r"cannot write .*kept-1/tensorboard: No space left"):
             directory.draw(STEPS[1])
-    assert events.stat().st_size == size, "nothing of it is left"
+    assert events.stat().st_size == size, "no partial event is left"
     directory.draw(STEPS[2])
-    assert events.stat().st_size > size, "the disk has room again"
+    assert events.stat().st_size > size, "the disk has space again"
     directory.finish("FAILED", {})
 
 
-def test_what_stands_beside_the_model_costs_it_nothing(
+def test_model_is_saved_if_the_disk_is_full_for_the_ema(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full after the model: the average of its weights does not come."""
-    names = {"w": torch.ones(2), "ema:w": torch.zeros(2)}
+    """The disk is full after the model is written."""
+    tensors = {"w": torch.ones(2), "ema:w": torch.zeros(2)}
     directory, saved = make(tmp_path), list[Path]()
 
-    def full(name: str, data: bytes) -> None:
+    def save_then_fill(name: str, data: bytes) -> None:
         saved.append(directory.keep(name, data))
         fill_the_disk(monkeypatch)
 
     with pytest.raises(StorageError, match=r"model_ema\.safetensors.*No space left"):
-        directory.save_model(saved_model(names), full)
+        directory.save_model(saved_model(tensors), save_then_fill)
     monkeypatch.undo()
     assert load_file(saved[0])["w"].tolist() == [1.0, 1.0]
 
 
-def test_a_disk_that_is_full_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill_the_disk(monkeypatch)
     with pytest.raises(StorageError, match=r"cannot make the run directory .*No space left"):
         make(tmp_path)
@@ -309,7 +307,9 @@ def test_a_disk_that_is_full_at_the_start(tmp_path: Path, monkeypatch: pytest.Mo
     ],
     ids=["save_model", "finish"],
 )
-def test_a_directory_that_went_away(write: Callable[[RunDirectory], None], tmp_path: Path) -> None:
+def test_removed_directory_is_reported(
+    write: Callable[[RunDirectory], None], tmp_path: Path
+) -> None:
     directory = make(tmp_path)
     shutil.rmtree(directory.path)
     with pytest.raises(StorageError, match=r"cannot write .*kept-1.*No such file"):
@@ -318,15 +318,15 @@ def test_a_directory_that_went_away(write: Callable[[RunDirectory], None], tmp_p
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 512 KiB of its own."""
-    made = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(tmp_path)]
-    if os.geteuid() != 0 or subprocess.run(made, capture_output=True, check=False).returncode:
+    """Mount a separate file system of 512 KiB."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("only root mounts a disk")
     yield tmp_path
     subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
 
 
-def test_a_run_on_a_full_disk_says_how_it_ended(small_disk: Path) -> None:
+def test_result_is_written_on_a_full_disk(small_disk: Path) -> None:
     directory = make(small_disk)
     step = StepSummary(1, 0, 1.0, 64, {f"part {number}": 0.25 for number in range(400)})
     with pytest.raises(StorageError, match="No space left on device; free some"):
@@ -346,15 +346,15 @@ def test_a_run_on_a_full_disk_says_how_it_ended(small_disk: Path) -> None:
     assert not list(small_disk.rglob("*.partial"))
 
 
-def test_files_that_cannot_be_closed_do_not_hide_the_result(
+def test_result_is_written_if_a_file_cannot_be_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = make(tmp_path)
     directory.record(STEPS[0])
 
-    def refuse(self: RecordFile) -> None:
+    def fail(self: RecordFile) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(RecordFile, "close", refuse)
+    monkeypatch.setattr(RecordFile, "close", fail)
     directory.finish("FAILED", {"error": "lost"})
     assert json.loads((directory.path / "result.json").read_text())["status"] == "FAILED"
