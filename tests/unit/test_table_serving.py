@@ -85,9 +85,8 @@ def test_fenced_push_caches_no_segment() -> None:
     server, (ids, values) = make_server(), segments()
     server.open(plan(world=1), 0, ids.address)
     old, old_ids = RowTransfer(0, 3, ids.address, values.address), ids.address
-    server.open(
-        plan(1, world=1), 1, segments()[0].address
-    )  # a worker of the next attempt opens first
+    # A worker of the next attempt opens first.
+    server.open(plan(1, world=1), 1, segments()[0].address)
     with pytest.raises(FencedError):
         server.push(PushId("run", 0, 0, 0), [old])
     for segment in (ids, values):

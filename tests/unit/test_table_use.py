@@ -209,15 +209,17 @@ def test_frozen_table_matches_torch(how: str, strategy: str) -> None:
 @pytest.mark.parametrize("servers", [1, 2, 3])
 def test_resumed_run_continues_the_update_counts(servers: int) -> None:
     spec = partial(job, OPTIMIZERS[2], checkpoint={"every_steps": 5})
-    whole = train(spec(), SparseUseTask)
+    reference = train(spec(), SparseUseTask)
     resumed = train(
-        spec(embeddings={"servers": servers}), SparseUseTask, saved=whole.checkpoints[5]
+        spec(embeddings={"servers": servers}), SparseUseTask, saved=reference.checkpoints[5]
     )
     for number in range(4):
-        actual, expected_rows = (table_rows(run.tables, number, ROWS) for run in (resumed, whole))
+        actual, expected_rows = (
+            table_rows(run.tables, number, ROWS) for run in (resumed, reference)
+        )
         np.testing.assert_allclose(actual, expected_rows, rtol=1e-5, atol=1e-6)
     updates = {tuple(t.updates for t in s.store.tables) for s in resumed.tables.table_servers}
-    assert updates == {tuple(t.updates for t in whole.tables.table_servers[0].store.tables)}
+    assert updates == {tuple(t.updates for t in reference.tables.table_servers[0].store.tables)}
 
 
 def updates(run: LossyRun) -> list[list[int]]:
@@ -233,11 +235,11 @@ def updates(run: LossyRun) -> list[list[int]]:
 @pytest.mark.parametrize("step", [5, 6, 7])  # `sometimes`; `rarely` on one rank; on the other
 def test_lost_rank_does_not_change_update_counts(step: int, tables: int) -> None:
     spec = job(OPTIMIZERS[2], strategy="ps-sync")
-    whole = train_lossy(spec, SparseUseTask, [])
+    reference = train_lossy(spec, SparseUseTask, [])
     run = train_lossy(spec, SparseUseTask, [Loss(step, 1, tables, shards=0)])
-    assert updates(run) == updates(whole) == [[STEPS, STEPS // 4, STEPS // 2, 0]] * 2
+    assert updates(run) == updates(reference) == [[STEPS, STEPS // 4, STEPS // 2, 0]] * 2
     for number in range(4):
-        assert run.rows(number, ROWS).tobytes() == whole.rows(number, ROWS).tobytes()
+        assert run.rows(number, ROWS).tobytes() == reference.rows(number, ROWS).tobytes()
 
 
 class Ranks:

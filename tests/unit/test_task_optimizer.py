@@ -252,9 +252,9 @@ TASK_CLASSES = [LambTask, AdafactorTask, MuonTask, OwnParameterTask, OwnStateDic
 @pytest.mark.parametrize("cls", TASK_CLASSES)
 def test_resumed_run_is_bit_identical(cls: type[Small]) -> None:
     spec = job("ring", 2, checkpoint={"every_steps": 2}, ema={"decay": 0.5})
-    unfailed = train(spec, cls)
-    resumed = train(spec, cls, saved=unfailed.checkpoints[2])
-    for key, value in unfailed.trained[0].items():
+    reference = train(spec, cls)
+    resumed = train(spec, cls, saved=reference.checkpoints[2])
+    for key, value in reference.trained[0].items():
         assert torch.equal(resumed.trained[0][key], value), key
 
 
@@ -269,9 +269,9 @@ def test_run_with_a_lost_worker_is_bit_identical(cls: type[Small]) -> None:
     assert attempt.make()
     assert min(attempt.starts) > 1
     run.close()
-    unfailed = train(spec, cls)
+    reference = train(spec, cls)
     for rank in range(3):
-        for key, value in state_of(unfailed).items():
+        for key, value in state_of(reference).items():
             assert torch.equal(state_of(run, rank)[key], value), key
 
 

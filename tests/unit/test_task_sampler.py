@@ -100,9 +100,9 @@ def test_ps_async_with_one_worker_matches_plain_loop() -> None:
 
 
 def test_run_resumes_in_the_middle_of_an_epoch() -> None:
-    whole = train(job("ring", 2, checkpoint={"every_steps": 6}), Weighted)
-    resumed = train(job("ring", 2), Weighted, saved=whole.checkpoints[6])
-    for name, value in whole.trained[0].items():
+    reference = train(job("ring", 2, checkpoint={"every_steps": 6}), Weighted)
+    resumed = train(job("ring", 2), Weighted, saved=reference.checkpoints[6])
+    for name, value in reference.trained[0].items():
         assert torch.equal(resumed.trained[0][name], value), name
 
 

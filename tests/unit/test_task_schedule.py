@@ -68,9 +68,9 @@ def test_tables_use_the_tasks_rates(more: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers"])
 def test_resumed_run_is_bit_identical(name: str) -> None:
     spec = lr_job(*STRATEGIES[name], checkpoint={"every_steps": 2})
-    unfailed = train(spec, LrTask)
-    resumed = train(spec, LrTask, saved=unfailed.checkpoints[4])
-    for key, value in unfailed.parameters().items():
+    reference = train(spec, LrTask)
+    resumed = train(spec, LrTask, saved=reference.checkpoints[4])
+    for key, value in reference.parameters().items():
         assert torch.equal(resumed.parameters()[key], value), key
 
 

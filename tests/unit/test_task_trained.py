@@ -98,11 +98,13 @@ def test_task_parameters_match_plain_loop(strategy: dict[str, Any], workers: int
 
 
 def test_task_parameters_are_resumed() -> None:
-    whole = train(make_job({"name": "ring"}, 2, checkpoint={"every_steps": 3}), TaskWithParameters)
-    resumed = train(
-        make_job({"name": "ps-sync"}, 2), TaskWithParameters, saved=whole.checkpoints[3]
+    reference = train(
+        make_job({"name": "ring"}, 2, checkpoint={"every_steps": 3}), TaskWithParameters
     )
-    for name, value in whole.trained[0].items():
+    resumed = train(
+        make_job({"name": "ps-sync"}, 2), TaskWithParameters, saved=reference.checkpoints[3]
+    )
+    for name, value in reference.trained[0].items():
         assert torch.allclose(resumed.trained[0][name], value, rtol=0, atol=1e-10), name
 
 

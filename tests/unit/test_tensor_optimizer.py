@@ -110,9 +110,9 @@ CHECKPOINTED = ["ring-2", "sharded", "ps-sync-3-servers", "ps-sync-kept-twice", 
 @pytest.mark.parametrize("target", CHECKPOINTED)
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_checkpoint_resumes_under_any_strategy(name: str, target: str) -> None:
-    unfailed = train(job(*CONFIGS[name], checkpoint={"every_steps": 2}), Small)
-    resumed = train(job(*CONFIGS[target]), Small, saved=unfailed.checkpoints[2])
-    for key, value in unfailed.parameters().items():
+    reference = train(job(*CONFIGS[name], checkpoint={"every_steps": 2}), Small)
+    resumed = train(job(*CONFIGS[target]), Small, saved=reference.checkpoints[2])
+    for key, value in reference.parameters().items():
         actual = resumed.parameters()[key]
         assert (
             torch.equal(actual, value) if name == target else torch.allclose(actual, value, 1e-9)
@@ -122,11 +122,11 @@ def test_checkpoint_resumes_under_any_strategy(name: str, target: str) -> None:
 @pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers"])
 def test_ema_is_resumed(name: str) -> None:
     spec = job(*CONFIGS[name], checkpoint={"every_steps": 2}, ema={"decay": 0.5})
-    unfailed = train(spec, Small)
-    resumed = train(spec, Small, saved=unfailed.checkpoints[2])
+    reference = train(spec, Small)
+    resumed = train(spec, Small, saved=reference.checkpoints[2])
     ring = train(job("ring", 1, ema={"decay": 0.5}), Small)
     assert "ema:head.weight" in ring.trained[0]
-    for key, value in unfailed.trained[0].items():
+    for key, value in reference.trained[0].items():
         assert torch.equal(resumed.trained[0][key], value), key
         torch.testing.assert_close(ring.trained[0][key], value, rtol=1e-9, atol=1e-9)
 
@@ -147,9 +147,9 @@ def test_run_with_a_lost_worker_is_bit_identical() -> None:
     assert attempt.make()
     assert min(attempt.starts) > 1
     run.close()
-    unfailed = state_of(train(spec, Small))
+    reference = state_of(train(spec, Small))
     for rank in range(3):
-        for key, value in unfailed.items():
+        for key, value in reference.items():
             assert torch.equal(state_of(run, rank)[key], value), key
 
 

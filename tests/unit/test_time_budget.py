@@ -56,10 +56,10 @@ def test_model_equals_that_of_a_run_with_the_same_steps(strategy: Any) -> None:
     assert ExpiresInStepEnd(run).make()
     run.close()
     more = {"steps": END, "max_time_s": None, "lr_schedule": schedule}
-    whole = train(job(strategy, **more), Evaluated)
-    for actual, expected in zip(run.trained, whole.trained, strict=True):
+    reference = train(job(strategy, **more), Evaluated)
+    for actual, expected in zip(run.trained, reference.trained, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0.0, atol=0.0)
-    assert evaluations(run) == evaluations(whole)
+    assert evaluations(run) == evaluations(reference)
     assert {report.of for report in run.reports[0] if isinstance(report, StepReport)} == {0}
 
 
@@ -81,8 +81,8 @@ def test_ps_async_completes_the_steps_in_progress(
     steps = {r.step for reports in run.reports for r in reports if isinstance(r, StepReport)}
     num_steps = max(steps) + 1
     assert steps == set(range(num_steps)), "all tasks of the steps in progress"
-    every = range(0, num_steps, 2) if "every_steps" in evaluation else [0]
-    assert [report.step for report in evaluations(run)] == [*every, num_steps]
+    due_steps = range(0, num_steps, 2) if "every_steps" in evaluation else [0]
+    assert [report.step for report in evaluations(run)] == [*due_steps, num_steps]
 
 
 def plan_of(first: int = 0, **evaluation: Any) -> TaskPlan:

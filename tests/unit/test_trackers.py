@@ -69,7 +69,7 @@ class FailingTracker(RecordingTracker):
 
 
 @pytest.fixture
-def tracker(monkeypatch: pytest.MonkeyPatch) -> type[RecordingTracker]:
+def tracker_class(monkeypatch: pytest.MonkeyPatch) -> type[RecordingTracker]:
     RecordingTracker.opened = []
     monkeypatch.setattr(trackers, "MLflow", RecordingTracker)
     monkeypatch.setattr(trackers, "find_spec", lambda name: name)
@@ -91,32 +91,18 @@ def test_points_of_uses_the_names_of_metrics_jsonl() -> None:
 
 
 def test_resumed_run_continues_the_trackers_run(
-    tracker: type[RecordingTracker], tmp_path: Path
+    tracker_class: type[RecordingTracker], tmp_path: Path
 ) -> None:
-    first = Trainer(spec(tmp_path), LinearTask).fit()
+    result = Trainer(spec(tmp_path), LinearTask).fit()
     fields = spec(tmp_path, {"name": "mlflow", "project": "digits"}, steps=5)
-    Trainer(fields, LinearTask, resume=first.path).fit()
-    first_tracker, second_tracker = tracker.opened
+    Trainer(fields, LinearTask, resume=result.path).fit()
+    first, second = tracker_class.opened
     train, evaluated = ["train"], ["eval"]  # an epoch has two steps
-    assert first_tracker.steps == [
-        (1, train),
-        (2, train),
-        (2, evaluated),
-        (3, train),
-        (3, evaluated),
-    ]
-    assert [step for step, groups in second_tracker.steps if groups == train] == [4, 5]
-    assert (first_tracker.project, first_tracker.known, first_tracker.failed) == (
-        "test",
-        None,
-        False,
-    )
-    assert (second_tracker.project, second_tracker.known, second_tracker.failed) == (
-        "digits",
-        first_tracker.id,
-        False,
-    )
-    assert json.loads((first.path / "tracker_mlflow.json").read_text()) == {"id": first_tracker.id}
+    assert first.steps == [(1, train), (2, train), (2, evaluated), (3, train), (3, evaluated)]
+    assert [step for step, groups in second.steps if groups == train] == [4, 5]
+    assert (first.project, first.known, first.failed) == ("test", None, False)
+    assert (second.project, second.known, second.failed) == ("digits", first.id, False)
+    assert json.loads((result.path / "tracker_mlflow.json").read_text()) == {"id": first.id}
 
 
 @pytest.mark.parametrize(
@@ -127,22 +113,22 @@ def test_resumed_run_continues_the_trackers_run(
     ],
 )
 def test_invalid_tracker_id_is_rejected(
-    content: str, tracker: type[RecordingTracker], tmp_path: Path
+    content: str, tracker_class: type[RecordingTracker], tmp_path: Path
 ) -> None:
     (tmp_path / "tracker_mlflow.json").write_text(content)
     with pytest.raises(StorageError, match=r"tracker_mlflow.json has no id of a tracker's run"):
         _open(tmp_path)
-    assert not tracker.opened
+    assert not tracker_class.opened
 
 
 def test_tracker_id_behind_a_symlink_is_rejected(
-    tracker: type[RecordingTracker], tmp_path: Path
+    tracker_class: type[RecordingTracker], tmp_path: Path
 ) -> None:
     (tmp_path / "target").write_text('{"id": "target"}')
     (tmp_path / "tracker_mlflow.json").symlink_to(tmp_path / "target")
     with pytest.raises(StorageError, match="it is a link"):
         _open(tmp_path)
-    assert not tracker.opened
+    assert not tracker_class.opened
 
 
 def _open(before: Path) -> Any:
@@ -150,24 +136,26 @@ def _open(before: Path) -> Any:
     return trackers.open_tracker(TrackerSpec(name="mlflow", project=None), job, before, before)
 
 
-def test_failed_run_is_marked_as_failed(tracker: type[RecordingTracker], tmp_path: Path) -> None:
+def test_failed_run_is_marked_as_failed(
+    tracker_class: type[RecordingTracker], tmp_path: Path
+) -> None:
     with pytest.raises(UserCodeError):
         Trainer(spec(tmp_path, task_args={"fails": True}), LinearTask).fit()
-    assert [opened.failed for opened in tracker.opened] == [True]
+    assert [opened.failed for opened in tracker_class.opened] == [True]
 
 
 def test_run_that_fails_before_it_starts_opens_no_tracker(
-    tracker: type[RecordingTracker], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tracker_class: type[RecordingTracker], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").touch()
     unstarted = {**spec(tmp_path), "storage_path": f"file://{tmp_path}/file/below"}
     with caplog.at_level(logging.WARNING), pytest.raises(StorageError, match="nothing was trained"):
         Trainer(unstarted, LinearTask, storage_dir=tmp_path).fit()
-    assert not caplog.text and not tracker.opened
+    assert not caplog.text and not tracker_class.opened
 
 
 def test_tracker_error_does_not_fail_the_run(
-    tracker: type[RecordingTracker],
+    tracker_class: type[RecordingTracker],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -175,7 +163,7 @@ def test_tracker_error_does_not_fail_the_run(
     monkeypatch.setattr(trackers, "MLflow", FailingTracker)
     with caplog.at_level(logging.WARNING):
         result = Trainer(spec(tmp_path), LinearTask).fit()
-    assert result.totals.steps == 3 and len(tracker.opened) == 1, "the tracker is opened once"
+    assert result.totals.steps == 3 and len(tracker_class.opened) == 1, "the tracker is opened once"
     assert caplog.text.count("no route to the server") == 1
     assert "mlflow: 6 records" in caplog.text
 
@@ -183,7 +171,7 @@ def test_tracker_error_does_not_fail_the_run(
 @pytest.mark.parametrize("is_interrupted", [True, False])
 def test_hanging_trackers_share_one_deadline(
     is_interrupted: bool,
-    tracker: type[RecordingTracker],
+    tracker_class: type[RecordingTracker],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

@@ -260,11 +260,11 @@ def test_gradients_from_before_prepare_are_kept(strategy: str) -> None:
             parameter.grad = torch.full_like(parameter, number)
         return model, torch.optim.SGD(model.parameters(), lr=0.1)
 
-    whole = make()
-    steps(*whole)
+    reference = make()
+    steps(*reference)
     job = function_job(1 if strategy == "ps-async" else 2, strategy=strategy)
     actual = call_on_ranks(lambda config: steps(*distplat.prepare(*make())), job=job).trained[0]
-    for name, value in whole[0].state_dict().items():
+    for name, value in reference[0].state_dict().items():
         assert torch.allclose(actual[name], value, rtol=1e-10, atol=1e-12), name
 
 
@@ -287,11 +287,11 @@ def test_steps_and_losses_are_those_of_rank_0() -> None:
 
 
 def test_resumed_run_is_bit_identical() -> None:
-    whole = call_on_ranks(resumable(4), 2)
+    reference = call_on_ranks(resumable(4), 2)
     half = call_on_ranks(resumable(2), 2)
     assert sorted(half.checkpoints) == [1, 2]
     resumed = call_on_ranks(resumable(4), 2, saved=half.checkpoints[2])
-    for name, value in whole.trained[0].items():
+    for name, value in reference.trained[0].items():
         assert torch.equal(resumed.trained[1][name], value), name
     assert [report.step for report in resumed.reports] == [2, 3]
 

@@ -85,9 +85,9 @@ def names(run: LocalRun, version: int) -> set[str]:
 )
 def test_checkpoint_omits_frozen_parameters_and_resumes(strategy: Any, workers: int) -> None:
     run = train(job(strategy, workers, ema=None), LoraTask)
-    whole = {*run.parameters()}
-    assert whole > FROZEN
-    assert names(run, 2) == {*run.trained[0]} == whole - FROZEN
+    all_names = {*run.parameters()}
+    assert all_names > FROZEN
+    assert names(run, 2) == {*run.trained[0]} == all_names - FROZEN
     resumed = train(job(strategy, workers), LoraTask, saved=run.checkpoints[2])
     for name, value in run.parameters().items():
         assert torch.equal(resumed.parameters()[name], value), name
@@ -134,11 +134,11 @@ def join_stages(run: LocalRun) -> dict[str, Tensor]:
 def test_each_stage_omits_its_frozen_parameters(data_strategy: str) -> None:
     spec = job({**STAGES, "data_strategy": data_strategy}, 3, ema={"decay": 0.5})
     run = train(spec, StagesTask)
-    every_name = {*StagesTask().model().state_dict()}
-    frozen = {name for name in every_name if ".base." in name}
+    all_names = {*StagesTask().model().state_dict()}
+    frozen = {name for name in all_names if ".base." in name}
     assert len(frozen) == 4
-    assert names(run, 2) == every_name - frozen
-    assert {name.removeprefix("ema:") for name in join_stages(run)} == every_name - frozen
+    assert names(run, 2) == all_names - frozen
+    assert {name.removeprefix("ema:") for name in join_stages(run)} == all_names - frozen
     resumed = train(spec, StagesTask, saved=run.checkpoints[2])
     for name, value in join_stages(run).items():
         assert torch.equal(join_stages(resumed)[name], value), name

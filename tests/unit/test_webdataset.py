@@ -88,8 +88,8 @@ def test_ranks_of_a_train_function_read_each_sample_once(
 class RecordingTask(Task):
     """Records its training samples."""
 
-    def __init__(self, make: Callable[[], Any], seen: list[int]) -> None:
-        self.make, self.seen = make, seen
+    def __init__(self, make: Callable[[], Any], samples: list[int]) -> None:
+        self.make, self.samples = make, samples
 
     def model(self) -> nn.Module:
         return nn.Linear(1, 1)
@@ -101,7 +101,7 @@ class RecordingTask(Task):
         return sample_numbers(rows)
 
     def step(self, model: nn.Module, batch: Any) -> Tensor:
-        self.seen += batch.tolist()
+        self.samples += batch.tolist()
         loss: Tensor = model(batch[:, None] / SAMPLES).square().mean()
         return loss
 
@@ -110,11 +110,11 @@ class RecordingTask(Task):
 def test_task_trains_on_each_sample_in_each_pass(
     make: Callable[[list[str]], Any], workers: int, urls: list[str]
 ) -> None:
-    seen: list[int] = []
+    samples: list[int] = []
     job = job_of("ring", workers, epochs=2, global_batch_size=6)
-    train(job, partial(RecordingTask, partial(make, urls), seen))  # type: ignore[arg-type]
-    assert sorted(seen) == sorted([*range(SAMPLES)] * 2)
-    assert seen[:SAMPLES] != seen[SAMPLES:] or make is make_dataset
+    train(job, partial(RecordingTask, partial(make, urls), samples))  # type: ignore[arg-type]
+    assert sorted(samples) == sorted([*range(SAMPLES)] * 2)
+    assert samples[:SAMPLES] != samples[SAMPLES:] or make is make_dataset
 
 
 OWN_GENERATOR: dict[str, Callable[[list[str]], Any]] = {

@@ -297,13 +297,13 @@ def test_forward_hook_runs_once_and_pre_hook_is_rejected() -> None:
 @pytest.mark.parametrize("victim", [0, 3])
 def test_replaced_rank_gets_order_of_blocks_and_shapes(victim: int) -> None:
     """Each attempt exchanges the shapes, and the new rank learns where the norm is called."""
-    unfailed = Workers(with_blocks(ModelLoss)).attempt()
+    reference = Workers(with_blocks(ModelLoss)).attempt()
     workers, fabric = Workers(with_blocks(ModelLoss)), Fabric(WORLD)
     fabric.kill(victim, after=12, group="world")
     assert workers.attempt(fabric) is None
     workers.renew(victim)
     model = workers.attempt()
-    assert model is not None and unfailed is not None and same(model, unfailed)
+    assert model is not None and reference is not None and same(model, reference)
     assert min(workers.starts) == max(workers.starts) > 0, "surviving ranks keep their state"
 
 
