@@ -24,7 +24,7 @@ os.environ.pop("FORCE_COLOR", None)  # some CI systems set it, and tests compare
 torch.set_num_threads(1)
 # On a loaded machine an example and its generation may be slow.
 _PATIENT: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("the same examples", derandomize=True, **_PATIENT)
+settings.register_profile("the same examples", derandomize=True, max_examples=50, **_PATIENT)
 settings.register_profile("new examples", **_PATIENT)  # `make test-all`: --hypothesis-profile
 settings.load_profile("the same examples")
 

@@ -48,7 +48,6 @@ def growth(leased: bool, folder: str) -> float:
         patch.setattr(result, "KEPT", 50)
         patch.setattr(evaluations, "_MAX_KEPT", 20)
         patch.setattr(progress, "_MAX_EMITTED", 20)
-        gc.freeze()  # collections need not look at what was imported
         tracemalloc.start()
         run = synthetic_run.run(Path(folder), STEPS, patch, sample, leased=leased)
     assert run.totals.steps == STEPS

@@ -15,6 +15,7 @@ TIMEOUT_S = 0.2
 """Deadline of operations that should time out, seconds."""
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS)
 def test_collective_contract(check: Check, world: int) -> None:

@@ -91,6 +91,7 @@ BUILDERS = {
 }
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
 def test_matches_plain_torch(build: Callable[[Any], Any], schedule: str) -> None:

@@ -304,6 +304,7 @@ def test_closed_manager_stops_the_follower_thread(make_servers: ServersFactory) 
 DEATH_POINTS = ["before the update is sent", "after the backup has applied it"]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("backups", NODES)
 @pytest.mark.parametrize("point", DEATH_POINTS)
 @pytest.mark.parametrize("node", NODES)

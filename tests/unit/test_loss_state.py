@@ -302,6 +302,7 @@ class KeepsOutputs(Plain):
         return super().loss((outputs * self.mask) @ self.sums, targets)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(
     ("task", "expected"),

@@ -265,6 +265,7 @@ def expected_buffers(rule: Callable[[str], str | None], world: int) -> list[dict
     return [dict(module.named_buffers()) for module in ranks]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("rule_of_mean", [None, "mean", "local"])
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])

@@ -50,6 +50,7 @@ def name_of(world: Any) -> str:
     return "-".join(str(value) for value in world.values()) if isinstance(world, dict) else ""
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("spoil_loss", [False, True])
 @pytest.mark.parametrize(("strategy", "workers"), WORLDS, ids=name_of)
 def test_stop_ends_the_run_before_the_step_is_applied(
@@ -97,6 +98,7 @@ def plain_loop(bad: tuple[int, ...], norm: bool) -> dict[str, Tensor]:
 BAD = [(14,), (1, 8), tuple(range(SAMPLES))]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("bad", BAD[:2], ids=str)
 @pytest.mark.parametrize(("strategy", "workers"), WORLDS, ids=name_of)
 def test_skipped_step_matches_a_loop_without_the_batch(

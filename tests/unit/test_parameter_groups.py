@@ -20,6 +20,7 @@ from distplat.strategies.loop.session import prepare
 from distplat.strategies.task import Task
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_groups_match_a_plain_loop_with_param_groups(name: str, clip_norm: float | None) -> None:

@@ -70,6 +70,7 @@ def is_equal(first: Replica, second: Replica) -> bool:
     return all(torch.equal(left, right) for left, right in pairs)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: "-".join(map(str, o.values())))
 @pytest.mark.parametrize("steps", [[3, 4, 0], [0, 4, 4], [4, 0, 3], [4, 4]])
 def test_all_ranks_continue_from_the_newest_state(

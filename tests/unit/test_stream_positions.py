@@ -203,6 +203,7 @@ class LosesRank1(Attempt):
             self.give_up()
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("task", [Stateful, Stateless])
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 @pytest.mark.parametrize("length", [{"epochs": 3}, {"steps": 15}], ids=["epochs", "steps"])

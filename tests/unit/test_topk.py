@@ -118,6 +118,7 @@ def test_add_sparse_adds_in_rank_order() -> None:
     assert out.tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("density", [0.001, 0.1, 1.0])

@@ -34,6 +34,7 @@ from distplat.platform.errors import NonFiniteError, SpecError
 from distplat.platform.progress import StepReport
 
 
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("make", [adam, momentum, adagrad])
 def test_parameters_match_plain_loop(world: int, make: Make) -> None:
