@@ -61,7 +61,7 @@ def job(strategy: Any = "ring", world: int = 1, **overrides: Any) -> Job:
     return grouped_job(strategy, world, **fields)
 
 
-def muon_and(named: dict[str, Any], rest: dict[str, Any] = ADAMW) -> list[torch.optim.Optimizer]:
+def muon_with(named: dict[str, Any], rest: dict[str, Any] = ADAMW) -> list[torch.optim.Optimizer]:
     """Return torch's Muon for the hidden matrices, and another optimizer for the rest."""
     hidden = [p for n, p in named.items() if n.startswith("body") and p.ndim == 2]
     others = [p for p in named.values() if all(p is not matrix for matrix in hidden)]
@@ -73,7 +73,7 @@ def muon_and(named: dict[str, Any], rest: dict[str, Any] = ADAMW) -> list[torch.
 
 
 def plain_loop(
-    task_class: type[Small] = Deep, clip_norm: float | None = None, make_optimizers: Any = muon_and
+    task_class: type[Small] = Deep, clip_norm: float | None = None, make_optimizers: Any = muon_with
 ) -> dict[str, Tensor]:
     task = task_class()
     torch.manual_seed(5)
@@ -172,14 +172,14 @@ def test_muon_combines_with_any_optimizer(optimizer: dict[str, Any]) -> None:
     groups = [{"match": REST, **optimizer}]
     strategy = {"name": "ps-sync", "num_servers": 2}
     run = train(job(optimizer={**MUON, "groups": groups}, checkpoint={"every_steps": 3}), Deep)
-    assert_same(state_of(run), plain_loop(make_optimizers=partial(muon_and, rest=optimizer)))
+    assert_same(state_of(run), plain_loop(make_optimizers=partial(muon_with, rest=optimizer)))
     swapped = {**optimizer, "groups": [{"match": "body.?.weight", **MUON}]}
     config = job(strategy, optimizer=swapped, checkpoint={"every_steps": 3})
     other = train(config, Deep)
-    assert_same(state_of(other), plain_loop(make_optimizers=partial(muon_and, rest=optimizer)))
+    assert_same(state_of(other), plain_loop(make_optimizers=partial(muon_with, rest=optimizer)))
     assert_same(
         state_of(train(config, Deep, saved=other.checkpoints[3])),
-        plain_loop(make_optimizers=partial(muon_and, rest=optimizer)),
+        plain_loop(make_optimizers=partial(muon_with, rest=optimizer)),
     )
 
 

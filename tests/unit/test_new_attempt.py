@@ -92,7 +92,7 @@ def test_asynchronous_pushes_restart_at_0_and_tasks_stay_done() -> None:
     for seq, task in enumerate((0, 1, 3)):
         push(server, 0, seq, 1, task)
     server.exclusively(lambda: server.renew(2))
-    answers = [server.pull(PullId(2, rank, 0), _nowhere) for rank in range(WORLD)]
+    answers = [server.pull(PullId(2, rank, 0), _discard) for rank in range(WORLD)]
     assert [answer.done for answer in answers] == [1, 1]
     with pytest.raises(FencedError):
         push(server, 0, 3, 1, 2)
@@ -104,11 +104,11 @@ def test_asynchronous_pushes_restart_at_0_and_tasks_stay_done() -> None:
 
 def test_pull_of_an_earlier_attempt_is_rejected() -> None:
     server = open_server(SYNCHRONOUS)
-    server.pull(PullId(1, 0, 7), _nowhere)
+    server.pull(PullId(1, 0, 7), _discard)
     server.exclusively(lambda: server.renew(2))
-    server.pull(PullId(2, 0, 0), _nowhere)
+    server.pull(PullId(2, 0, 0), _discard)
     with pytest.raises(FencedError, match="a pull of attempt 1 refused"):
-        server.pull(PullId(1, 0, 8), _nowhere)
+        server.pull(PullId(1, 0, 8), _discard)
 
 
 def test_forget_push_reply_delivers_the_last_answer_again() -> None:
@@ -146,5 +146,5 @@ def test_vectors_are_rounded_to_the_wire_dtype(wire: str | None) -> None:
     assert torch.equal(from_bytes(sent, dtype), vector.to(dtype))
 
 
-def _nowhere(values: Tensor, version: int) -> None:
+def _discard(values: Tensor, version: int) -> None:
     """Discard the values."""

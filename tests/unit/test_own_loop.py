@@ -131,23 +131,27 @@ def test_every_field_has_an_effect_or_is_rejected() -> None:
 async def coroutine(config: Any) -> None: ...
 
 
-def two(epochs: int, lr: float) -> None: ...
+def two_arguments(epochs: int, lr: float) -> None: ...
 
 
-def named(config: Any, *, more: Any) -> None: ...
+def keyword_only(config: Any, *, more: Any) -> None: ...
 
 
-def placed(epochs: int, lr: float, /) -> None: ...
+def positional_only(epochs: int, lr: float, /) -> None: ...
 
 
 @pytest.mark.parametrize(
     ("function", "arguments", "text"),
     [
         (coroutine, [], "coroutine"),
-        (two, ["epochs"], "task_args: two needs the argument 'lr'"),
-        (two, ["epochs", "lr", "lrr"], "task_args.lrr: two takes no such argument"),
-        (named, ["config"], "named needs the argument 'more'"),
-        (placed, ["epochs", "lr"], "positional-only arguments"),
+        (two_arguments, ["epochs"], "task_args: two_arguments needs the argument 'lr'"),
+        (
+            two_arguments,
+            ["epochs", "lr", "lrr"],
+            "task_args.lrr: two_arguments takes no such argument",
+        ),
+        (keyword_only, ["config"], "keyword_only needs the argument 'more'"),
+        (positional_only, ["epochs", "lr"], "positional-only arguments"),
         (3, [], "got a int"),
     ],
 )

@@ -16,7 +16,7 @@ def stages(costs: Sequence[float], points: Sequence[int]) -> list[float]:
     return [sum(costs[start:stop]) for start, stop in bounds(points, len(costs))]
 
 
-def every_cut(layers: int, parts: int) -> list[tuple[int, ...]]:
+def all_cuts(layers: int, parts: int) -> list[tuple[int, ...]]:
     return list(combinations(range(1, layers), parts - 1))
 
 
@@ -25,7 +25,7 @@ def every_cut(layers: int, parts: int) -> list[tuple[int, ...]]:
 def test_partition_is_optimal(costs: list[int], data: st.DataObject) -> None:
     parts = data.draw(st.integers(1, len(costs)))
     found = stages(costs, partition(costs, parts))
-    others = [stages(costs, points) for points in every_cut(len(costs), parts)]
+    others = [stages(costs, points) for points in all_cuts(len(costs), parts)]
     assert max(found) == min(map(max, others))
     cheapest = [other for other in others if max(other) == max(found)]
     assert sum(x * x for x in found) == min(sum(x * x for x in other) for other in cheapest)
@@ -36,7 +36,7 @@ def test_partition_is_optimal(costs: list[int], data: st.DataObject) -> None:
 def test_partition_of_fractional_costs_is_optimal(costs: list[float], data: st.DataObject) -> None:
     parts = data.draw(st.integers(1, len(costs)))
     found = max(stages(costs, partition(costs, parts)))
-    best = min(max(stages(costs, points)) for points in every_cut(len(costs), parts))
+    best = min(max(stages(costs, points)) for points in all_cuts(len(costs), parts))
     assert found == pytest.approx(best, abs=1e-6)
 
 
@@ -52,7 +52,7 @@ def test_partition_with_limits_is_optimal(costs: list[int], data: st.DataObject)
 
     fitting = [
         points
-        for points in every_cut(len(costs), parts)
+        for points in all_cuts(len(costs), parts)
         if all(fits(k, *ends) for k, ends in enumerate(bounds(points, len(costs))))
     ]
     if not fitting:
