@@ -380,16 +380,16 @@ class Injector:
     def _find_victims(self, victim: str, name: str) -> list[str]:
         """Return the names of the victims."""
         if victim == "self":
-            found = self.ray.living(name)
+            found = self.ray.alive(name)
             return found if name not in ("driver", "controller") else []
         if victim == "node":
             last, here = self.ray.node_names[-1], self.ray.node_names[0]
-            processes = [self.ray.processes[alive] for alive in self.ray.living("")]
+            processes = [self.ray.processes[alive] for alive in self.ray.alive("")]
             found = [process.name for process in processes if process.node == last != here]
             return [role for role in found if role not in ("driver", "controller")]
         if victim.endswith("s"):
-            return [alive for alive in self.ray.living("") if victim[:-1] in alive]
-        found = self.ray.living(f"{victim}-" if victim == "server" else victim)
+            return [alive for alive in self.ray.alive("") if victim[:-1] in alive]
+        found = self.ray.alive(f"{victim}-" if victim == "server" else victim)
         found = [role for role in found if victim != "server" or "manager" not in role]
         first = self.seed % len(found) if found else 0
         return found[first:] + found[:first]
@@ -398,7 +398,7 @@ class Injector:
         for victim in self._find_victims(deed.victim, name)[:1]:
             process = self.ray.processes[victim]
             process.freeze()
-            _start_timer(deed.frozen_s, process.go_on)
+            _start_timer(deed.frozen_s, process.resume)
             return f"{victim} is frozen"
         return ""
 
@@ -428,7 +428,7 @@ class Injector:
 
     def _scale(self, deed: Deed, name: str) -> str:
         with suppress(TransportError, DistplatError, KeyError):  # refused, or no controller
-            return f"{self.ray.ask('controller', 'scale', deed.workers)}"
+            return f"{self.ray.call_actor('controller', 'scale', deed.workers)}"
         return ""
 
     def _driver(self, deed: Deed, name: str) -> str:

@@ -90,9 +90,9 @@ def run(strategy: str, seed: int | None) -> tuple[str, list[str], Counter[str]]:
     local_run = LocalRun(job, WithoutDropout, timeout_s=60.0)
     rule = LossRule(seed or 0)
     if seed is not None:
-        for cluster in (local_run.servers.cluster, local_run.desk.cluster):
+        for cluster in (local_run.servers.cluster, local_run.task_scheduler.cluster):
             add_rule(cluster, rule)
-    Attempt(local_run, apart=True).make()
+    Attempt(local_run, remote_servers=True).make()
     stores = [service.store for service in local_run.servers.shard_servers()]
     problems = [
         f"a shard made {store.version} updates" for store in stores if store.version != STEPS

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from counting import BATCH, SAMPLES, counting
+from counting import BATCH, SAMPLES, counting_fields
 from server_losses import unfailed_weights
 from small_runs import HERE, distance, job, train, weights
 from table_runs import read_tables
@@ -156,7 +156,7 @@ def test_each_task_is_applied_to_the_tables_once(tmp_path: Path) -> None:
     done = tmp_path / "ends"
     thread = Scenario(scenario, done)
     task_args = {"until": str(done), "seconds": 0.05}
-    spec = counting(name="small", task="counting:Counting", task_args=task_args, epochs=100)
+    spec = counting_fields(name="small", task="counting:Counting", task_args=task_args, epochs=100)
     spec["scaling"]["resources_per_worker"] = {"CPU": 0.5}
     result = train(spec, tmp_path, callbacks=(thread,))
     thread.join(10)
@@ -315,7 +315,7 @@ def test_embedding_tables_of_a_resized_synchronous_run(tmp_path: Path) -> None:
     done = tmp_path / "ends"
     thread = Scenario(scenario, done)
     optimizer = {"name": "SGD", "lr": float(BATCH)}
-    spec = job("ps-sync", 2) | counting(
+    spec = job("ps-sync", 2) | counting_fields(
         task="counting:Counting",
         task_args={"until": str(done), "seconds": 0.03},
         strategy="ps-sync",

@@ -59,7 +59,7 @@ class Tags(Task):
         return Sentences(SAMPLES)
 
 
-class Dicts(Tags):
+class DictBatches(Tags):
     """The batch is a dict, passed to the model as keyword arguments and to `loss` as targets."""
 
     def collate(self, samples: list[Any]) -> Any:
@@ -73,7 +73,7 @@ class Dicts(Tags):
         return {"words": targets["attention_mask"].sum() / len(targets["labels"])}
 
 
-class Triples(Tags):
+class TupleBatches(Tags):
     """The batch is a tuple of three; `forward` unpacks it."""
 
     def collate(self, samples: list[Any]) -> Any:
@@ -89,7 +89,7 @@ class Triples(Tags):
         return {"words": targets[1].sum() / len(outputs)}
 
 
-class Nested(Triples):
+class NestedBatches(TupleBatches):
     """The batch is a tree; the task's `step` returns a dict."""
 
     forward, loss = Task.forward, Task.loss
@@ -107,7 +107,7 @@ class Nested(Triples):
         return {"words": targets["text"][1][0].sum() / len(outputs["logits"])}
 
 
-class Listed(Nested):
+class ListBatches(NestedBatches):
     """The batch is a list of sentences of different lengths."""
 
     def collate(self, samples: list[Any]) -> Any:
@@ -133,7 +133,7 @@ class Graph:
     samples: int
 
 
-class Packed(Listed):
+class DataclassBatches(ListBatches):
     """The batch is a dataclass defined by the user."""
 
     def collate(self, samples: list[Any]) -> Any:
@@ -149,7 +149,7 @@ class Packed(Listed):
         return {"words": len(targets.words.data) / targets.samples}
 
 
-def of_the_end(run: LocalRun) -> list[EvalReport]:
+def last_eval_reports(run: LocalRun) -> list[EvalReport]:
     """Return the ranks' reports of the last evaluation; ranks of a group report for the group."""
     reports = [r for rank in run.reports for r in rank if isinstance(r, EvalReport)]
     return [*{report.rank: report for report in reports if report.step == STEPS}.values()]

@@ -12,14 +12,14 @@ class _Done(Handle):
         """Return at once."""
 
 
-def block_starts(patch: pytest.MonkeyPatch, *, said: bool) -> None:
+def block_starts(patch: pytest.MonkeyPatch, *, start_waits: bool) -> None:
     """
     Make each start of an all-reduce wait for the other ranks.
 
     Args:
         patch: restores the original methods.
-        said: value of `start_waits`. With NCCL it is false, though a started operation may block
-            the rank's operations in other groups.
+        start_waits: value of the property. With NCCL it is false, though a started operation may
+            block the rank's operations in other groups.
     """
 
     def start(group: InMemoryCollective, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Handle:
@@ -27,4 +27,4 @@ def block_starts(patch: pytest.MonkeyPatch, *, said: bool) -> None:
         return _Done()
 
     patch.setattr(InMemoryCollective, "start_all_reduce", start)
-    patch.setattr(InMemoryCollective, "start_waits", property(lambda group: said))
+    patch.setattr(InMemoryCollective, "start_waits", property(lambda group: start_waits))

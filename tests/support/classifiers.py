@@ -84,7 +84,7 @@ def recipe_job(recipe: str, strategy: str, workers: int, servers: int) -> Job:
 
 
 @cache
-def plain(recipe: str) -> tuple[dict[str, Tensor], list[float]]:
+def train_plain(recipe: str) -> tuple[dict[str, Tensor], list[float]]:
     """Train in a plain torch loop in one process; return the model and the losses."""
     task_type, optimizer_spec, _, clip_norm = RECIPES[recipe]
     job = recipe_job(recipe, "ring", 1, 0)

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 from contract_parts import PART_CHECKS
-from contract_values import all_parts, combined, kinds
+from contract_values import all_parts, reduce_parts, shapes_and_dtypes
 from contract_values import part_of as part_of
 
 from distplat.platform.errors import CollectiveError
@@ -31,10 +31,10 @@ def check_place(group: Collective) -> None:
 
 def check_all_reduce(group: Collective, op: ReduceOp) -> None:
     """Every rank has the result in its own tensor."""
-    for shape, dtype in kinds(op):
+    for shape, dtype in shapes_and_dtypes(op):
         tensor = part_of(group.rank, shape, dtype)
         group.all_reduce(tensor, op)
-        torch.testing.assert_close(tensor, combined(all_parts(group, shape, dtype), op))
+        torch.testing.assert_close(tensor, reduce_parts(all_parts(group, shape, dtype), op))
 
 
 def check_all_reduce_same_bits(group: Collective) -> None:
@@ -51,7 +51,9 @@ def check_all_reduce_of_a_view(group: Collective) -> None:
     vector = torch.full((12,), -1.0)
     vector[3:10] = part_of(group.rank)
     group.all_reduce(vector[3:10])
-    assert torch.equal(vector[3:10], combined(all_parts(group, (7,), torch.float32), ReduceOp.SUM))
+    assert torch.equal(
+        vector[3:10], reduce_parts(all_parts(group, (7,), torch.float32), ReduceOp.SUM)
+    )
     assert vector[:3].eq(-1).all() and vector[10:].eq(-1).all()
 
 
@@ -62,8 +64,8 @@ def check_start_all_reduce(group: Collective, op: ReduceOp) -> None:
     for handle in handles:
         handle.wait()
     parts = [part_of(rank) for rank in range(group.world + 1)]
-    torch.testing.assert_close(first, combined(parts[:-1], op))
-    torch.testing.assert_close(second, combined(parts[1:], op))
+    torch.testing.assert_close(first, reduce_parts(parts[:-1], op))
+    torch.testing.assert_close(second, reduce_parts(parts[1:], op))
 
 
 def check_starts_that_do_not_wait(group: Collective) -> None:
@@ -79,24 +81,24 @@ def check_starts_that_do_not_wait(group: Collective) -> None:
     if group.rank == 0:
         group.send(message, 1)
     handle.wait()
-    assert torch.equal(tensor, combined(all_parts(group, (7,), torch.float32), ReduceOp.SUM))
+    assert torch.equal(tensor, reduce_parts(all_parts(group, (7,), torch.float32), ReduceOp.SUM))
 
 
 def check_reduce_scatter(group: Collective, op: ReduceOp) -> None:
     """Rank r has the reduction of all r-th inputs; inputs do not change."""
-    for shape, dtype in kinds(op):
+    for shape, dtype in shapes_and_dtypes(op):
         inputs = [part_of(group.rank + 2 * to, shape, dtype) for to in range(group.world)]
         copies = [t.clone() for t in inputs]
         output = torch.zeros(shape, dtype=dtype)
         group.reduce_scatter(output, inputs, op)
         parts = [part_of(r + 2 * group.rank, shape, dtype) for r in range(group.world)]
-        torch.testing.assert_close(output, combined(parts, op))
+        torch.testing.assert_close(output, reduce_parts(parts, op))
         assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
 
 
 def check_all_gather(group: Collective) -> None:
     """Every rank has the tensors of all ranks, in rank order."""
-    for shape, dtype in kinds(ReduceOp.SUM):
+    for shape, dtype in shapes_and_dtypes(ReduceOp.SUM):
         outputs = [torch.zeros(shape, dtype=dtype) for _ in range(group.world)]
         group.all_gather(outputs, part_of(group.rank, shape, dtype))
         expected = all_parts(group, shape, dtype)
@@ -106,7 +108,7 @@ def check_all_gather(group: Collective) -> None:
 def check_broadcast(group: Collective) -> None:
     """Every rank may be the source."""
     for source in range(group.world):
-        for shape, dtype in kinds(ReduceOp.SUM):
+        for shape, dtype in shapes_and_dtypes(ReduceOp.SUM):
             tensor = part_of(group.rank, shape, dtype)
             group.broadcast(tensor, source)
             assert torch.equal(tensor, part_of(source, shape, dtype))
@@ -160,10 +162,10 @@ def check_disjoint_subgroups(group: Collective) -> None:
     assert (subgroup.rank, subgroup.world) == (ranks.index(group.rank), len(ranks))
     tensor = part_of(group.rank)
     subgroup.all_reduce(tensor)
-    assert torch.equal(tensor, combined([part_of(r) for r in ranks], ReduceOp.SUM))
+    assert torch.equal(tensor, reduce_parts([part_of(r) for r in ranks], ReduceOp.SUM))
     tensor = part_of(group.rank)
     group.all_reduce(tensor)
-    assert torch.equal(tensor, combined([part_of(r) for r in range(group.world)], ReduceOp.SUM))
+    assert torch.equal(tensor, reduce_parts([part_of(r) for r in range(group.world)], ReduceOp.SUM))
 
 
 def check_overlapping_subgroups(group: Collective) -> None:
@@ -180,7 +182,7 @@ def check_overlapping_subgroups(group: Collective) -> None:
             subgroup = group.subgroup(f"pair-{left}", pair)
             tensor = part_of(group.rank)
             subgroup.all_reduce(tensor, ReduceOp.MAX)
-            assert torch.equal(tensor, combined([part_of(r) for r in pair], ReduceOp.MAX))
+            assert torch.equal(tensor, reduce_parts([part_of(r) for r in pair], ReduceOp.MAX))
     group.barrier()
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from contract_values import all_parts, combined, part_of
+from contract_values import all_parts, part_of, reduce_parts
 from torch import Tensor
 
 from distplat.strategies.collective import Collective, ReduceOp
@@ -21,7 +21,7 @@ def check_uneven_reduce_scatter(group: Collective) -> None:
     output = torch.zeros(sizes[group.rank])
     group.reduce_scatter(output, inputs)
     parts = [part_of(r + 2 * group.rank, (sizes[group.rank],)) for r in range(group.world)]
-    assert torch.equal(output, combined(parts, ReduceOp.SUM))
+    assert torch.equal(output, reduce_parts(parts, ReduceOp.SUM))
 
 
 def check_uneven_all_gather(group: Collective) -> None:
@@ -42,7 +42,7 @@ def _scatter_and_gather(group: Collective, vector: Tensor) -> None:
     parts = list(torch.split_with_sizes(vector, uneven(group)))
     group.reduce_scatter(parts[group.rank], parts)
     group.all_gather(parts, parts[group.rank])
-    expected = combined(all_parts(group, (vector.numel(),), torch.float32), ReduceOp.SUM)
+    expected = reduce_parts(all_parts(group, (vector.numel(),), torch.float32), ReduceOp.SUM)
     assert torch.equal(vector, expected)
 
 
@@ -55,12 +55,14 @@ def check_shared_vector(group: Collective) -> None:
     for op in (ReduceOp.SUM, ReduceOp.AVG, ReduceOp.MAX):
         vector.copy_(part_of(group.rank, (20,)))
         group.all_reduce(shared, op)
-        expected = combined(all_parts(group, (20,), torch.float32), op)
+        expected = reduce_parts(all_parts(group, (20,), torch.float32), op)
         torch.testing.assert_close(vector, expected)
     vector.fill_(-1.0)
     vector[3:10] = part_of(group.rank)
     group.start_all_reduce(vector[3:10]).wait()
-    assert torch.equal(vector[3:10], combined(all_parts(group, (7,), torch.float32), ReduceOp.SUM))
+    assert torch.equal(
+        vector[3:10], reduce_parts(all_parts(group, (7,), torch.float32), ReduceOp.SUM)
+    )
     assert vector[:3].eq(-1).all() and vector[10:].eq(-1).all()
     vector.copy_(part_of(group.rank, (20,)))
     group.broadcast(vector, 1)

@@ -17,7 +17,7 @@ def part_of(rank: int, shape: tuple[int, ...] = (7,), dtype: torch.dtype = torch
     return ((torch.arange(count) * (rank + 3)) % 11 + rank + 1).view(shape).to(dtype)
 
 
-def combined(parts: list[Tensor], op: ReduceOp) -> Tensor:
+def reduce_parts(parts: list[Tensor], op: ReduceOp) -> Tensor:
     """Return the expected reduction of the ranks' tensors."""
     stacked = torch.stack(parts)
     match op:
@@ -33,7 +33,7 @@ def combined(parts: list[Tensor], op: ReduceOp) -> Tensor:
             return stacked.prod(0)
 
 
-def kinds(op: ReduceOp) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
+def shapes_and_dtypes(op: ReduceOp) -> Iterator[tuple[tuple[int, ...], torch.dtype]]:
     """Yield the supported shapes and dtypes; AVG does not support integers."""
     for dtype in DTYPES:
         if dtype.is_floating_point or op is not ReduceOp.AVG:

@@ -59,7 +59,7 @@ class Counting(Task):
         return outputs.mean()
 
 
-def counting(parts: int = PARTS, **more: Any) -> dict[str, Any]:
+def counting_fields(parts: int = PARTS, **more: Any) -> dict[str, Any]:
     fields = {
         "name": "counting",
         "strategy": {"name": "ps-async", "num_servers": 2},

@@ -10,25 +10,25 @@ from distplat.platform.task_scheduler import TaskScheduler
 from distplat.strategies.strategy_spec import Roles
 
 
-class Dealing(Scheduler):
+class FixedLeaseScheduler(Scheduler):
     """
     See `Scheduler`.
 
     Args:
-        most: number of tasks per lease.
+        lease_size: number of tasks per lease.
         name: name of the actor.
         job: the run's job.
         consistency: how far ahead tasks are leased.
     """
 
-    def __init__(self, most: int, name: str, job: Job, consistency: Consistency) -> None:
+    def __init__(self, lease_size: int, name: str, job: Job, consistency: Consistency) -> None:
         super().__init__(name, job, consistency)
-        self._most = most
+        self._lease_size = lease_size
         self._dead: set[tuple[int, int]] = set()  #: (rank, attempt)
 
     def lease_size(self, rank: int, scheduler: TaskScheduler) -> int:
         """Return the fixed size, independent of the worker's speed."""
-        return self._most
+        return self._lease_size
 
     async def lose(self, rank: int) -> None:
         """Reclaim a rank's tasks, as after a heartbeat timeout."""
@@ -52,6 +52,6 @@ class Dealing(Scheduler):
                 scheduler.requeue(rank)
 
 
-def desk_of(job: Job, roles: Roles, most: int = 1) -> LocalTaskScheduler:
-    """Create a run's scheduler, with leases of at most `most` tasks."""
-    return LocalTaskScheduler(job, roles, make=partial(Dealing, most))
+def make_task_scheduler(job: Job, roles: Roles, lease_size: int = 1) -> LocalTaskScheduler:
+    """Create a run's scheduler, with leases of at lease_size `lease_size` tasks."""
+    return LocalTaskScheduler(job, roles, make=partial(FixedLeaseScheduler, lease_size))

@@ -20,7 +20,7 @@ def delivery(rank: int, version: int, attempt: int = 0, **more: Any) -> Delivery
     return Delivery(rank, attempt, version, (ref,), ((entry,),), **more)
 
 
-def give(checkpoints: Checkpoints, *versions: int) -> None:
+def deliver(checkpoints: Checkpoints, *versions: int) -> None:
     """Deliver the parts of both ranks of some versions."""
     for version in versions:
         for rank in range(2):
@@ -28,7 +28,7 @@ def give(checkpoints: Checkpoints, *versions: int) -> None:
         checkpoints.drain()
 
 
-class Full(Disk):
+class FullDisk(Disk):
     """A disk whose writes fail while `full` is set."""
 
     full = True
@@ -39,7 +39,7 @@ class Full(Disk):
         return super().write(path, content)
 
 
-def hasty(launch: Launch, limit_s: float) -> Launch:
+def with_storage_timeout(launch: Launch, limit_s: float) -> Launch:
     """Return a copy of the launch with another `storage_timeout_s`."""
     failure = launch.job.failure.model_copy(update={"storage_timeout_s": limit_s})
     return replace(launch, job=launch.job.model_copy(update={"failure": failure}))

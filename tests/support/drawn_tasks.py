@@ -241,7 +241,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnRun:
     """A random training run."""
 
     blocks: tuple[str, ...] = ("plain",)
@@ -328,7 +328,7 @@ class Unpack(nn.Module):
         return x
 
 
-def build(drawn: Drawn) -> nn.Module:
+def build(drawn: DrawnRun) -> nn.Module:
     """Build the model, in float64 except for blocks of lower precision."""
     layers = [BLOCKS[name]() for name in drawn.blocks]
     first = [] if drawn.form == "tensor" else [Unpack()]

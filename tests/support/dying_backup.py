@@ -21,7 +21,7 @@ class InMemoryBackup:
     def __init__(self, primary: ReplicatedStore, backup: ReplicatedStore) -> None:
         self._backup = backup
         backup.load_snapshot(primary.snapshot())
-        self.dies: tuple[int, str] | None = None  #: version and moment of the primary's death
+        self.death: tuple[int, str] | None = None  #: version and moment of the primary's death
         self._version = 0
 
     @property
@@ -42,5 +42,5 @@ class InMemoryBackup:
         self._maybe_die(MOMENTS[2])
 
     def _maybe_die(self, moment: str) -> None:
-        if self.dies == (self._version, moment):
+        if self.death == (self._version, moment):
             raise ActorLost("the primary", self._version, moment)

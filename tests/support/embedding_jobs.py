@@ -15,7 +15,7 @@ from distplat.strategies.sparse.lookups import Lookups
 from distplat.strategies.sparse.rows import initial_rows
 
 
-class Local(Words):
+class LocalWords(Words):
     """The task `Words` with `nn.Embedding`."""
 
     def model(self) -> nn.Module:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from local_run import as_read, impatient
+from local_run import saved_state_of, with_timeouts
 from local_servers import Servers
 from rank_threads import on_ranks
 from torch import Tensor
@@ -56,11 +56,11 @@ def call_on_ranks(
     job = job or function_job(workers)
     world, run, lock = job.scaling.world, FunctionRun(), threading.Lock()
     fabric, roles = Fabric(world, LIMIT_S), make_strategy(job).roles(job)
-    servers = Servers(impatient(job, LIMIT_S), roles) if roles.servers else None
+    servers = Servers(with_timeouts(job, LIMIT_S), roles) if roles.servers else None
 
     def deliver(delivery: Delivery) -> None:
         with lock:
-            state = as_read(job, delivery.version, [delivery])
+            state = saved_state_of(job, delivery.version, [delivery])
             run.checkpoints[delivery.version] = state
 
     def body(rank: int) -> dict[str, Tensor]:

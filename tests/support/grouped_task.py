@@ -73,7 +73,7 @@ SCALES = [0.5, 1.0, 1.0, 0.775, 0.325, 0.1]
 """Factors of the learning rate by step."""
 
 
-def train_plainly(
+def plain_loop(
     task: Task,
     model: nn.Module,
     data: Any,
@@ -95,7 +95,9 @@ def train_plainly(
         schedule.step()
 
 
-def plain(task_type: type[Task], clip_norm: float | None = None) -> dict[str, Tensor]:
+def train_with_param_groups(
+    task_type: type[Task], clip_norm: float | None = None
+) -> dict[str, Tensor]:
     """Train in a plain loop with torch's param groups; return the model."""
     task = task_type()
     torch.manual_seed(5)
@@ -111,12 +113,14 @@ def plain(task_type: type[Task], clip_norm: float | None = None) -> dict[str, Te
         {"params": rest},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.05, weight_decay=0.3)
-    train_plainly(task, model, data, optimizer, clip_norm)
+    plain_loop(task, model, data, optimizer, clip_norm)
     found = {name: value.detach().clone() for name, value in model.state_dict().items()}
     return {**found, "task:bend": task.bend.detach()} if isinstance(task, Own) else found
 
 
-def close(found: dict[str, Tensor], expected: dict[str, Tensor], limit: float = 1e-9) -> None:
+def assert_close(
+    found: dict[str, Tensor], expected: dict[str, Tensor], limit: float = 1e-9
+) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=limit, atol=limit, msg=name)

@@ -219,13 +219,13 @@ def grid_of(pipeline: int, tensor: int, data: int, **more: Any) -> tuple[dict[st
     return options, pipeline * tensor * data
 
 
-def whole(run: LocalRun) -> dict[str, Tensor]:
+def merge_parts(run: LocalRun) -> dict[str, Tensor]:
     """Merge the ranks' parts of the trained model."""
     return {name: value for part in run.trained for name, value in part.items()}
 
 
 @cache
-def plain(
+def train_plain(
     task_type: type[Task], clip: float | None = None
 ) -> tuple[dict[str, Tensor], list[float]]:
     """

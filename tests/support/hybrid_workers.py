@@ -66,7 +66,7 @@ class Workers(LocalRun):
             base: steps of the newest checkpoint.
             around: wraps a rank's client of the servers.
         """
-        attempt = UntilOneIsLost(self, fabric, failing, around, saved=saved, base=base)
+        attempt = StopOnLostRank(self, fabric, failing, around, saved=saved, base=base)
         finished = attempt.make()
         self.starts = attempt.starts
         if not finished:
@@ -75,7 +75,7 @@ class Workers(LocalRun):
         return {k: v for part in self.trained for k, v in part.items()}
 
 
-class UntilOneIsLost(Attempt):
+class StopOnLostRank(Attempt):
     """
     All ranks stop once a rank is missing.
 

@@ -21,17 +21,17 @@ def engine(task_type: type[Task]) -> Engine:
     """Return an engine that trains a task in memory."""
 
     def run(job: Job, switches: Switches) -> EngineRun:
-        return EngineRun(trained(job, train(job, switched(task_type, switches))))
+        return EngineRun(to_trained(job, train(job, switched(task_type, switches))))
 
     return run
 
 
-def make(task_type: type[Task], **arguments: Any) -> Callable[[Switches], Task]:
+def task_factory(task_type: type[Task], **arguments: Any) -> Callable[[Switches], Task]:
     """Return a function that creates the task with switches."""
     return lambda switches: switched(task_type, switches)(**arguments)
 
 
-def trained(job: Job, run: LocalRun) -> Trained:
+def to_trained(job: Job, run: LocalRun) -> Trained:
     """Convert a run with checkpoints after every step to the form of a reference."""
     states = {step: model_of(saved) for step, saved in run.checkpoints.items()}
     sums, counts = [0.0] * (job.steps or 0), [0.0] * (job.steps or 0)

@@ -45,7 +45,7 @@ class Process:
         """Block the threads of the process, and calls to its actor."""
         self._running.clear()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Resume the process."""
         self._running.set()
 

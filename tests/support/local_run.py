@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from dealing import desk_of
+from dealing import make_task_scheduler
 from local_servers import ELSEWHERE, Servers, TableServers
 from rank_threads import on_ranks
 from torch import Tensor
@@ -65,7 +65,7 @@ class LocalRun:
         task: the task's class.
         timeout_s: deadline of the ports' waits.
         rewinds: see `TablePlan`.
-        most: tasks of a lease, if tasks are leased.
+        lease_size: tasks of a lease, if tasks are leased.
         speeds: of the servers, which define the shards' sizes; empty: equal sizes.
     """
 
@@ -76,11 +76,11 @@ class LocalRun:
         *,
         timeout_s: float = 60.0,
         rewinds: bool = False,
-        most: int = 1,
+        lease_size: int = 1,
         speeds: Sequence[float] = (),
     ) -> None:
         self.job, self.task, self.timeout_s = job, task, timeout_s
-        self._rewinds, self._most, self._speeds = rewinds, most, speeds
+        self._rewinds, self._lease_size, self._speeds = rewinds, lease_size, speeds
         self.attempts = 0
         self.checkpoints: dict[int, SavedState] = {}  #: by version, as if read from disk
         self.reports: list[list[AnyReport]] = [[] for _ in range(job.scaling.world)]  #: by rank
@@ -96,10 +96,10 @@ class LocalRun:
         first = self.ranks[0]
         self.roles = first.prepared.roles
         self.every = self.job.checkpoint.period(first.prepared.sampler.steps_per_epoch)
-        patient = impatient(self.job, self.timeout_s)
+        patient = with_timeouts(self.job, self.timeout_s)
         self.servers = Servers(patient, self.roles, speeds=self._speeds)
         self.tables = TableServers(patient, rewinds=self._rewinds, every=self.every)
-        self.desk = desk_of(self.job, self.roles, self._most)
+        self.task_scheduler = make_task_scheduler(self.job, self.roles, self._lease_size)
 
     def _new_rank(self) -> Rank:
         # Not in threads: `prepare` seeds torch's generator, which all threads share.
@@ -123,7 +123,7 @@ class LocalRun:
         """End the servers; their state remains readable."""
         self.servers.close()
         self.tables.close()
-        self.desk.close()
+        self.task_scheduler.close()
 
     def parameters(self, rank: int = 0) -> dict[str, Tensor]:
         """Copy one rank's model."""
@@ -140,7 +140,7 @@ class Attempt:
         fabric: connects the ranks; None: one without faults.
         saved: checkpoint from which new ranks start.
         base: steps of the newest checkpoint.
-        apart: whether ranks compute on copies, as if servers were on another node.
+        remote_servers: whether ranks compute on copies, as if servers were on another node.
     """
 
     ends: tuple[type[Exception], ...] = ()
@@ -153,19 +153,19 @@ class Attempt:
         *,
         saved: SavedState | None = None,
         base: int = 0,
-        apart: bool = False,
+        remote_servers: bool = False,
     ) -> None:
         self.run, self.number = run, run.attempts
         run.attempts += 1
         self.job, self.world = run.job, run.job.scaling.world
         self.fabric = fabric or Fabric(self.world, run.timeout_s)
-        self.saved, self.base, self.node = saved, base, ELSEWHERE if apart else HERE
+        self.saved, self.base, self.node = saved, base, ELSEWHERE if remote_servers else HERE
         self.starts: list[int] = []  #: first step of each rank that started to train
         self.errors: dict[int, Exception] = {}  #: by rank that ended early
         self.ended = [threading.Event() for _ in range(self.world)]  #: by rank
         # With leased tasks only rank 0 delivers parts: other ranks may join and leave.
         delivering_ranks = 1 if run.roles.consistency.dynamic_tasks else self.world
-        self.keeper = Keeper(self.job, run.checkpoints, delivering_ranks)
+        self.collector = CheckpointCollector(self.job, run.checkpoints, delivering_ranks)
 
     def make(self) -> bool:
         """Train until all ranks have ended; return whether all have completed the run."""
@@ -185,7 +185,7 @@ class Attempt:
         mine = self.run.ranks[rank]
         if self.number:
             resize(mine.prepared, self.job, mine.strategy)
-        uploader = self.keeper.uploader(rank, self.run.timeout_s)
+        uploader = self.collector.uploader(rank, self.run.timeout_s)
         try:
             loop = self.join(rank, CheckpointPorts(self.saved, self.base, partial(take, uploader)))
             self.starts.append(loop.start)
@@ -250,7 +250,7 @@ class Attempt:
 
     def leases(self, rank: int) -> Leases:
         """Return a rank's client of the task scheduler."""
-        return self.run.desk.leases(rank, attempt=self.number)
+        return self.run.task_scheduler.leases(rank, attempt=self.number)
 
     def before(self, rank: int, step: int) -> StopOrder:
         """Hook before a rank's step; returns the rank's stop order."""
@@ -274,9 +274,9 @@ def train(
     before: Callable[[int, Prepared], None] = lambda rank, prepared: None,
     timeout_s: float = 60.0,
     saved: SavedState | None = None,
-    most: int = 1,
+    lease_size: int = 1,
     speeds: Sequence[float] = (),
-    apart: bool = False,
+    remote_servers: bool = False,
 ) -> LocalRun:
     """
     Train `job.scaling.world` ranks to the end, in one attempt.
@@ -287,14 +287,14 @@ def train(
         before: called for each rank before it joins, to inject a fault.
         timeout_s: see `LocalRun`.
         saved: the checkpoint to start from.
-        most: see `LocalRun`.
+        lease_size: see `LocalRun`.
         speeds: see `LocalRun`.
-        apart: see `Attempt`.
+        remote_servers: see `Attempt`.
     """
-    run = LocalRun(job, task, timeout_s=timeout_s, most=most, speeds=speeds)
+    run = LocalRun(job, task, timeout_s=timeout_s, lease_size=lease_size, speeds=speeds)
     for number, rank in enumerate(run.ranks):
         before(number, rank.prepared)
-    Attempt(run, saved=saved, apart=apart).make()
+    Attempt(run, saved=saved, remote_servers=remote_servers).make()
     run.close()
     return run
 
@@ -320,13 +320,13 @@ def evaluations(run: LocalRun) -> list[EvalSummary]:
     return sorted(summaries, key=lambda summary: summary.step)
 
 
-def impatient(job: Job, limit_s: float) -> Job:
+def with_timeouts(job: Job, limit_s: float) -> Job:
     """Return a copy of the job whose servers wait up to `limit_s`."""
     limits = {"start_timeout_s": limit_s, "step_timeout_s": limit_s}
     return job.model_copy(update={"failure": job.failure.model_copy(update=limits)})
 
 
-class Keeper:
+class CheckpointCollector:
     """
     Assembles checkpoints from the ranks' parts.
 
@@ -350,7 +350,7 @@ class Keeper:
         with self._lock:
             parts = self._collecting.add(delivery)
         if parts:
-            self._found[delivery.version] = as_read(self._job, delivery.version, parts)
+            self._found[delivery.version] = saved_state_of(self._job, delivery.version, parts)
 
 
 def take(
@@ -362,7 +362,7 @@ def take(
         uploader.flush()
 
 
-def as_read(job: Job, version: int, parts: Sequence[Delivery]) -> SavedState:
+def saved_state_of(job: Job, version: int, parts: Sequence[Delivery]) -> SavedState:
     """Assemble a checkpoint's parts, without a disk."""
     pairs = [
         (fetch_arrays(ref), entries)

@@ -28,12 +28,12 @@ from distplat.strategies.ports import PendingPush, Pushed, Shards, Tables
 from distplat.strategies.task import Task
 
 
-class Lost(Exception):
+class RankDied(Exception):
     """Simulates the death of the rank's process."""
 
 
 @dataclass(frozen=True)
-class Loss:
+class RankLoss:
     """One rank is lost in a step."""
 
     step: int
@@ -88,10 +88,12 @@ class _LastPush:
         if self._sent is not None:
             self._sent.wait()
         if self._sent is None or self._lost:
-            raise Lost
+            raise RankDied
 
 
-def train_lossy(job: Job, task: type[Task], events: Sequence[Loss | Resize]) -> LossyRun:
+def train_with_lost_ranks(
+    job: Job, task: type[Task], events: Sequence[RankLoss | Resize]
+) -> LossyRun:
     """
     Train to the end, with one event per attempt, and a last attempt without.
 
@@ -108,7 +110,7 @@ def train_lossy(job: Job, task: type[Task], events: Sequence[Loss | Resize]) -> 
         attempt.check()
         (start,) = {*attempt.starts}
         lossy.starts.append(start)
-        if isinstance(event, Loss):
+        if isinstance(event, RankLoss):
             run.renew(event.rank)
         if isinstance(event, Resize):
             run.resize(event.world)
@@ -146,12 +148,12 @@ class _UntilResize(_Unfailed):
 class _WithLoss(_Unfailed):
     """One rank is lost, and the waits of the other ranks fail."""
 
-    event: Loss
-    ends = (Lost, Abandoned, FencedError, CollectiveError)
+    event: RankLoss
+    ends = (RankDied, Abandoned, FencedError, CollectiveError)
 
     def check(self) -> None:
         """The other ranks may have completed the last step."""
-        assert isinstance(self.errors[self.event.rank], Lost)
+        assert isinstance(self.errors[self.event.rank], RankDied)
 
     def meanwhile(self) -> None:
         assert self.ended[self.event.rank].wait(self.run.timeout_s)
@@ -182,12 +184,12 @@ class _WithLoss(_Unfailed):
 
         def lost(call: Call) -> None:
             if self._is_last_push(rank, call) and call.actor not in reached:
-                raise Lost
+                raise RankDied
 
         def push_all(step: int, control: StepControl, task: int | None = None) -> Pushed:
             pushed = push(step, control, task)
             if step == self.event.step:
-                raise Lost
+                raise RankDied
             return pushed
 
         add_rule(self.run.servers.cluster, lost)
@@ -220,7 +222,7 @@ class _WithLoss(_Unfailed):
 
 
 _ATTEMPTS: dict[type, type[_Unfailed]] = {
-    Loss: _WithLoss,
+    RankLoss: _WithLoss,
     Resize: _UntilResize,
     type(None): _Unfailed,
 }

@@ -11,14 +11,14 @@ from distplat.strategies.algorithms.simulate import Costs, simulate
 JOB = "name: digits\nstrategy:\n  name: ring\nscaling:\n  num_workers: 2\n"
 
 
-def step(number: int, of: int = 10, **changes: Any) -> dict[str, Any]:
+def step_line(number: int, of: int = 10, **changes: Any) -> dict[str, Any]:
     """Return a line of metrics.jsonl."""
     seconds = {"data": 0.01, "compute": 0.06, "exchange": 0.02, "update": 0.01}
     line = {"kind": "step", "step": number, "epoch": 0, "loss": 2.0 - number / 10, "samples": 8}
     return line | {"seconds": seconds, "of": of, "figures": {}} | changes
 
 
-def evaluation(after: int, **metrics: float) -> dict[str, Any]:
+def evaluation_line(after: int, **metrics: float) -> dict[str, Any]:
     return {"kind": "evaluation", "step": after, "samples": 5, "metrics": metrics}
 
 
@@ -71,7 +71,7 @@ FACTS: dict[str, Any] = {
 """Facts that a driver writes to the log of a remote job."""
 
 
-def made_run(
+def write_run(
     home: Path,
     lines: Sequence[dict[str, Any]] = (),
     *,
@@ -93,7 +93,7 @@ def made_run(
     return path
 
 
-def made_trace(
+def make_trace(
     schedule: str = "1f1b",
     stages: int = 2,
     micro_batches: int = 4,

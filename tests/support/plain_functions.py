@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import distplat
 
-GLOBAL = 12
+GLOBAL_BATCH = 12
 SAMPLES = 48
 
 
@@ -53,12 +53,12 @@ def adagrad(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adagrad(parameters, lr=0.1)
 
 
-def plain(make: Make, *, epochs: int = 2, clip: float | None = None) -> dict[str, Tensor]:
+def train_plain(make: Make, *, epochs: int = 2, clip: float | None = None) -> dict[str, Tensor]:
     model = model_of()
     optimizer = make(model.parameters())
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
     for _ in range(epochs):
-        for batch in DataLoader(data_of(), batch_size=GLOBAL):
+        for batch in DataLoader(data_of(), batch_size=GLOBAL_BATCH):
             backward(loss_of(model, batch))
             if clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -79,7 +79,7 @@ def function_of(
         model = model_of(seed=distplat.get_context().rank)  # all ranks get rank 0's model
         optimizer = make(model.parameters())
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-        loader = DataLoader(data_of(), batch_size=GLOBAL // world)
+        loader = DataLoader(data_of(), batch_size=GLOBAL_BATCH // world)
         model, optimizer, loader, scheduler = distplat.prepare(model, optimizer, loader, scheduler)
         for _ in range(2):
             for batch in loader:
@@ -154,7 +154,7 @@ ASYNC = {"name": "ps-async", "num_servers": 2}
 Loop = Callable[[Mapping[str, Any]], object]
 
 
-def under(
+def run_under(
     strategy: Mapping[str, Any],
     train: Loop,
     workers: int,
@@ -163,7 +163,9 @@ def under(
     return call_on_ranks(train, job=function_job(workers, strategy=strategy), **more)
 
 
-def steps_of(model: nn.Module, optimizer: Any, number: int, rank: int = 0, world: int = 1) -> None:
+def train_steps(
+    model: nn.Module, optimizer: Any, number: int, rank: int = 0, world: int = 1
+) -> None:
     """Train steps with this rank's samples of a batch of twelve."""
     for step in range(number):
         batch = [tensor[12 * step :][:12][rank::world] for tensor in data_of().tensors]

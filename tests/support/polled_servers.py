@@ -12,7 +12,7 @@ class Server:
         time.sleep(hold_s)
 
 
-def servers(count: int) -> tuple[LocalCluster, list[Actor]]:
+def spawn_servers(count: int) -> tuple[LocalCluster, list[Actor]]:
     """Create a cluster and its servers."""
     cluster = LocalCluster()
     names = [f"server-{number}" for number in range(count)]

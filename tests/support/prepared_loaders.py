@@ -19,7 +19,7 @@ def ignore(loader: object, batch: RankBatch | None, waited_s: float, epoch: int)
     del batch, waited_s, epoch
 
 
-def loader_of(
+def prepare_loader(
     data: Any, rank: int = 0, world: int = 1, batch: int = 3, read: Any = ignore, **options: Any
 ) -> ShardedLoader:
     """Prepare a loader of a rank, without other ranks."""

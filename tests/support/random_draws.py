@@ -13,10 +13,10 @@ import distplat
 from distplat.platform.spec import Job
 from distplat.strategies.task import Task
 
-Drawn = tuple[float, float, float, float]
+Draws = tuple[float, float, float, float]
 
 
-def draws() -> Drawn:
+def draws() -> Draws:
     """Draw from each global generator, and from a new generator seeded for the sample."""
     own = distplat.sample_rng()
     return torch.rand(()).item(), float(np.random.randn()), random.random(), own.random()
@@ -48,7 +48,7 @@ class Drops(nn.Linear):
 
     def __init__(self) -> None:
         super().__init__(4, 1)
-        self.drawn: list[Drawn] = []
+        self.drawn: list[Draws] = []
 
     def forward(self, inputs: Tensor) -> Tensor:
         self.drawn.append(draws())

@@ -282,7 +282,7 @@ class InMemoryRay:
         with process.entered():
             return work()
 
-    def living(self, role: str) -> list[str]:
+    def alive(self, role: str) -> list[str]:
         """Return the names of live processes that start with `role`."""
         with self._changing:
             alive = [process for process in self.processes.values() if not process.dead.done()]
@@ -325,7 +325,7 @@ class InMemoryRay:
         number = re.search(r"\d+", role)
         return self.node_names[int(number[0]) % len(self.node_names) if number else 0]
 
-    def ask(self, role: str, method: str, *args: Any) -> Any:
+    def call_actor(self, role: str, method: str, *args: Any) -> Any:
         """
         Call an actor from outside of the cluster.
 

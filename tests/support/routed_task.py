@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 from distplat.strategies.task import Task
 
 BATCH, STEPS = 16, 3
-WHICH = [0, 0, 4, 4, 4, 4, 1, 1, 4, 4, 4, 4, 4, 4, 2, 2]
+EXPERTS = [0, 0, 4, 4, 4, 4, 1, 1, 4, 4, 4, 4, 4, 4, 2, 2]
 """The expert of each sample. Only the first of 8 micro-batches uses expert 0, only the last uses
 expert 2, and one in the middle uses expert 1, on one of two replicas. Expert 3 is not used."""
 
@@ -37,7 +37,7 @@ class Routed(Task):
     def train_data(self) -> TensorDataset:
         generator = torch.Generator().manual_seed(3)
         inputs = torch.randn(BATCH, 5, generator=generator).double()
-        inputs[:, 0] = torch.tensor(WHICH)
+        inputs[:, 0] = torch.tensor(EXPERTS)
         return TensorDataset(inputs, torch.randn(BATCH, 2, generator=generator).double())
 
     def loss(self, outputs: Any, targets: Any) -> Tensor:

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 
-def gone(pid: int, limit_s: float = 30.0) -> bool:
+def has_exited(pid: int, limit_s: float = 30.0) -> bool:
     """Wait for the end of a process; return whether it ended in time."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
@@ -18,7 +18,7 @@ def gone(pid: int, limit_s: float = 30.0) -> bool:
     return False
 
 
-def read(note: Path, limit_s: float = 30.0) -> list[int]:
+def read_pids(note: Path, limit_s: float = 30.0) -> list[int]:
     """Wait for a file with pids that ends with a newline; return the pids."""
     deadline = time.monotonic() + limit_s
     while not (note.exists() and note.read_text().endswith("\n")):
@@ -27,7 +27,7 @@ def read(note: Path, limit_s: float = 30.0) -> list[int]:
     return [int(word) for word in note.read_text().split()]
 
 
-DEAF = """
+IGNORES_SIGTERM = """
 trap "" TERM
 sleep 999 > /dev/null 2>&1 &
 setsid sleep 999 > /dev/null 2>&1 &

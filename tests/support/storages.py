@@ -7,7 +7,7 @@ from fsspec import register_implementation
 from fsspec.implementations.memory import MemoryFileSystem
 
 
-class Odd(MemoryFileSystem):  # type: ignore[misc]
+class FaultyFileSystem(MemoryFileSystem):  # type: ignore[misc]
     """In-memory file system at `odd://`; class attributes apply to all connections."""
 
     protocol = "odd"
@@ -41,20 +41,20 @@ class Odd(MemoryFileSystem):  # type: ignore[misc]
         return super()._strip_protocol(str(path).replace("odd://", "memory://"))
 
     def _wait(self) -> None:
-        hold = Odd.hold
-        if hold is not None and not (hold.wait(60) and Odd.hold is hold):
+        hold = FaultyFileSystem.hold
+        if hold is not None and not (hold.wait(60) and FaultyFileSystem.hold is hold):
             raise OSError("`hold` was not set during the test")
 
     def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
         self._wait()
         if "w" in mode:
-            if Odd.failures > 0:
-                Odd.failures -= 1
+            if FaultyFileSystem.failures > 0:
+                FaultyFileSystem.failures -= 1
                 raise PermissionError("no entry with key=hush//user:secret@host/")
-            Odd.done.append(path)
-            Odd.written.set()
+            FaultyFileSystem.done.append(path)
+            FaultyFileSystem.written.set()
         file = super()._open(path, mode, **more)
-        if Odd.refuses and "w" in mode:
+        if FaultyFileSystem.refuses and "w" in mode:
             file.commit = _refuse
         return file
 
@@ -67,7 +67,7 @@ class Odd(MemoryFileSystem):  # type: ignore[misc]
         """See `MemoryFileSystem`."""
         self._wait()
         found = super().info(path, **more)
-        return {**found, "size": found["size"] - 1} if Odd.shortens else found
+        return {**found, "size": found["size"] - 1} if FaultyFileSystem.shortens else found
 
     def cat_file(self, path: str, *args: Any, **more: Any) -> Any:
         """See `MemoryFileSystem`."""
@@ -78,11 +78,11 @@ class Odd(MemoryFileSystem):  # type: ignore[misc]
         """See `MemoryFileSystem`."""
         self._wait()
         super().rm(path, **more)
-        Odd.done.append(f"rm {self._strip_protocol(path)}")
+        FaultyFileSystem.done.append(f"rm {self._strip_protocol(path)}")
 
 
 def _refuse() -> None:
     raise PermissionError("Unable to locate credentials")
 
 
-register_implementation("odd", Odd, clobber=True)
+register_implementation("odd", FaultyFileSystem, clobber=True)

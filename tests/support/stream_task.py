@@ -25,7 +25,7 @@ def tensors(count: int = SAMPLES) -> tuple[Tensor, Tensor]:
     return inputs, torch.randint(0, 3, (count,), generator=generator)
 
 
-class Numbered(Task):
+class MapStyleTask(Task):
     """A task with an indexed dataset."""
 
     def model(self) -> nn.Module:
@@ -44,17 +44,17 @@ def job(strategy: Any = "ring", workers: int = 1, **fields: Any) -> Job:
     return job_of(strategy, workers, **{"data": {"shuffle": False}, **fields})
 
 
-def stream(source: Any, **fields: Any) -> StreamSamples:
+def open_stream(source: Any, **fields: Any) -> StreamSamples:
     """Open a source as a task's training data."""
-    samples = checked_data(job(**fields), Numbered(), source, "train_data")
+    samples = checked_data(job(**fields), MapStyleTask(), source, "train_data")
     assert isinstance(samples, StreamSamples)
     return samples
 
 
-def read(source: Any, world: int = 1, parts: int = 1, **fields: Any) -> list[list[Any]]:
+def read_steps(source: Any, world: int = 1, parts: int = 1, **fields: Any) -> list[list[Any]]:
     """Return the samples of each step over all ranks."""
     spec = job(workers=world, gradient_accumulation=parts, **fields)
-    data = stream(source, **fields)
+    data = open_stream(source, **fields)
     sampler, steps = make_sampler(spec, data), range(spec.steps or 15)
     samples: list[list[Any]] = [[] for _ in steps]
     for rank in range(world):
@@ -66,7 +66,7 @@ def read(source: Any, world: int = 1, parts: int = 1, **fields: Any) -> list[lis
     return samples
 
 
-def iterable(*columns: Tensor) -> Any:
+def iterable_of(*columns: Tensor) -> Any:
     class Pairs:
         """A re-iterable object that is not an `IterableDataset`."""
 

@@ -204,7 +204,7 @@ CASES = {
 }
 
 
-def trained(model: nn.Module, inputs: Tensor, steps: int) -> list[Tensor]:
+def train_steps(model: nn.Module, inputs: Tensor, steps: int) -> list[Tensor]:
     """Train; return the outputs of each step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     outputs = []
@@ -229,16 +229,16 @@ class Outcome:
     """Gradients of replicated parameters."""
 
 
-def whole(case: Case, steps: int) -> Outcome:
+def train_whole(case: Case, steps: int) -> Outcome:
     """Train the model in one process."""
     torch.manual_seed(0)
     model = case.build()
-    outputs = trained(model, case.inputs, steps)
+    outputs = train_steps(model, case.inputs, steps)
     gradients = _gradients(model)
     return Outcome(outputs, model.state_dict(), gradients, gradients)
 
 
-def split(case: Case, world: int, steps: int) -> list[Outcome]:
+def train_split(case: Case, world: int, steps: int) -> list[Outcome]:
     """Train on the ranks of a group; return the results of each."""
     torch.manual_seed(0)
     models = [case.build() for _ in range(world)]
@@ -252,7 +252,7 @@ def split(case: Case, world: int, steps: int) -> list[Outcome]:
 
 def _on_rank(model: nn.Module, case: Case, group: Collective, steps: int) -> Outcome:
     specs = parallelize(model, case.plan, group)
-    outputs = trained(model, case.inputs, steps)
+    outputs = train_steps(model, case.inputs, steps)
     gradients = _gradients(model)
     own = {name: g for name, g in gradients.items() if name not in specs}
     state = gather_full(model.state_dict(), specs, group)
@@ -267,7 +267,7 @@ def _gradients(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-class Lone:
+class LoneRank:
     """A rank of a group without other ranks, for tests of local computation."""
 
     def __init__(self, rank: int, world: int) -> None:
@@ -281,7 +281,7 @@ class Lone:
 Run = Callable[[nn.Module, Collective], dict[str, Tensor]]
 
 
-def ranks(
+def run_split(
     build: Callable[[], nn.Module], plan: Mapping[str, str], run: Run, world: int = 2
 ) -> list[dict[str, Tensor]]:
     """Split a model over ranks as threads, and return the result of `run` on each."""

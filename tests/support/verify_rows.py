@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from in_memory_engine import engine, make
+from in_memory_engine import engine, task_factory
 
 from distplat.platform.spec import Job
 from distplat.strategies.task import Task
@@ -12,5 +12,5 @@ from distplat.strategies.verification.verdicts import Row, judge
 
 def rows(task_type: type[Task], job: Job) -> dict[str, Row]:
     """Verify in memory; return the rows of the report by check."""
-    report = judge(job, references(job, make(task_type)), engine(task_type))
+    report = judge(job, references(job, task_factory(task_type)), engine(task_type))
     return {row.check: row for row in report}

@@ -105,7 +105,7 @@ def test_promoted_backup_matches_run_without_failure(
             push(primary, rank, seq)
     backup_link = InMemoryBackup(primary.store, backup.store)
     primary.store.backup_link = backup_link
-    backup_link.dies = LOST_AT, moment
+    backup_link.death = LOST_AT, moment
     with pytest.raises(ActorLost):
         train(primary, filled_at)
     train(backup, LOST_AT)  # every rank repeats its unacknowledged push
@@ -129,7 +129,7 @@ def test_asynchronous_backup_keeps_the_update_order(consistency: Consistency, mo
     primary, backup = restored_server(plan), make_server(plan)
     backup_link = InMemoryBackup(primary.store, backup.store)
     primary.store.backup_link = backup_link
-    backup_link.dies = LOST_AT * WORLD, moment  # rank 0's push of step LOST_AT
+    backup_link.death = LOST_AT * WORLD, moment  # rank 0's push of step LOST_AT
     for seq in range(LOST_AT):
         for rank in range(WORLD):
             push(primary, rank, seq)
@@ -172,7 +172,7 @@ def test_second_backup_receives_late_pulls(moment: str) -> None:
     servers[1].store.backup_link = second
     servers[1].store.record_pull(WORLD - 1, LOST_AT * WORLD, pulled)
     push(servers[1], 0, LOST_AT)
-    second.dies = LOST_AT * WORLD + 1, moment
+    second.death = LOST_AT * WORLD + 1, moment
     with pytest.raises(ActorLost):
         push(servers[1], 1, LOST_AT)
     push(servers[2], 1, LOST_AT)
@@ -195,7 +195,7 @@ def test_server_stops_serving_after_failed_replication() -> None:
     primary, backup = restored_server(plan), make_server(plan)
     backup_link = InMemoryBackup(primary.store, backup.store)
     primary.store.backup_link = backup_link
-    backup_link.dies = 0, MOMENTS[2]
+    backup_link.death = 0, MOMENTS[2]
     with pytest.raises(ActorLost):
         train(primary)
     calls: list[Callable[[], object]] = [

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_workers import UntilOneIsLost
+from hybrid_workers import StopOnLostRank
 from jobs import fields_of, job_of
 from local_run import LocalRun, evaluations, train
 from torch import Tensor, nn
@@ -121,7 +121,7 @@ def test_resumed_run_has_no_baseline(strategy: Any) -> None:
     assert [report.step for report in evaluations(run)] == [2, 4]
 
 
-class LosesRank1(UntilOneIsLost):
+class LosesRank1(StopOnLostRank):
     """Rank 1 is lost before a step; the other ranks abort when they wait for it."""
 
     def __init__(self, run: LocalRun, step: int) -> None:
@@ -141,7 +141,7 @@ def test_replaced_worker_does_not_repeat_the_baseline(strategy: str, step: int) 
     assert not LosesRank1(run, step).make()
     before = [[*reports] for reports in run.reports]
     run.renew(1)
-    assert UntilOneIsLost(run).make()
+    assert StopOnLostRank(run).make()
     run.close()
     repeated = {
         report.step

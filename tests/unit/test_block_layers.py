@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hybrid_models import grid_of, hybrid_job, whole
+from hybrid_models import grid_of, hybrid_job, merge_parts
 from local_run import LocalRun, train
 from plain_loss import mean_loss
 from torch import Tensor, nn
@@ -181,7 +181,7 @@ def test_matches_training_in_one_process(name: str) -> None:
         1e-10 if name in ("own", "tuples", "gpt2", "tied") else 1e-7
     )  # norms and softmax in float32
     run = run_of(task_of(name), stages, cut=cut, **options)
-    params, expected = whole(run), train_plain(name)
+    params, expected = merge_parts(run), train_plain(name)
     assert params.keys() == expected.keys()
     for key in expected:
         assert (params[key] - expected[key]).abs().max() < tolerance, key
@@ -204,7 +204,7 @@ def test_trains_tied_embeddings(setting: str) -> None:
     options = {"pipeline": 2, "data": 1, **options}
     grid, workers = grid_of(options.pop("pipeline"), 1, options.pop("data"), **options)
     job = hybrid_job(grid, workers, steps=STEPS, data={"shuffle": False}, **fields)
-    params = whole(train(job, task_of("tied")))
+    params = merge_parts(train(job, task_of("tied")))
     expected = train_plain("tied", fields.get("clip_norm"))
     assert params.keys() == expected.keys()
     for key in expected:
@@ -218,7 +218,7 @@ def test_tied_model_resumes_under_another_strategy() -> None:
     saved = first.checkpoints[1]
     for strategy, count in ((hybrid, workers), ({"name": "ring"}, 2)):
         job = hybrid_job(strategy, count, steps=STEPS, **fields)
-        params = whole(train(job, task_of("tied"), saved=saved))
+        params = merge_parts(train(job, task_of("tied"), saved=saved))
         for key, value in train_plain("tied").items():
             assert (params[key] - value).abs().max() < 1e-10, key
 
@@ -368,7 +368,7 @@ class CountsCalls(WithStep):
 
 
 def test_trial_does_not_change_the_state_of_the_task() -> None:
-    params, expected = (whole(run_of(CountsCalls, n, micro_batches=4)) for n in (2, 1))
+    params, expected = (merge_parts(run_of(CountsCalls, n, micro_batches=4)) for n in (2, 1))
     for key, value in expected.items():
         assert (params[key] - value).abs().max() < 1e-10, key
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from hybrid_models import whole
+from hybrid_models import merge_parts
 from jobs import job_of
 from local_run import train
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ def test_matches_plain_loop(
     task = with_small_model(example.CausalLM)
     fields = {"optimizer": SGD, "steps": STEPS, "gradient_accumulation": parts}
     job = job_of(strategy, 2, global_batch_size=BATCH, **fields)
-    assert_close(whole(train(job, task)), train_plain(task))
+    assert_close(merge_parts(train(job, task)), train_plain(task))
     assert not [r for r in caplog.records if "not a mean" in r.getMessage()]
 
 
@@ -102,7 +102,7 @@ def test_gpt2_matches_plain_loop(example: Any) -> None:
     for strategy in ("ring", {"name": "hybrid", "pipeline": 2, "micro_batches": 4}):
         job = job_of(strategy, 2, optimizer=SGD, steps=STEPS, global_batch_size=BATCH)
         # GPT2LMHeadModel computes its loss in float32 for every dtype.
-        assert_close(whole(train(job, GPT2)), train_plain(GPT2), 1e-6)
+        assert_close(merge_parts(train(job, GPT2)), train_plain(GPT2), 1e-6)
 
 
 def test_job_file_matches_the_example(example: Any) -> None:

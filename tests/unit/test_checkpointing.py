@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from damage import corrupt
-from deliveries import Full, delivery, give, hasty
+from deliveries import FullDisk, deliver, delivery, with_storage_timeout
 from jobs import job_of
 from safetensors.numpy import load_file
 
@@ -59,7 +59,7 @@ def launch(tmp_path: Path) -> Launch:
 
 def test_writes_parts_to_files(launch: Launch) -> None:
     checkpoints = Checkpoints(launch, 2, lambda ref: ref)
-    give(checkpoints, 1, 2, 3)
+    deliver(checkpoints, 1, 2, 3)
     assert [saved.step for saved in checkpoints.take_finished()] == [1, 2, 3]
     assert checkpoints.take_finished() == []
     checkpoint = checkpoints.newest()
@@ -74,20 +74,20 @@ def test_full_disk_warns_first_and_then_ends_the_run(
     launch: Launch, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = Checkpoints(launch, 2, lambda ref: ref)
-    disk = checkpoints._catalogue._disk = Full()
-    give(checkpoints, *range(1, PATIENCE))
+    disk = checkpoints._catalogue._disk = FullDisk()
+    deliver(checkpoints, *range(1, PATIENCE))
     assert checkpoints.take_finished() == []
     assert "no checkpoint of step 1 in" in caplog.text
     assert "No space left" in caplog.text
     disk.full = False
-    give(checkpoints, 5)
+    deliver(checkpoints, 5)
     assert [saved.step for saved in checkpoints.take_finished()] == [5]
     disk.full = True
-    give(checkpoints, 6, 7)
+    deliver(checkpoints, 6, 7)
     assert checkpoints.take_finished() == [], (
         "failures are counted since the last written checkpoint"
     )
-    give(checkpoints, 8)
+    deliver(checkpoints, 8)
     with pytest.raises(StorageError, match=r"3 checkpoints .*/checkpoints: step 8: No space"):
         checkpoints.take_finished()
     checkpoint = checkpoints.newest()
@@ -100,7 +100,7 @@ def test_does_not_save_parameters_that_are_not_finite(
 ) -> None:
     """On any rank; earlier checkpoints stay, and a rollback restores the newest of them."""
     checkpoints = Checkpoints(launch, 2, lambda ref: ref)
-    give(checkpoints, 1, 2)
+    deliver(checkpoints, 1, 2)
     for version in (3, 4):
         checkpoints.take(delivery(0, version))
         checkpoints.take(delivery(1, version, facts={NOT_FINITE: "0.weight"}))
@@ -118,7 +118,7 @@ def test_lost_part_skips_one_checkpoint(launch: Launch, caplog: pytest.LogCaptur
         return ref
 
     checkpoints = Checkpoints(launch, 2, fetch)
-    give(checkpoints, 1, 2, 3, 4, 5)
+    deliver(checkpoints, 1, 2, 3, 4, 5)
     assert [saved.step for saved in checkpoints.take_finished()] == [1, 3, 4, 5]
     assert "no checkpoint of step 2: its owner died" in caplog.text
 
@@ -131,7 +131,7 @@ def test_counts_failures_of_every_cause(launch: Launch, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("distplat.actors.checkpointing._ONE_CAUSE_S", 0.0)
     checkpoints = Checkpoints(launch, 2, fetch)
-    give(checkpoints, 1, 2, 3)
+    deliver(checkpoints, 1, 2, 3)
     checkpoints.take(delivery(0, 4))
     checkpoints.take(delivery(1, 4, skipped=True, failure="the object store is full"))
     assert len(checkpoints.take_finished()) == 2
@@ -162,7 +162,7 @@ def test_failures_of_one_lost_worker_count_once(launch: Launch) -> None:
         raise ValueError("its owner died")
 
     checkpoints = Checkpoints(launch, 2, fetch)
-    give(checkpoints, 1, 2, 3, 4, 5)
+    deliver(checkpoints, 1, 2, 3, 4, 5)
     checkpoints.take(delivery(0, 6, attempt=9, skipped=True, failure="of another attempt"))
     assert checkpoints.take_finished() == []
 
@@ -170,16 +170,16 @@ def test_failures_of_one_lost_worker_count_once(launch: Launch) -> None:
 def test_rollback_sets_damaged_checkpoints_aside(launch: Launch) -> None:
     """A damaged checkpoint that stays the newest would cause the deletion of later ones."""
     checkpoints = Checkpoints(launch, 2, lambda ref: ref)
-    give(checkpoints, 4, 6)
+    deliver(checkpoints, 4, 6)
     corrupt(checkpoints._catalogue.path(6))
     checkpoint = checkpoints.newest()
     assert checkpoint is not None
     assert (checkpoint.step, checkpoints.step) == (4, 4)
-    give(checkpoints, 5)
+    deliver(checkpoints, 5)
     assert [saved.step for saved in checkpoints.take_finished()] == [4, 6, 5]
     checkpoint = checkpoints.newest()
     assert checkpoint is not None and checkpoint.step == 5
-    give(checkpoints, 6)
+    deliver(checkpoints, 6)
     checkpoint = checkpoints.newest()
     assert checkpoint is not None and checkpoint.step == 6
 
@@ -190,7 +190,7 @@ def test_rollback_never_restarts_at_step_0_if_checkpoints_existed(
 ) -> None:
     checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     assert checkpoints.newest() is None
-    give(checkpoints, 1, 2)
+    deliver(checkpoints, 1, 2)
     catalogue = checkpoints._catalogue
     if fault == "damaged":
         for step in catalogue.steps():
@@ -216,12 +216,12 @@ def test_resumed_run_rolls_back_to_its_initial_checkpoint(
     launch: Launch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = Checkpoints(launch, 2, lambda ref: ref)
-    give(first, 1)
+    deliver(first, 1)
     initial = first._catalogue.path(1)
     resumed = replace(launch, resumed=initial, folder=tmp_path / "resumed")
     resumed.folder.mkdir()
     checkpoints = Checkpoints(resumed, 2, lambda ref: ref)
-    give(checkpoints, 2)
+    deliver(checkpoints, 2)
     corrupt(checkpoints._catalogue.path(2))
     checkpoint = checkpoints.newest()
     assert checkpoint is not None and checkpoint.path == initial
@@ -242,7 +242,7 @@ def test_rollback_reads_while_no_checkpoint_is_deleted(
         return ref
 
     checkpoints = Checkpoints(launch, 2, fetch)
-    give(checkpoints, 1)
+    deliver(checkpoints, 1)
     monkeypatch.setattr(checkpoints, "_wait_for_writer", lambda limit_s: None)
     original = checkpoints._catalogue.newest
 
@@ -277,8 +277,8 @@ def test_rollback_waits_for_the_writer_until_a_deadline(
         assert ref[0][0] < 20 or gate.wait(60)
         return ref
 
-    checkpoints = Checkpoints(hasty(launch, 0.3), 2, fetch)
-    give(checkpoints, 1)
+    checkpoints = Checkpoints(with_storage_timeout(launch, 0.3), 2, fetch)
+    deliver(checkpoints, 1)
     for rank in range(2):
         checkpoints.take(delivery(rank, 2))
     checkpoint = checkpoints.newest()
@@ -290,7 +290,7 @@ def test_rollback_waits_for_the_writer_until_a_deadline(
 
 def test_hanging_read_ends_the_run(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    checkpoints = Checkpoints(hasty(launch, 0.2), 2, lambda ref: ref)
+    checkpoints = Checkpoints(with_storage_timeout(launch, 0.2), 2, lambda ref: ref)
     monkeypatch.setattr(checkpoints._catalogue, "newest", lambda *_: gate.wait(60))
     with pytest.raises(StorageError, match=r"within 0\.2 s: its disk does") as raised:
         checkpoints.newest()
@@ -355,7 +355,7 @@ def test_failed_deletion_only_warns(
     monkeypatch.setattr(Disk, "remove", busy)
     checkpoints = Checkpoints(launch, 2, lambda ref: ref)
     for step in range(1, 8):
-        give(checkpoints, step)
+        deliver(checkpoints, step)
         assert [saved.step for saved in checkpoints.take_finished()] == [step]
     assert [record.message.partition(":")[0] for record in caplog.records] == [
         "old checkpoints could not be deleted and take up space"

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import FAILURE, RECOVERY, RESIZED, SAVED, evaluation, made_run, made_trace, step
+from made_runs import (
+    FAILURE,
+    RECOVERY,
+    RESIZED,
+    SAVED,
+    evaluation_line,
+    make_trace,
+    step_line,
+    write_run,
+)
 
 from distplat.cli.charts import THEMED
 from distplat.cli.main import run
@@ -56,13 +65,13 @@ def page_of(path: Path) -> str:
 
 
 def eventful_run(**changes: Any) -> list[dict[str, Any]]:
-    lines = [step(n, step=n + 1, figures=FIGURES, **changes) for n in range(8)]
+    lines = [step_line(n, step=n + 1, figures=FIGURES, **changes) for n in range(8)]
     events = [SAVED, FAILURE, RECOVERY, RESIZED]
-    return [*lines[:4], *events, *lines[4:], evaluation(4, loss=1.8, accuracy=0.5)]
+    return [*lines[:4], *events, *lines[4:], evaluation_line(4, loss=1.8, accuracy=0.5)]
 
 
 def test_successful_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = made_run(tmp_path, eventful_run(), result={"status": "SUCCEEDED", "seconds": 200.0})
+    path = write_run(tmp_path, eventful_run(), result={"status": "SUCCEEDED", "seconds": 200.0})
     assert run(["report", str(path)]) == 0
     output = capsys.readouterr().out
     for line in (
@@ -85,7 +94,7 @@ def test_successful_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_json_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = made_run(tmp_path, eventful_run(), trace=made_trace())
+    path = write_run(tmp_path, eventful_run(), trace=make_trace())
     assert run(["report", str(path), "-o", "json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["steps"] == 8
@@ -100,7 +109,7 @@ def test_job_name_selects_its_newest_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, started in (("b-1", 100), ("a-2", 200)):
-        path = made_run(tmp_path / "runs", [step(0)], job='{"name": "lin"}', name=name)
+        path = write_run(tmp_path / "runs", [step_line(0)], job='{"name": "lin"}', name=name)
         os.utime(path / "job.yaml", (started, started))
     (tmp_path / "lin").mkdir()  # a folder of the job, not a run
     (tmp_path / "lin" / "job.yaml").write_text("name: lin")
@@ -112,13 +121,13 @@ def test_job_name_selects_its_newest_run(
 
 def test_escapes_text_of_users(tmp_path: Path) -> None:
     bad = FAILURE | {"cause": EVIL, "replaced": [EVIL]}
-    lines = [step(0, figures={EVIL: 1.0}), step(1, figures={EVIL: 2.0}), bad]
+    lines = [step_line(0, figures={EVIL: 1.0}), step_line(1, figures={EVIL: 2.0}), bad]
     lines[0]["seconds"] = lines[1]["seconds"] = {EVIL: 0.5, "compute": 0.5}
-    lines += [evaluation(1, **{EVIL: 1.0}), evaluation(2, **{EVIL: 1.0})]
+    lines += [evaluation_line(1, **{EVIL: 1.0}), evaluation_line(2, **{EVIL: 1.0})]
     job = json.dumps({"name": EVIL, "strategy": {"name": EVIL}})  # JSON is YAML
-    trace = made_trace() | {"schedule": EVIL}
+    trace = make_trace() | {"schedule": EVIL}
     result = {"status": EVIL, "error": EVIL}
-    path = made_run(tmp_path, lines, job=job, result=result, trace=trace, name="run<b>")
+    path = write_run(tmp_path, lines, job=job, result=result, trace=trace, name="run<b>")
     assert run(["report", str(path)]) == 0
     text = page_of(path)
     assert "<script" not in text and "<b>" not in text
@@ -130,9 +139,9 @@ def test_escapes_text_of_users(tmp_path: Path) -> None:
     "name", ["$x$ $", "_hidden", "训练 🚀", "#1a1a1a", "{{ 1 }}", "\\frac", "\x00"]
 )
 def test_shows_special_names_unchanged(name: str, tmp_path: Path) -> None:
-    lines = [step(n, seconds={name: 0.5, "compute": 0.5}) for n in range(3)]
-    lines += [evaluation(1, **{name: 1.0}), evaluation(2, **{name: 2.0})]
-    path = made_run(tmp_path, [*lines, FAILURE | {"cause": name}])
+    lines = [step_line(n, seconds={name: 0.5, "compute": 0.5}) for n in range(3)]
+    lines += [evaluation_line(1, **{name: 1.0}), evaluation_line(2, **{name: 2.0})]
+    path = write_run(tmp_path, [*lines, FAILURE | {"cause": name}])
     assert run(["report", str(path)]) == 0
     text = page_of(path)
     assert f"<title>{name} 1 at 1</title>" in text  # tooltip of a dot
@@ -142,7 +151,7 @@ def test_shows_special_names_unchanged(name: str, tmp_path: Path) -> None:
 
 
 def test_page_has_light_and_dark_colors(tmp_path: Path) -> None:
-    path = made_run(tmp_path, eventful_run(), trace=made_trace())
+    path = write_run(tmp_path, eventful_run(), trace=make_trace())
     assert run(["report", str(path)]) == 0
     text = page_of(path)
     assert "prefers-color-scheme: dark" in text
@@ -158,7 +167,7 @@ def test_prints_the_table_without_jinja2(
 ) -> None:
     monkeypatch.delitem(sys.modules, "distplat.cli.report_page", raising=False)
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    path = made_run(tmp_path, eventful_run())
+    path = write_run(tmp_path, eventful_run())
     assert run(["report", str(path)]) == 2
     printed = capsys.readouterr()
     assert "compute 60%" in printed.out
@@ -170,7 +179,7 @@ def test_prints_the_table_without_jinja2(
 
 
 def test_run_without_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = made_run(tmp_path)
+    path = write_run(tmp_path)
     assert run(["report", str(path)]) == 0
     assert "RUNNING: last line" in capsys.readouterr().out
     assert "No step has been made yet" in page_of(path)
@@ -178,15 +187,15 @@ def test_run_without_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("count", [1, 2, 700])
 def test_draws_any_number_of_steps(count: int, tmp_path: Path) -> None:
-    path = made_run(tmp_path, [step(n, figures={"staleness": n % 3}) for n in range(count)])
+    path = write_run(tmp_path, [step_line(n, figures={"staleness": n % 3}) for n in range(count)])
     assert run(["report", str(path)]) == 0
     assert "Staleness" in page_of(path)
 
 
 def test_diverged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [step(n, loss=1.0 if n < 3 else None) for n in range(6)]
-    lines.append(evaluation(6) | {"metrics": {"loss": None, "accuracy": None}})
-    path = made_run(tmp_path, lines)
+    lines = [step_line(n, loss=1.0 if n < 3 else None) for n in range(6)]
+    lines.append(evaluation_line(6) | {"metrics": {"loss": None, "accuracy": None}})
+    path = write_run(tmp_path, lines)
     assert run(["report", str(path)]) == 0
     assert "not a number" in capsys.readouterr().out
     page_of(path)
@@ -195,9 +204,11 @@ def test_diverged_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_values_too_large_for_an_axis(tmp_path: Path) -> None:
     """Diverging sums of doubles reach such values, and matplotlib raises for them."""
     huge = {"compute": 1e300, "data": 1e300}
-    lines = [step(n, loss=10.0 ** (308 * n), seconds=huge) for n in range(2)]
-    lines += [evaluation(n + 1) | {"metrics": {"loss": -1e308 if n else 1e308}} for n in range(2)]
-    path = made_run(tmp_path, lines)
+    lines = [step_line(n, loss=10.0 ** (308 * n), seconds=huge) for n in range(2)]
+    lines += [
+        evaluation_line(n + 1) | {"metrics": {"loss": -1e308 if n else 1e308}} for n in range(2)
+    ]
+    path = write_run(tmp_path, lines)
     assert run(["report", str(path)]) == 0
     page_of(path)
 
@@ -209,7 +220,7 @@ def test_page_redacts_secrets(tmp_path: Path) -> None:
         "pad_token": "shown-1",
     }
     args |= {"where": "postgres://me:canary-3@db/x", "max_tokens": 512}
-    path = made_run(tmp_path, [step(0)], job=json.dumps({"name": "lin", "task_args": args}))
+    path = write_run(tmp_path, [step_line(0)], job=json.dumps({"name": "lin", "task_args": args}))
     assert run(["report", str(path)]) == 0
     text = page_of(path)
     assert "canary" not in text
@@ -218,7 +229,7 @@ def test_page_redacts_secrets(tmp_path: Path) -> None:
 
 def test_failed_run_has_the_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = "Traceback\n  boom\n\nyour task failed on rank 1"
-    path = made_run(tmp_path, [step(0)], result={"status": "FAILED", "error": error})
+    path = write_run(tmp_path, [step_line(0)], result={"status": "FAILED", "error": error})
     assert run(["report", str(path)]) == 0
     assert "your task failed on rank 1" in capsys.readouterr().out
     assert "Traceback\n  boom" in page_of(path)
@@ -227,8 +238,8 @@ def test_failed_run_has_the_error(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_pipeline_shows_measured_and_ideal_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trace = made_trace(stages=2, micro_batches=4, replicas=2, late_s=0.5, reduce_s=1.0)
-    path = made_run(tmp_path, [step(0)], trace=trace)
+    trace = make_trace(stages=2, micro_batches=4, replicas=2, late_s=0.5, reduce_s=1.0)
+    path = write_run(tmp_path, [step_line(0)], trace=trace)
     assert run(["report", str(path)]) == 0
     assert "replica 1, step 5" in capsys.readouterr().out
     text = page_of(path)
@@ -239,14 +250,14 @@ def test_pipeline_shows_measured_and_ideal_step(
 
 
 def test_invalid_trace_is_reported_on_the_page(tmp_path: Path) -> None:
-    path = made_run(tmp_path, [step(0)], trace=made_trace() | {"stages": 1})
+    path = write_run(tmp_path, [step_line(0)], trace=make_trace() | {"stages": 1})
     assert run(["report", str(path)]) == 0
     assert "makes no sense: an event of stage 1" in page_of(path)
     assert not (path / "pipeline_perfetto.json").exists()
 
 
 def test_writes_perfetto_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = made_run(tmp_path, [step(0)], trace=made_trace(late_s=0.5, reduce_s=1.0))
+    path = write_run(tmp_path, [step_line(0)], trace=make_trace(late_s=0.5, reduce_s=1.0))
     assert run(["report", str(path)]) == 0
     assert str(path / "pipeline_perfetto.json") in capsys.readouterr().out
     events = json.loads((path / "pipeline_perfetto.json").read_text())["traceEvents"]
@@ -256,13 +267,13 @@ def test_writes_perfetto_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_empty_trace(tmp_path: Path) -> None:
-    path = made_run(tmp_path, [step(0)], trace=made_trace() | {"events": []})
+    path = write_run(tmp_path, [step_line(0)], trace=make_trace() | {"events": []})
     assert run(["report", str(path)]) == 0
     page_of(path)
 
 
 def test_pipeline_without_trace(tmp_path: Path) -> None:
-    path = made_run(tmp_path, [step(0)], job="strategy: {name: hybrid, pipeline: 2}")
+    path = write_run(tmp_path, [step_line(0)], job="strategy: {name: hybrid, pipeline: 2}")
     assert run(["report", str(path)]) == 0
     assert "there is no pipeline_trace.json" in page_of(path)
 
@@ -270,7 +281,7 @@ def test_pipeline_without_trace(tmp_path: Path) -> None:
 def test_damaged_result_is_reported_on_the_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = made_run(tmp_path, [step(0)])
+    path = write_run(tmp_path, [step_line(0)])
     (path / "result.json").write_text("{")
     assert run(["report", str(path)]) == 0
     assert "result.json is damaged" in capsys.readouterr().out
@@ -284,7 +295,7 @@ def test_rejects_folders_without_a_run(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_failed_write_exits_with_5(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = made_run(tmp_path, [step(0)])
+    path = write_run(tmp_path, [step_line(0)])
     (path / "report.html").mkdir()
     assert run(["report", str(path)]) == 5
     assert "cannot write" in capsys.readouterr().err

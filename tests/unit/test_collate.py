@@ -114,7 +114,7 @@ def test_padded_batches_match_a_plain_loop(
 
 def test_asynchronous_strategy_trains_padded_batches() -> None:
     job = job_of("ps-async", 2, steps=STEPS, global_batch_size=BATCH)
-    run = train(job, Padded, apart=True)
+    run = train(job, Padded, remote_servers=True)
     assert len(run.trained) == 2
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hybrid_models import grid_of, hybrid_job, whole
+from hybrid_models import grid_of, hybrid_job, merge_parts
 from local_run import LocalRun, train
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -143,7 +143,7 @@ def run_of(task_cls: type[Task], pipeline: int = 2, data: int = 1, **options: An
 
 
 def assert_equal(task_cls: type[Task], **options: Any) -> None:
-    trained, expected = whole(run_of(task_cls, **options)), plain(task_cls)
+    trained, expected = merge_parts(run_of(task_cls, **options)), plain(task_cls)
     assert trained.keys() == expected.keys()
     for name, value in expected.items():
         assert (trained[name] - value).abs().max() < 1e-7, name  # losses and norms are in float32

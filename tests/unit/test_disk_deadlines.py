@@ -12,7 +12,7 @@ import pytest
 import yaml
 from jobs import fields_of
 from line_task import Lin
-from uploads import TASKS, uploaded
+from uploads import TASKS, upload_checkpoints
 
 from distplat import Trainer
 from distplat.actors import role_output
@@ -231,7 +231,7 @@ def test_file_of_small_parts_is_synced_as_it_grows(
 
 @pytest.mark.parametrize("operation", ["mkdir", "open"])
 def test_fetch_to_a_hung_disk_times_out(operation: str, hung: HungDisk, tmp_path: Path) -> None:
-    url, target = uploaded(tmp_path, (1,)), tmp_path / "here"
+    url, target = upload_checkpoints(tmp_path, (1,)), tmp_path / "here"
     target.mkdir()
     hung.patch(Path, operation)
     hung.hangs.set()

@@ -132,7 +132,7 @@ class EndsLeases(Attempt):
     def report(self, rank: int, report: Any) -> None:
         super().report(rank, report)
         if isinstance(report, StepReport) and report.step == 1:
-            self.run.desk.call("end_early")
+            self.run.task_scheduler.call("end_early")
 
 
 def test_started_steps_of_leases_are_completed() -> None:
@@ -173,7 +173,7 @@ def test_stop_saves_steps_of_the_previous_attempt(newest: int) -> None:
 def test_stop_saves_leased_steps_of_the_previous_attempt(newest: int) -> None:
     run = LocalRun(job("ps-async", STEPS), Line)
     assert Attempt(run).make() and not run.checkpoints
-    run.desk.call("end_early", True)
+    run.task_scheduler.call("end_early", True)
     assert Attempt(run, base=newest).make()
     run.close()
     assert [*run.checkpoints] == ([STEPS] if newest < STEPS else [])

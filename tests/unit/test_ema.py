@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_workers import UntilOneIsLost
+from hybrid_workers import StopOnLostRank
 from jobs import job_of
 from local_run import LocalRun, train
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ def test_every_rank_returns_the_average(strategy: Any) -> None:
 
 def test_servers_on_another_node_match_plain_loop() -> None:
     """`apart`: workers copy the parameters instead of sharing the servers' memory."""
-    average = average_of(train(job(THREE, 2), Norms, apart=True).trained[0])
+    average = average_of(train(job(THREE, 2), Norms, remote_servers=True).trained[0])
     for name, value in plain()[0].items():
         assert torch.allclose(average[name], value, rtol=0, atol=1e-10), name
 
@@ -247,9 +247,9 @@ def test_recovery_from_a_lost_worker_keeps_the_bits() -> None:
     fields = job("ring", 3)
     run, fabric = LocalRun(fields, Norms), Fabric(3)
     fabric.kill(1, after=30)
-    assert not UntilOneIsLost(run, fabric).make()
+    assert not StopOnLostRank(run, fabric).make()
     run.renew(1)
-    attempt = UntilOneIsLost(run)
+    attempt = StopOnLostRank(run)
     assert attempt.make()
     assert min(attempt.starts) > 1
     run.close()

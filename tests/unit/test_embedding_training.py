@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from embedding_jobs import Local, job, table
+from embedding_jobs import LocalWords, job, table
 from local_run import Attempt, LocalRun, train
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from distplat.strategies.sparse.lookups import Lookups
 
 @pytest.fixture(scope="module")
 def reference() -> dict[str, Tensor]:
-    return train(job(Local, 1), Local).parameters()
+    return train(job(LocalWords, 1), LocalWords).parameters()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_unbounded_ids() -> None:
     ("task", "options", "message"),
     [
         (Words, {"embeddings": None}, r"rows on servers \(words, tags\).*add the field"),
-        (Local, {"embeddings": {"optimizer": {"name": "SGD", "lr": 1}}}, "has no distplat.nn"),
+        (LocalWords, {"embeddings": {"optimizer": {"name": "SGD", "lr": 1}}}, "has no distplat.nn"),
     ],
 )
 def test_job_and_model_must_agree(task: type[Task], options: dict[str, Any], message: str) -> None:

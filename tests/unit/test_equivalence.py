@@ -8,7 +8,7 @@ some ranks of larger worlds have no samples.
 
 import pytest
 import torch
-from classifiers import EPOCHS, RECIPES, SAMPLES, STEPS, Conv, Dropout, Mlp, plain, recipe_job
+from classifiers import EPOCHS, RECIPES, SAMPLES, STEPS, Conv, Dropout, Mlp, recipe_job, train_plain
 from comparison import distance, same_bits
 from local_run import LocalRun, train
 from torch.utils.data import TensorDataset
@@ -47,7 +47,7 @@ def losses_of(run: LocalRun) -> list[float]:
 @pytest.mark.parametrize(("strategy", "workers", "servers"), WORLDS)
 def test_matches_one_process(recipe: str, strategy: str, workers: int, servers: int) -> None:
     run = train(recipe_job(recipe, strategy, workers, servers), RECIPES[recipe][0])
-    expected, losses = plain(recipe)
+    expected, losses = train_plain(recipe)
     for rank in range(workers):
         assert distance(run.parameters(rank), expected) < 1e-5
     assert losses_of(run) == pytest.approx(losses, rel=1e-4)
@@ -57,7 +57,7 @@ def test_matches_one_process(recipe: str, strategy: str, workers: int, servers: 
 def test_reference_learns_and_depends_on_its_options(recipe: str) -> None:
     """Otherwise the test above would compare untrained models."""
     task_type, _, _, clip_norm = RECIPES[recipe]
-    expected, losses = plain(recipe)
+    expected, losses = train_plain(recipe)
     assert losses[-2] < losses[3]
     torch.manual_seed(5)
     initial = {name: value.detach() for name, value in task_type().model().state_dict().items()}
@@ -80,7 +80,7 @@ def test_shard_boundaries_change_a_norm_by_rounding_only() -> None:
     recipe = "conv-adamw-accumulated-clipped"
     job = recipe_job(recipe, "ps-sync", 2, 3)
     uneven = train(job, Conv, speeds=(1.0, 7.0, 2.0)).parameters()
-    assert distance(uneven, plain(recipe)[0]) < 1e-5
+    assert distance(uneven, train_plain(recipe)[0]) < 1e-5
 
 
 @pytest.mark.sweep(3)
@@ -130,7 +130,7 @@ def test_ring_broadcasts_the_parameters_of_rank_0() -> None:
 
     run = train(recipe_job("mlp-sgd", "ring", 3, 0), Mlp, before=shift)
     for rank in range(3):
-        assert distance(run.parameters(rank), plain("mlp-sgd")[0]) < 1e-5
+        assert distance(run.parameters(rank), train_plain("mlp-sgd")[0]) < 1e-5
 
 
 @pytest.mark.parametrize(("strategy", "servers"), [("ring", 0), ("ps-sync", 1)])

@@ -9,7 +9,16 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from made_runs import FAILURE, RECOVERY, RESIZED, SAVED, evaluation, made_run, made_trace, step
+from made_runs import (
+    FAILURE,
+    RECOVERY,
+    RESIZED,
+    SAVED,
+    evaluation_line,
+    make_trace,
+    step_line,
+    write_run,
+)
 
 from distplat.actors.verifying import _compare
 from distplat.cli.main import run
@@ -30,9 +39,9 @@ UNEXPECTED: list[Any] = [
 
 def lines() -> list[dict[str, Any]]:
     steps = [
-        step(n, figures={**STEP_FIGURES, "staleness": n % 3, "queue_s": 0.1}) for n in range(6)
+        step_line(n, figures={**STEP_FIGURES, "staleness": n % 3, "queue_s": 0.1}) for n in range(6)
     ]
-    return [*steps, FAILURE, RECOVERY, RESIZED, SAVED, evaluation(4, loss=1.8, accuracy=0.5)]
+    return [*steps, FAILURE, RECOVERY, RESIZED, SAVED, evaluation_line(4, loss=1.8, accuracy=0.5)]
 
 
 def damage(value: Any, rng: random.Random) -> Any:
@@ -51,12 +60,12 @@ def test_report_survives_any_damage(
     seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rng = random.Random(seed)
-    path = made_run(
+    path = write_run(
         tmp_path,
         [damage(line, rng) for line in lines()],
         job=json.dumps(damage({"name": "d", "strategy": {"name": "ring"}, "scaling": {}}, rng)),
         result=damage({"status": "FAILED", "error": "boom", "seconds": 3.0}, rng),
-        trace=damage(made_trace(), rng),
+        trace=damage(make_trace(), rng),
     )
     assert run(["report", str(path)]) == 0, capsys.readouterr().err
     assert (path / "report.html").stat().st_size < 2_000_000
@@ -69,15 +78,15 @@ def test_report_survives_any_damage(
         '{"kind": "step", "step": Infinity, "epoch": 0, "loss": 1, "samples": 1, "seconds": {}}',
         "[" * 100_000,
         '{"a":' * 100_000,
-        json.dumps(step(0, samples=10**400)),
-        json.dumps(step(10**20)),
-        json.dumps(step(-1)),
+        json.dumps(step_line(0, samples=10**400)),
+        json.dumps(step_line(10**20)),
+        json.dumps(step_line(-1)),
     ],
 )
 def test_invalid_lines_are_skipped(
     line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = made_run(tmp_path, [step(0)])
+    path = write_run(tmp_path, [step_line(0)])
     with (path / "metrics.jsonl").open("a") as file:
         file.write(line + "\n")
     (path / "result.json").write_text("[" * 100_000)
@@ -88,7 +97,7 @@ def test_invalid_lines_are_skipped(
 
 
 def test_report_of_large_staleness(tmp_path: Path) -> None:
-    path = made_run(tmp_path, [step(n, figures={"staleness": n * 1e9}) for n in range(3)])
+    path = write_run(tmp_path, [step_line(n, figures={"staleness": n * 1e9}) for n in range(3)])
     assert run(["report", str(path)]) == 0
     text = (path / "report.html").read_text()
     assert "largest 2000000000, over 3 steps" in text
@@ -99,7 +108,7 @@ def test_report_with_blank_causes_and_errors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = {"status": "FAILED", "error": " \n "}
-    path = made_run(tmp_path, [step(0), FAILURE | {"cause": ""}], result=result)
+    path = write_run(tmp_path, [step_line(0), FAILURE | {"cause": ""}], result=result)
     assert run(["report", str(path)]) == 0
     assert "no cause is known" in capsys.readouterr().out
 
@@ -108,7 +117,7 @@ def test_report_with_blank_causes_and_errors(
 def test_report_rejects_pipes_and_devices(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = made_run(tmp_path, [step(0)], result={})
+    path = write_run(tmp_path, [step_line(0)], result={})
     (path / name).unlink()
     os.mkfifo(path / name)
     assert run(["report", str(path)]) == 5
@@ -124,7 +133,7 @@ def test_report_does_not_show_the_target_of_a_link(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The owner of the directory could read the target's content in the written page."""
-    path = made_run(tmp_path, [step(0)], result={}, trace=made_trace())
+    path = write_run(tmp_path, [step_line(0)], result={}, trace=make_trace())
     private = tmp_path / "private"
     private.write_text("name: precious\n")
     (path / name).unlink()
@@ -138,7 +147,7 @@ def test_logs_rejects_pipes_and_devices(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("distplat.cli.jobs.DASHBOARD", "http://127.0.0.1:9")
-    path = made_run(tmp_path, [step(0)], result={})
+    path = write_run(tmp_path, [step_line(0)], result={})
     (path / "logs").mkdir()
     log = path / "logs" / "worker-0.log"
     os.mkfifo(log)
@@ -195,14 +204,14 @@ def test_other_readers_reject_links_and_files_larger_than_memory(
 
 
 def test_report_rejects_large_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = made_run(tmp_path, [step(0)])
+    path = write_run(tmp_path, [step_line(0)])
     os.truncate(path / "job.yaml", 2**40)
     assert run(["report", str(path)]) == 5
     assert "job.yaml: it has 1099511627776 bytes" in capsys.readouterr().err
 
 
 def test_report_does_not_write_through_links(tmp_path: Path) -> None:
-    path = made_run(tmp_path, [step(0)], trace=made_trace())
+    path = write_run(tmp_path, [step_line(0)], trace=make_trace())
     private = tmp_path / "private"
     private.write_text("precious")
     for name in ("report.partial", "pipeline_perfetto.partial", "report.html"):
@@ -213,7 +222,7 @@ def test_report_does_not_write_through_links(tmp_path: Path) -> None:
 
 
 def test_failed_report_leaves_no_files(tmp_path: Path) -> None:
-    path = made_run(tmp_path, [step(0)])
+    path = write_run(tmp_path, [step_line(0)])
     (path / "report.html").mkdir()
     before = {*path.iterdir()}
     assert run(["report", str(path)]) == 5
@@ -224,7 +233,7 @@ def test_report_hides_values_of_secret_keys(tmp_path: Path) -> None:
     names = ("token", "hub_token", "api-key", "API_KEY", "db_password", "secret", "access_key")
     arguments = {**dict.fromkeys(names, "pa55word"), "max_tokens": 4711, "tokenizer": "bpe-4712"}
     job = {"name": "d", "task_args": {"deep": [arguments], "password": {"of": "pa55word"}}}
-    path = made_run(tmp_path, [step(0)], job=json.dumps(job))
+    path = write_run(tmp_path, [step_line(0)], job=json.dumps(job))
     assert run(["report", str(path)]) == 0
     text = (path / "report.html").read_text()
     assert "pa55word" not in text
@@ -236,6 +245,6 @@ def test_report_skips_a_job_file_with_expanding_aliases(
 ) -> None:
     rows = ["a: &a0 [x, x, x, x, x, x, x, x, x]"]
     rows += [f"b{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
-    path = made_run(tmp_path, [step(0)], job="\n".join([*rows, "name: *a8"]))
+    path = write_run(tmp_path, [step_line(0)], job="\n".join([*rows, "name: *a8"]))
     assert run(["report", str(path)]) == 0
     assert "job.yaml is damaged and skipped" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import FACTS, FAILURE, evaluation, made_run, step
+from made_runs import FACTS, FAILURE, evaluation_line, step_line, write_run
 
 from distplat.actors.view import View
 from distplat.cli import jobs, remote, render
@@ -166,9 +166,12 @@ def test_incomplete_figures_are_printed(
 def test_report_is_printed_without_escapes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = [step(0, seconds={ESCAPES: 0.5}), FAILURE | {"cause": ESCAPES, "replaced": [ESCAPES]}]
+    lines = [
+        step_line(0, seconds={ESCAPES: 0.5}),
+        FAILURE | {"cause": ESCAPES, "replaced": [ESCAPES]},
+    ]
     result = {"status": ESCAPES, "error": ESCAPES}
-    path = made_run(tmp_path, [*lines, evaluation(1, **{ESCAPES: 1.0})], result=result)
+    path = write_run(tmp_path, [*lines, evaluation_line(1, **{ESCAPES: 1.0})], result=result)
     assert run(["report", str(path)]) == 0
     assert is_harmless(capsys.readouterr().out)
 

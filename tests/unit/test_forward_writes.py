@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from comparison import distance
-from hybrid_models import Classify, hybrid_job, plain, whole
+from hybrid_models import Classify, hybrid_job, merge_parts, train_plain
 from local_run import Attempt, LocalRun, train
 from torch import Tensor, nn
 
@@ -115,7 +115,7 @@ def test_later_write_fails_before_the_next_checkpoint(fields: dict[str, Any]) ->
 @pytest.mark.parametrize(("layer", "micro_batches"), [(Clamped, 1), (ClampedData, 2)])
 def test_harmless_writes_match_plain_loop(layer: type[nn.Linear], micro_batches: int) -> None:
     run = train(hybrid_job(options(micro_batches), 2), task_of(layer))
-    assert distance(whole(run), plain(task_of(layer))[0]) < 1e-5
+    assert distance(merge_parts(run), train_plain(task_of(layer))[0]) < 1e-5
 
 
 def test_other_errors_of_backward_are_unchanged() -> None:

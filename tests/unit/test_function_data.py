@@ -9,7 +9,7 @@ import pytest
 import torch
 from function_ranks import call_on_ranks
 from plain_functions import (
-    GLOBAL,
+    GLOBAL_BATCH,
     SAMPLES,
     adam,
     assert_equal,
@@ -17,7 +17,7 @@ from plain_functions import (
     loss_of,
     model_of,
     momentum,
-    plain,
+    train_plain,
 )
 from torch import Tensor
 from torch.autograd import backward
@@ -250,21 +250,23 @@ def test_batch_sampler_of_torch_matches_batch_size() -> None:
     def train(config: Mapping[str, Any]) -> None:
         model, data = model_of(), data_of()
         optimizer = momentum(model.parameters())
-        batches = BatchSampler(SequentialSampler(data), GLOBAL // 2, drop_last=True)
+        batches = BatchSampler(SequentialSampler(data), GLOBAL_BATCH // 2, drop_last=True)
         loader = DataLoader(data, batch_sampler=batches)
         model, optimizer, loader = distplat.prepare(model, optimizer, loader)
-        assert (len(loader), loader.batch_size) == (SAMPLES // GLOBAL, GLOBAL // 2)
+        assert (len(loader), loader.batch_size) == (SAMPLES // GLOBAL_BATCH, GLOBAL_BATCH // 2)
         for batch in loader:
             backward(loss_of(model, batch))
             optimizer.step()
             optimizer.zero_grad()
 
-    assert_equal(call_on_ranks(train, 2).trained[1], plain(momentum, epochs=1))
+    assert_equal(call_on_ranks(train, 2).trained[1], train_plain(momentum, epochs=1))
 
 
 def test_prepared_loader_has_the_attributes_of_the_original() -> None:
     def train(config: Mapping[str, Any]) -> None:
-        original = DataLoader(data_of(), GLOBAL, num_workers=2, drop_last=True, prefetch_factor=3)
+        original = DataLoader(
+            data_of(), GLOBAL_BATCH, num_workers=2, drop_last=True, prefetch_factor=3
+        )
         loader = distplat.prepare(original)
         for name in ("num_workers", "drop_last", "prefetch_factor", "collate_fn", "pin_memory"):
             assert getattr(loader, name) == getattr(original, name)
@@ -419,7 +421,7 @@ def test_warns_about_unprepared_loaders(
     world: int, is_prepared: bool, warnings: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     def train(config: Mapping[str, Any]) -> None:
-        model, loader = model_of(), DataLoader(data_of(), GLOBAL)
+        model, loader = model_of(), DataLoader(data_of(), GLOBAL_BATCH)
         first, *_, last = model.children()
         optimizers = [momentum(first.parameters()), adam(last.parameters())]
         model, *optimizers = distplat.prepare(model, *optimizers)

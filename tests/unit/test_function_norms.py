@@ -80,7 +80,7 @@ def test_overlap_with_a_parameter_unused_on_one_rank(monkeypatch: pytest.MonkeyP
         return call_on_ranks(train, job=function_job(2, strategy=strategy)).trained
 
     references = train_with(overlap=False)
-    block_starts(monkeypatch, said=True)
+    block_starts(monkeypatch, start_waits=True)
     for trained, expected in zip(train_with(overlap=True), references, strict=True):
         for name, value in expected.items():
             assert torch.equal(trained[name], value), name

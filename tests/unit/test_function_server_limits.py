@@ -17,8 +17,8 @@ from plain_functions import (
     loss_of,
     model_of,
     momentum,
-    steps_of,
-    under,
+    run_under,
+    train_steps,
 )
 from torch import nn
 from torch.autograd import backward
@@ -31,10 +31,10 @@ def test_error_names_a_rank_with_fewer_backwards() -> None:
     def train(config: Any) -> None:
         rank = distplat.get_context().rank
         model = distplat.prepare(model_of())
-        steps_of(model, momentum(model.parameters()), 3 - rank, rank, 2)
+        train_steps(model, momentum(model.parameters()), 3 - rank, rank, 2)
 
     with pytest.raises(MismatchError, match="the train function of worker-1 is over"):
-        under(SYNC, train, 2)
+        run_under(SYNC, train, 2)
 
 
 def test_error_names_a_non_finite_gradient() -> None:
@@ -46,7 +46,7 @@ def test_error_names_a_non_finite_gradient() -> None:
         optimizer.step()
 
     with pytest.raises(NonFiniteError, match=r"rank 1.*weight|weight"):
-        under(SYNC, train, 2)
+        run_under(SYNC, train, 2)
 
 
 def write(model: nn.Module, optimizer: Any) -> None:
@@ -113,12 +113,12 @@ def test_rejects_changes_after_the_first_step(
         model = model_of()
         optimizer = momentum(model.parameters())
         model, optimizer = distplat.prepare(model, optimizer)
-        steps_of(model, optimizer, 1)
+        train_steps(model, optimizer, 1)
         LATE_CHANGES[change](model, optimizer)
-        steps_of(model, optimizer, 1)
+        train_steps(model, optimizer, 1)
 
     with pytest.raises(SpecError) as caught:
-        under(strategy, train, 1)
+        run_under(strategy, train, 1)
     message = " ".join([str(caught.value), *(p.hint for p in caught.value.problems)])
     assert re.search(text, message), message
 
@@ -148,7 +148,7 @@ def test_rejects_unsupported_optimizers(makes: list[Make], text: str) -> None:
         distplat.prepare(model, *optimizers)
 
     with pytest.raises(SpecError, match=text):
-        under(ASYNC, train, 1)
+        run_under(ASYNC, train, 1)
 
 
 def test_rejects_a_parameter_of_two_optimizers() -> None:
@@ -157,7 +157,7 @@ def test_rejects_a_parameter_of_two_optimizers() -> None:
         distplat.prepare(model, adam(model.parameters()), adam([*model.parameters()][:1]))
 
     with pytest.raises(SpecError, match="two optimizers have a parameter in common"):
-        under(ASYNC, train, 1)
+        run_under(ASYNC, train, 1)
 
 
 def test_rejects_a_parameter_of_no_model_with_one_rank() -> None:
@@ -169,4 +169,4 @@ def test_rejects_a_parameter_of_no_model_with_one_rank() -> None:
         optimizer.step()
 
     with pytest.raises(SpecError, match=r"would update a parameter of no model"):
-        under(ASYNC, train, 1)
+        run_under(ASYNC, train, 1)

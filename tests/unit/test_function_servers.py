@@ -22,10 +22,10 @@ from plain_functions import (
     loss_of,
     model_of,
     momentum,
-    plain,
     resumable,
-    steps_of,
-    under,
+    run_under,
+    train_plain,
+    train_steps,
 )
 from torch import Tensor, nn
 from torch.autograd import backward
@@ -45,10 +45,10 @@ def test_ps_sync_has_the_bits_of_ring_and_matches_plain_loop(
     world: int, make: Make, home: str
 ) -> None:
     loop = function_of(make, world, clip=0.5)
-    trained = under(SYNC, loop, world, home=home).trained
+    trained = run_under(SYNC, loop, world, home=home).trained
     ring = call_on_ranks(loop, world).trained[0]
     for rank in range(world):
-        assert_equal(trained[rank], plain(make, clip=0.5))
+        assert_equal(trained[rank], train_plain(make, clip=0.5))
         assert all(torch.equal(trained[rank][name], value) for name, value in ring.items())
 
 
@@ -98,7 +98,7 @@ def test_gradients_are_averaged_before_the_step(
 
     whole = model_of()
     loop(whole, 0, 1)
-    assert_equal(under(strategy, train, 2).trained[1], whole.state_dict())
+    assert_equal(run_under(strategy, train, 2).trained[1], whole.state_dict())
 
 
 class OptimizerWrapper(torch.optim.SGD):
@@ -136,7 +136,7 @@ def test_step_with_closure_matches_plain_loop(
 
     whole = model_of()
     loop(whole, momentum(whole.parameters()))
-    assert_equal(under(strategy, train, 1).trained[0], whole.state_dict())
+    assert_equal(run_under(strategy, train, 1).trained[0], whole.state_dict())
     assert losses[3:] == pytest.approx(losses[:3])
 
 
@@ -162,7 +162,7 @@ def test_grad_scaler_skips_a_step(fused: bool, strategy: Mapping[str, Any]) -> N
     plain_model = model_of()
     loop(plain_model)
     whole = plain_model
-    run = under(strategy, lambda config: loop(model_of()), 1)
+    run = run_under(strategy, lambda config: loop(model_of()), 1)
     assert_equal(run.trained[0], whole.state_dict())
 
 
@@ -198,7 +198,7 @@ def test_two_models_of_different_dtypes_with_unused_parameters() -> None:
     train_loop(reference, reference_head, 0, 1)
     expected = {f"0.{k}": v for k, v in reference.state_dict().items()}
     expected |= {f"1.{k}": v for k, v in reference_head.state_dict().items()}
-    trained = under(SYNC, train, 2).trained[1]
+    trained = run_under(SYNC, train, 2).trained[1]
     for name, value in expected.items():
         torch.testing.assert_close(trained[name], value, rtol=1e-5, atol=1e-5)
 
@@ -222,7 +222,7 @@ def test_data_replaced_before_the_first_backward_is_used(
             parameter.fill_(0.5)
     backward(loss_of(model, data_of()[:12]))
     momentum(model.parameters()).step()
-    assert_equal(under(strategy, train, 1).trained[0], model.state_dict())
+    assert_equal(run_under(strategy, train, 1).trained[0], model.state_dict())
 
 
 def with_groups(model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
@@ -238,12 +238,12 @@ def with_groups(model: nn.Module) -> tuple[torch.optim.Optimizer, Any]:
 @pytest.mark.parametrize("home", [HERE, ELSEWHERE])
 def test_one_rank_of_ps_async_matches_plain_loop(home: str) -> None:
     for make in (adam, momentum, adagrad, lambda p: torch.optim.RMSprop(p, lr=0.01)):
-        run = under(ASYNC, function_of(make, 1, clip=0.5), 1, home=home)
-        assert_equal(run.trained[0], plain(make, clip=0.5))
+        run = run_under(ASYNC, function_of(make, 1, clip=0.5), 1, home=home)
+        assert_equal(run.trained[0], train_plain(make, clip=0.5))
 
     def loop(model: nn.Module, optimizer: Any, scheduler: Any) -> None:
         for _ in range(4):
-            steps_of(model, optimizer, 1)
+            train_steps(model, optimizer, 1)
             scheduler.step()
 
     def train(config: Any) -> None:
@@ -252,7 +252,7 @@ def test_one_rank_of_ps_async_matches_plain_loop(home: str) -> None:
 
     whole = model_of()
     loop(whole, *with_groups(whole))
-    assert_equal(under(ASYNC, train, 1, home=home).trained[0], whole.state_dict())
+    assert_equal(run_under(ASYNC, train, 1, home=home).trained[0], whole.state_dict())
 
 
 @pytest.mark.parametrize("freezes", [False, True])
@@ -274,7 +274,7 @@ def test_two_optimizers_step_alternately(freezes: bool) -> None:
     whole = make()
     loop(*whole)
     expected = {f"{n}.{k}": v for n in (0, 1) for k, v in whole[n].state_dict().items()}
-    run = under(ASYNC, lambda config: loop(*distplat.prepare(*make())), 1)
+    run = run_under(ASYNC, lambda config: loop(*distplat.prepare(*make())), 1)
     assert_equal(run.trained[0], expected)
 
 
@@ -283,9 +283,9 @@ def test_optimizer_state_resumes_under_another_strategy() -> None:
     whole = call_on_ranks(resumable(4)).trained[0]
     strategies: list[Mapping[str, Any]] = [{"name": "ring"}, SYNC, ASYNC]
     for before in strategies:
-        half = under(before, resumable(2), 1)
+        half = run_under(before, resumable(2), 1)
         for after in strategies:
-            rest = under(after, resumable(4), 1, saved=half.checkpoints[2])
+            rest = run_under(after, resumable(4), 1, saved=half.checkpoints[2])
             assert_equal(rest.trained[0], whole)
 
 
@@ -308,7 +308,7 @@ def test_get_state_dict_does_not_change_the_training() -> None:
 
     whole, state = model_of(), dict[str, Any]()
     expected = loop(whole, torch.optim.Adam(whole.parameters(), lr=0.1))
-    assert_equal(under(ASYNC, train, 1).trained[0], whole.state_dict())
+    assert_equal(run_under(ASYNC, train, 1).trained[0], whole.state_dict())
     assert_equal(state, expected)
 
 
@@ -335,7 +335,7 @@ def test_staleness_bounds_the_distance_between_ranks(bound: int) -> None:
                     distances.append(max(steps_done) - min(steps_done))
                 distplat.report({"loss": loss})
 
-    run = under({**ASYNC, "staleness": bound}, train, 3)
+    run = run_under({**ASYNC, "staleness": bound}, train, 3)
     # A rank counted as one step behind may have received its response already.
     assert max(distances) <= bound + 1
     reports = [r for r in run.reports if isinstance(r, StepReport)]
@@ -352,9 +352,9 @@ def test_finished_rank_does_not_block_others() -> None:
         model = model_of()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         model, optimizer = distplat.prepare(model, optimizer)
-        steps_of(model, optimizer, 3 * rank)
+        train_steps(model, optimizer, 3 * rank)
 
-    first, second, _ = under({**ASYNC, "staleness": 0}, train, 3).trained
+    first, second, _ = run_under({**ASYNC, "staleness": 0}, train, 3).trained
     assert all(torch.equal(first[name], value) for name, value in second.items())
 
 
@@ -364,10 +364,10 @@ def test_weights_loaded_at_the_end_are_the_result(through_data: bool) -> None:
         model = model_of()
         optimizer = adam(model.parameters())
         model, optimizer = distplat.prepare(model, optimizer)
-        steps_of(model, optimizer, 2)
+        train_steps(model, optimizer, 2)
         model.load_state_dict({} if through_data else model_of(7).state_dict(), strict=False)
         for parameter, best in zip(model.parameters(), model_of(7).parameters(), strict=True):
             if through_data:
                 parameter.data.copy_(best.data)
 
-    assert_equal(under(ASYNC, train, 1).trained[0], model_of(7).state_dict())
+    assert_equal(run_under(ASYNC, train, 1).trained[0], model_of(7).state_dict())

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from function_ranks import call_on_ranks, function_job
-from prepared_loaders import loader_of
+from prepared_loaders import prepare_loader
 from torch import Tensor, nn
 from torch.autograd import backward
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -84,7 +84,7 @@ def read_twice(data: Any, rank: int, world: int, *, drop_last: bool) -> tuple[An
         if batch is not None:
             batch_infos.append((epoch, batch.samples, batch.unique))
 
-    loader = loader_of(data, rank, world, read=on_batch, drop_last=drop_last)
+    loader = prepare_loader(data, rank, world, read=on_batch, drop_last=drop_last)
     return [read_epoch(loader) for _ in range(2)], batch_infos
 
 
@@ -113,8 +113,8 @@ def test_loader_processes_keep_all_samples_and_reshuffle(
     cls: type[StatelessNumbers], persistent: bool
 ) -> None:
     options = {"num_workers": 2, "persistent_workers": persistent}
-    alone = [loader_of(cls(shuffles=True), rank, 2) for rank in range(2)]
-    shared = [loader_of(cls(shuffles=True), rank, 2, **options) for rank in range(2)]
+    alone = [prepare_loader(cls(shuffles=True), rank, 2) for rank in range(2)]
+    shared = [prepare_loader(cls(shuffles=True), rank, 2, **options) for rank in range(2)]
     epochs = [[read_epoch(loader) for _ in range(2)] for loader in alone]
     assert [[read_epoch(loader) for _ in range(2)] for loader in shared] == epochs
     for number in range(2):
@@ -134,20 +134,20 @@ def test_stream_with_set_epoch_and_length() -> None:
         def __iter__(self) -> Iterator[int]:
             return iter([self.epoch])
 
-    loader = loader_of(SizedStream(), world=2)
+    loader = prepare_loader(SizedStream(), world=2)
     assert [read_epoch(loader)[0][0] for _ in range(2)] == [0, 1]
     loader.set_epoch(7)
     assert read_epoch(loader) == [[7]]
     assert len(loader) == 4
-    assert len(loader_of(SizedStream(), world=2, drop_last=True)) == 3
+    assert len(prepare_loader(SizedStream(), world=2, drop_last=True)) == 3
     with pytest.raises(TypeError, match="if its stream has none"):
-        len(loader_of(StatelessNumbers()))
+        len(prepare_loader(StatelessNumbers()))
 
 
 def test_two_concurrent_iterators_are_independent() -> None:
-    loader = loader_of(Numbers())
+    loader = prepare_loader(Numbers())
     assert [(a.tolist(), b.tolist()) for a, b in zip(loader, loader, strict=True)] == [
-        (batch, batch) for batch in read_epoch(loader_of(Numbers()))
+        (batch, batch) for batch in read_epoch(prepare_loader(Numbers()))
     ]
 
 
@@ -168,7 +168,7 @@ def test_resumes_at_the_position_of_a_checkpoint(source: str, steps: int) -> Non
     options = {"shuffle": True} if source == "numbered" else {}
 
     def new(rank: int) -> ShardedLoader:
-        return loader_of(SOURCES[source](), rank, 2, batch=2, **options)
+        return prepare_loader(SOURCES[source](), rank, 2, batch=2, **options)
 
     leader = new(0)
     batches = (batch for _ in range(3) for batch in leader)
@@ -188,7 +188,7 @@ def test_resumes_at_the_position_of_a_checkpoint(source: str, steps: int) -> Non
 
 
 def test_position_after_an_epoch_is_the_start_of_the_next() -> None:
-    loader = loader_of(Numbers())
+    loader = prepare_loader(Numbers())
     read_epoch(loader)
     assert loader.state_dict() == {"epoch": 1, "samples": 0, "stream": None}
 
@@ -196,7 +196,7 @@ def test_position_after_an_epoch_is_the_start_of_the_next() -> None:
 @pytest.mark.parametrize("persistent", [False, True])
 def test_resumes_with_loader_processes(persistent: bool) -> None:
     options: Any = {"num_workers": 2, "persistent_workers": persistent}
-    loader = loader_of(Numbers(), 0, 2, batch=2, **options)
+    loader = prepare_loader(Numbers(), 0, 2, batch=2, **options)
     whole = read_epoch(loader)
     iterator = iter(loader)
     assert [next(iterator).tolist() for _ in range(3)] == whole[:3]
@@ -207,12 +207,12 @@ def test_resumes_with_loader_processes(persistent: bool) -> None:
 
 
 def test_stateful_stream_does_not_read_skipped_samples() -> None:
-    loader = loader_of(Numbers(1000), batch=10)
+    loader = prepare_loader(Numbers(1000), batch=10)
     batches = iter(loader)
     for _ in range(50):
         next(batches)
     state = loader.state_dict()
-    resumed = loader_of(Numbers(1000), batch=10)
+    resumed = prepare_loader(Numbers(1000), batch=10)
     Numbers.samples_read = 0
     resumed.load_state_dict(state)
     assert next(iter(resumed)).tolist() == [*range(500, 510)]
@@ -221,7 +221,7 @@ def test_stateful_stream_does_not_read_skipped_samples() -> None:
 
 @pytest.mark.parametrize("data", [Numbers(), [*range(COUNT)]])
 def test_rejects_a_position_inside_of_a_batch(data: Any) -> None:
-    loader = loader_of(data, world=2, batch=4)
+    loader = prepare_loader(data, world=2, batch=4)
     with pytest.raises(
         ValueError, match=r"18 samples into epoch 1 is not the start of a batch of 4 on each"
     ):

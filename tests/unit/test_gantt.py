@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_runs import made_run, made_trace
+from made_runs import make_trace, write_run
 
 from distplat.platform.pipeline_trace import Trace
 from distplat.platform.run_record import read_run
@@ -14,14 +14,14 @@ from distplat.strategies.algorithms.simulate import Costs, simulate
 
 
 def trace(tmp_path: Path, fields: dict[str, Any]) -> Trace:
-    pipeline_trace = read_run(made_run(tmp_path, trace=fields)).trace
+    pipeline_trace = read_run(write_run(tmp_path, trace=fields)).trace
     assert pipeline_trace is not None
     return pipeline_trace
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zb-h1"])
 def test_ideal_of_an_ideal_step(schedule: str, tmp_path: Path) -> None:
-    (gantt,) = gantts(trace(tmp_path, made_trace(schedule, 2, 4)))
+    (gantt,) = gantts(trace(tmp_path, make_trace(schedule, 2, 4)))
     expected = simulate(build(schedule, 2, 4), Costs(1, 1, 1))
     assert gantt.ideal is not None
     assert gantt.bubble == pytest.approx(expected.bubble) == pytest.approx(gantt.ideal.bubble)
@@ -32,7 +32,7 @@ def test_ideal_of_an_ideal_step(schedule: str, tmp_path: Path) -> None:
 
 
 def test_difference_to_the_ideal_is_message_time(tmp_path: Path) -> None:
-    (gantt,) = gantts(trace(tmp_path, made_trace("1f1b", 3, 4, late_s=0.5, reduce_s=2.0)))
+    (gantt,) = gantts(trace(tmp_path, make_trace("1f1b", 3, 4, late_s=0.5, reduce_s=2.0)))
     assert gantt.ideal is not None
     assert gantt.ideal.bubble == pytest.approx(2 / 6)
     assert gantt.bubble > gantt.ideal.bubble
@@ -43,7 +43,7 @@ def test_difference_to_the_ideal_is_message_time(tmp_path: Path) -> None:
 
 
 def test_least_bubble_of_unequal_stages(tmp_path: Path) -> None:
-    fields = made_trace(micro_batches=1)
+    fields = make_trace(micro_batches=1)
     events = [e for e in fields["events"] if (e["stage"], e["kind"]) != (0, "B")]
     (gantt,) = gantts(trace(tmp_path, fields | {"events": events}))
     # Stage 0 computes for 1 s, then stage 1 for 3 s.
@@ -53,19 +53,19 @@ def test_least_bubble_of_unequal_stages(tmp_path: Path) -> None:
 
 
 def test_times_of_chunks_are_added(tmp_path: Path) -> None:
-    (gantt,) = gantts(trace(tmp_path, made_trace("interleaved", 2, 4)))
+    (gantt,) = gantts(trace(tmp_path, make_trace("interleaved", 2, 4)))
     assert [t.forward_s for t in gantt.times] == pytest.approx([1.0] * 2)
 
 
 def test_each_replica_has_a_chart(tmp_path: Path) -> None:
-    first, second = gantts(trace(tmp_path, made_trace(replicas=2)))
+    first, second = gantts(trace(tmp_path, make_trace(replicas=2)))
     assert (first.replica, second.replica) == (0, 1)
     assert second.measured[0][0].start == pytest.approx(0.5)
     assert second.pipeline_s == pytest.approx(first.pipeline_s)
 
 
 def test_chart_shows_the_first_slice(tmp_path: Path) -> None:
-    fields = made_trace()
+    fields = make_trace()
     second_slice = [event | {"tensor": 1, "rank": 9} for event in fields["events"]]
     fields["events"] = second_slice + fields["events"]
     (gantt,) = gantts(trace(tmp_path, fields))
@@ -76,7 +76,7 @@ def test_chart_shows_the_first_slice(tmp_path: Path) -> None:
     "change", [{"schedule": "zigzag"}, {"schedule": "interleaved", "micro_batches": 5}]
 )
 def test_unknown_schedule_has_no_ideal(change: dict[str, Any], tmp_path: Path) -> None:
-    (gantt,) = gantts(trace(tmp_path, made_trace() | change))
+    (gantt,) = gantts(trace(tmp_path, make_trace() | change))
     assert gantt.ideal is None
     assert gantt.why_not
     assert gantt.bubble > 0
@@ -84,15 +84,15 @@ def test_unknown_schedule_has_no_ideal(change: dict[str, Any], tmp_path: Path) -
 
 def test_rejects_an_event_of_a_missing_stage(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="an event of stage 1, and there are 1"):
-        gantts(trace(tmp_path, made_trace() | {"stages": 1}))
+        gantts(trace(tmp_path, make_trace() | {"stages": 1}))
 
 
 def test_trace_without_events(tmp_path: Path) -> None:
-    assert gantts(trace(tmp_path, made_trace() | {"events": []})) == []
+    assert gantts(trace(tmp_path, make_trace() | {"events": []})) == []
 
 
 def test_chrome_trace_has_all_events(tmp_path: Path) -> None:
-    pipeline = trace(tmp_path, made_trace("interleaved", 2, 4, replicas=2, reduce_s=1.0))
+    pipeline = trace(tmp_path, make_trace("interleaved", 2, 4, replicas=2, reduce_s=1.0))
     events = chrome_trace(pipeline, gantts(pipeline))["traceEvents"]
     assert isinstance(events, list)
     complete = [event for event in events if event["ph"] == "X"]
@@ -104,7 +104,7 @@ def test_chrome_trace_has_all_events(tmp_path: Path) -> None:
 
 
 def test_chrome_trace_has_a_thread_for_the_ideal_step(tmp_path: Path) -> None:
-    pipeline = trace(tmp_path, made_trace("1f1b", 2, 4, replicas=2, late_s=0.5))
+    pipeline = trace(tmp_path, make_trace("1f1b", 2, 4, replicas=2, late_s=0.5))
     events = chrome_trace(pipeline, gantts(pipeline))["traceEvents"]
     assert isinstance(events, list)
     ideal = [e for e in events if e["ph"] == "X" and e["tid"] == 1]
@@ -115,7 +115,7 @@ def test_chrome_trace_has_a_thread_for_the_ideal_step(tmp_path: Path) -> None:
 
 
 def test_events_of_a_chrome_thread_do_not_overlap(tmp_path: Path) -> None:
-    pipeline = trace(tmp_path, made_trace("zb-h1", 3, 5, replicas=2, late_s=0.25, reduce_s=1.0))
+    pipeline = trace(tmp_path, make_trace("zb-h1", 3, 5, replicas=2, late_s=0.25, reduce_s=1.0))
     events = chrome_trace(pipeline, gantts(pipeline))["traceEvents"]
     assert isinstance(events, list)
     ends: dict[tuple[int, int], float] = {}
@@ -126,7 +126,7 @@ def test_events_of_a_chrome_thread_do_not_overlap(tmp_path: Path) -> None:
 
 
 def test_chrome_trace_has_a_process_per_slice(tmp_path: Path) -> None:
-    fields = made_trace()
+    fields = make_trace()
     second_slice = [event | {"tensor": 1, "rank": event["rank"] + 2} for event in fields["events"]]
     pipeline = trace(tmp_path, fields | {"events": fields["events"] + second_slice})
     events = chrome_trace(pipeline, gantts(pipeline))["traceEvents"]

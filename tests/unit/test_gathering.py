@@ -112,7 +112,7 @@ def test_matches_plain_loop(strategy: Any, workers: int, task_cls: type[Task]) -
 def test_hooks_do_not_block_if_a_rank_has_no_samples(
     strategy: Any, said: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    block_starts(monkeypatch, said=said)
+    block_starts(monkeypatch, start_waits=said)
     trained, expected = train(job(strategy, 3), Pairs).parameters(), plain(Pairs)
     for name, value in expected.items():
         assert torch.allclose(trained[name], value, rtol=0, atol=1e-10), name

@@ -5,7 +5,7 @@ import time
 
 import pytest
 from call_faults import Fault, inject
-from polled_servers import servers
+from polled_servers import spawn_servers
 
 from distplat.actors.servers.health_check import HealthCheck, Heartbeats
 from distplat.actors.servers.replication_manager import ReplicationManager
@@ -18,7 +18,7 @@ FROZEN = Fault(delay_s=1e6)
 
 
 def test_dead_server_is_detected_at_once() -> None:
-    cluster, actors = servers(2)
+    cluster, actors = spawn_servers(2)
     losing = threading.Event()
     watch = HealthCheck(cluster.transport(), actors, 60.0, losing)
     actors[1].die("for a test")
@@ -29,7 +29,7 @@ def test_dead_server_is_detected_at_once() -> None:
 
 def test_poll_is_pending_when_a_server_dies() -> None:
     """Otherwise the death would be detected half a second later, by the next poll."""
-    cluster, actors = servers(1)
+    cluster, actors = spawn_servers(1)
     heartbeats, handles = Heartbeats(cluster.transport(), 60.0), {"server-0": actors[0]}
     deadline = time.monotonic() + LIMIT_S
     while not heartbeats.has_answered("server-0"):
@@ -47,7 +47,7 @@ def test_poll_is_pending_when_a_server_dies() -> None:
     [(FROZEN, "frozen or cut off"), (Fault(lose="reply"), "its answer got lost")],
 )
 def test_timeout_applies_after_the_start(fault: Fault, reason: str) -> None:
-    cluster, actors = servers(1)
+    cluster, actors = spawn_servers(1)
     inject(cluster, "poll", fault, times=1000)
     losing = threading.Event()
     watch = HealthCheck(cluster.transport(), actors, 0.1, losing)
@@ -61,7 +61,7 @@ def test_timeout_applies_after_the_start(fault: Fault, reason: str) -> None:
 
 
 def test_lost_reply_is_retried() -> None:
-    cluster, actors = servers(1)
+    cluster, actors = spawn_servers(1)
     inject(cluster, "poll", Fault(lose="reply"))
     losing = threading.Event()
     watch = HealthCheck(cluster.transport(), actors, 60.0, losing)
@@ -82,7 +82,7 @@ def test_error_in_the_health_check_is_reported(monkeypatch: pytest.MonkeyPatch) 
         raise KeyError(0)
 
     monkeypatch.setattr(Heartbeats, "find_lost", fail)
-    cluster, actors = servers(1)
+    cluster, actors = spawn_servers(1)
     losing = threading.Event()
     watch = HealthCheck(cluster.transport(), actors, 60.0, losing)
     assert losing.wait(LIMIT_S)
@@ -94,7 +94,7 @@ def test_error_in_the_replication_thread_is_reported() -> None:
         def start_backups(self) -> list[Order]:
             raise KeyError("server-7")
 
-    cluster, actors = servers(1)
+    cluster, actors = spawn_servers(1)
     group = Broken(1)
     handles = {"server-0": actors[0]}
     noop = lambda *args: None  # noqa: E731

@@ -7,8 +7,8 @@ import pytest
 import torch
 from comparison import same_bits
 from local_run import train
-from prepared_loaders import loader_of
-from stream_task import BATCH, Numbered, job, read, tensors
+from prepared_loaders import prepare_loader
+from stream_task import BATCH, MapStyleTask, job, read_steps, tensors
 from torch import Tensor, nn
 
 from distplat.strategies.function.sharded_loader import ShardedLoader
@@ -22,7 +22,7 @@ def columns() -> dict[str, Any]:
     return {"inputs": inputs.tolist(), "targets": targets.tolist()}
 
 
-class MapStyle(Numbered):
+class MapStyle(MapStyleTask):
     def train_data(self) -> Any:
         return datasets.Dataset.from_dict(columns()).with_format("torch")
 
@@ -44,7 +44,7 @@ class IterableStyle(MapStyle):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_matches_tensor_data_set_bit_for_bit(workers: int, task_type: type[Task]) -> None:
     spec = job("ring", workers)
-    assert same_bits(train(spec, task_type), train(spec, Numbered))
+    assert same_bits(train(spec, task_type), train(spec, MapStyleTask))
 
 
 @pytest.mark.usefixtures("loader_server")
@@ -54,7 +54,7 @@ def test_iterable_shards_are_not_divided_among_loaders() -> None:
         return data.map(lambda row: {"n": row["n"] + 1}).with_format("torch")
 
     def read_batches(loaders: int, world: int) -> list[list[int]]:
-        batches = read(Values(shifted_numbers()), world=world, data={"num_workers": loaders})
+        batches = read_steps(Values(shifted_numbers()), world=world, data={"num_workers": loaders})
         return [[int(n) for n in batch] for batch in batches]
 
     single_rank = read_batches(0, 1)
@@ -100,7 +100,7 @@ def test_sharded_loader_splits_by_rank_and_resumes(buffer: int | None, loaders: 
     def new_loader(rank: int) -> ShardedLoader:
         data = datasets.Dataset.from_dict({"n": [*range(21)]}).to_iterable_dataset(num_shards=3)
         data = data if buffer is None else data.shuffle(seed=3, buffer_size=buffer)
-        return loader_of(data.with_format("torch"), rank, 2, num_workers=loaders)
+        return prepare_loader(data.with_format("torch"), rank, 2, num_workers=loaders)
 
     rank_loaders = [new_loader(rank) for rank in range(2)]
     batches_by_rank = [

@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from around_layers import PLAN, Small, plain, refused, same, task_of, trained
+from around_layers import (
+    PLAN,
+    Small,
+    assert_matches_plain,
+    assert_refused,
+    task_of,
+    train_grid,
+    train_plain,
+)
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
@@ -95,7 +103,7 @@ BUILDERS = {
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
 @pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS.keys())
 def test_matches_plain_torch(build: Callable[[Any], Any], schedule: str) -> None:
-    same(task_of(build), schedule=schedule)
+    assert_matches_plain(task_of(build), schedule=schedule)
 
 
 @pytest.mark.sweep(2)
@@ -104,7 +112,7 @@ def test_matches_plain_torch(build: Callable[[Any], Any], schedule: str) -> None
 def test_matches_plain_torch_with_other_cuts(
     build: Callable[[Any], Any], options: dict[str, Any]
 ) -> None:
-    same(task_of(build), **options)
+    assert_matches_plain(task_of(build), **options)
 
 
 @pytest.mark.sweep(2)
@@ -118,13 +126,13 @@ def test_matches_plain_torch_with_replicas(
     extra: dict[str, Any] = {"cut": ["last"]} if build is Shared and grid[0] > 1 else {}
     if build is add_parametrizations and grid[0] > 1:
         extra = {"cut": ["4"]}
-    same(task_of(build), grid, data_strategy=data_strategy, **extra)
+    assert_matches_plain(task_of(build), grid, data_strategy=data_strategy, **extra)
 
 
 @pytest.mark.parametrize("cut", [["1"], ["3"]])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_stage_may_begin_with_an_in_place_layer(cut: list[str], recompute: bool) -> None:
-    same(task_of(use_in_place_activations), cut=cut, recompute=recompute)
+    assert_matches_plain(task_of(use_in_place_activations), cut=cut, recompute=recompute)
 
 
 class RecordsMode(nn.Sequential):
@@ -141,8 +149,8 @@ class DelegatesTrain(nn.Sequential):
 
 
 def test_train_override_is_accepted_if_it_only_delegates() -> None:
-    same(task_of(lambda model: DelegatesTrain(*model)))
-    refused(task_of(lambda model: RecordsMode(*model)), "a `train` of its own")
+    assert_matches_plain(task_of(lambda model: DelegatesTrain(*model)))
+    assert_refused(task_of(lambda model: RecordsMode(*model)), "a `train` of its own")
 
 
 class Weighted(Small):
@@ -160,7 +168,7 @@ class Weighted(Small):
 
 @pytest.mark.parametrize("grid", [(1, 1, 2), (2, 1, 1)])
 def test_parameters_of_the_task_are_refused(grid: tuple[int, int, int]) -> None:
-    refused(Weighted, "scales.all", grid=grid)
+    assert_refused(Weighted, "scales.all", grid=grid)
 
 
 @pytest.mark.parametrize("grid", [(1, 2, 1), (2, 2, 1)])
@@ -169,7 +177,7 @@ def test_model_hooks_with_tensor_slices(
     build: Callable[[Any], Any], grid: tuple[int, int, int]
 ) -> None:
     extra = {"cut": ["3"]} if grid[0] > 1 else {}
-    same(task_of(build), grid, tensor_plan=PLAN, **extra)
+    assert_matches_plain(task_of(build), grid, tensor_plan=PLAN, **extra)
 
 
 @pytest.mark.parametrize("grid", [(1, 2, 1), (2, 2, 1), (1, 2, 2)])
@@ -179,7 +187,7 @@ def test_plan_with_softmax_between_slices_is_refused(grid: tuple[int, int, int])
 
     with pytest.raises(SpecError, match="do not compute what whole ones do"):
         extra = {"cut": ["3"]} if grid[0] > 1 else {}
-        trained(task_of(build), grid, tensor_plan=PLAN, **extra)
+        train_grid(task_of(build), grid, tensor_plan=PLAN, **extra)
 
 
 class MappingInput(nn.Module):
@@ -201,7 +209,7 @@ class MappingInputAndOutput(MappingInput):
 
 
 class Mapped(Small):
-    made = MappingInput
+    wrap = MappingInput
 
     def train_data(self) -> Any:
         pairs = zip(*super().train_data().tensors, strict=True)
@@ -220,9 +228,9 @@ class Mapped(Small):
 def test_uncut_model_may_have_mapping_inputs_and_outputs(
     wrapper: type[nn.Module], data_strategy: str, recompute: bool
 ) -> None:
-    task_type = type("Made", (Mapped,), {"made": wrapper})
-    found = trained(task_type, (1, 1, 2), data_strategy=data_strategy, recompute=recompute)
-    expected = plain(Small, around="layers.")
+    task_type = type("Made", (Mapped,), {"wrap": wrapper})
+    found = train_grid(task_type, (1, 1, 2), data_strategy=data_strategy, recompute=recompute)
+    expected = train_plain(Small, around="layers.")
     assert found.keys() == expected.keys()
     for name in expected:
         assert (found[name] - expected[name]).abs().max() < 1e-10, name
@@ -233,5 +241,5 @@ def test_stage_without_parameters_is_refused(data_strategy: str) -> None:
     task_type = task_of(lambda model: nn.Sequential(nn.Flatten(), nn.Tanh(), *model))
     for cut in (["1"], ["2"]):
         with pytest.raises(SpecError, match="nothing to train: 0"):
-            trained(task_type, (2, 1, 1), cut=cut, data_strategy=data_strategy)
-    same(task_type, cut="auto", data_strategy=data_strategy)
+            train_grid(task_type, (2, 1, 1), cut=cut, data_strategy=data_strategy)
+    assert_matches_plain(task_type, cut="auto", data_strategy=data_strategy)

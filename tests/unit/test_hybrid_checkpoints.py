@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import torch
 from comparison import distance
-from hybrid_models import GPT_PLAN, INCEPTION_PLAN, Gpt, NormedInception, grid_of, hybrid_job, whole
+from hybrid_models import (
+    GPT_PLAN,
+    INCEPTION_PLAN,
+    Gpt,
+    NormedInception,
+    grid_of,
+    hybrid_job,
+    merge_parts,
+)
 from local_run import LocalRun, train
 from torch import Tensor
 
@@ -45,7 +53,7 @@ def uninterrupted(grid: str) -> LocalRun:
 
 
 def model_of(run: LocalRun) -> dict[str, Tensor]:
-    return {name: value.detach() for name, value in whole(run).items()}
+    return {name: value.detach() for name, value in merge_parts(run).items()}
 
 
 @pytest.mark.sweep(8)
@@ -62,7 +70,7 @@ def test_any_grid_resumes_from_any_other(origin: str, to: str) -> None:
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     # The last checkpoint contains the whole model, whichever grid wrote it.
     last = resumed.checkpoints[STEPS]._load("model")
-    assert {name: whole.shape for name, whole in last.items()} == {
+    assert {name: merge_parts.shape for name, merge_parts in last.items()} == {
         name: tuple(tensor.shape) for name, tensor in expected.items()
     }
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import grid_of, hybrid_job, whole
+from hybrid_models import grid_of, hybrid_job, merge_parts
 from local_run import train
 from routed_task import STEPS, Routed
 from torch import Tensor
@@ -27,7 +27,7 @@ def plain_loop() -> dict[str, Tensor]:
 
 def assert_matches_plain_loop(options: dict[str, Any], workers: int, **overrides: Any) -> None:
     job = hybrid_job(options, workers, steps=STEPS, data={"shuffle": False}, **overrides)
-    found, expected = whole(train(job, Routed)), plain_loop()
+    found, expected = merge_parts(train(job, Routed)), plain_loop()
     assert found.keys() == expected.keys()
     for name in expected:
         assert (found[name] - expected[name]).abs().max() < 1e-10, name

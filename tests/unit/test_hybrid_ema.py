@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from comparison import distance
-from hybrid_models import GPT_PLAN, INCEPTION_PLAN, Gpt, NormedInception, grid_of, hybrid_job, whole
+from hybrid_models import (
+    GPT_PLAN,
+    INCEPTION_PLAN,
+    Gpt,
+    NormedInception,
+    grid_of,
+    hybrid_job,
+    merge_parts,
+)
 from local_run import LocalRun, evaluations, train
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -101,9 +109,9 @@ def metric_values(run: LocalRun, name: str) -> list[float]:
 @pytest.mark.parametrize("grid", [name for name in GRIDS if name != "one process"])
 def test_ema_matches_one_process(grid: str) -> None:
     run, expected = uninterrupted(grid), train_in_one_process(GRIDS[grid][0])
-    found = whole(run)
+    found = merge_parts(run)
     assert any(name.startswith(EMA_PREFIX) for name in found)
-    assert distance(found, whole(expected)) < 1e-5
+    assert distance(found, merge_parts(expected)) < 1e-5
     for name in ("loss", "ema_loss", "ema_accuracy"):
         assert metric_values(run, name) == pytest.approx(metric_values(expected, name), rel=1e-4)
     assert metric_values(run, "loss") != pytest.approx(metric_values(run, "ema_loss"), rel=1e-3)
@@ -121,8 +129,8 @@ def test_ema_matches_one_process(grid: str) -> None:
     ],
 )
 def test_any_grid_resumes_the_ema_from_a_checkpoint(origin: str, to: str) -> None:
-    expected = whole(uninterrupted(origin))
-    found = whole(train(job(to), Gpt, saved=uninterrupted(origin).checkpoints[HALF]))
+    expected = merge_parts(uninterrupted(origin))
+    found = merge_parts(train(job(to), Gpt, saved=uninterrupted(origin).checkpoints[HALF]))
     assert distance(found, expected) < 1e-5
     if to == origin:
         assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -177,7 +185,7 @@ def test_ema_of_a_stage_is_updated_in_steps_that_skip_it(
 ) -> None:
     """The reference is torch's loop: the average approaches unchanged weights, too."""
     fields: dict[str, Any] = {"steps": 4, "data": {"shuffle": False}, "ema": {"decay": 0.8}}
-    found = whole(train(hybrid_job(*strategy, **fields), SkippedStage))
+    found = merge_parts(train(hybrid_job(*strategy, **fields), SkippedStage))
     torch.manual_seed(5)
     task = SkippedStage()
     model = task.model()

@@ -19,8 +19,8 @@ from hybrid_models import (
     Mlp,
     grid_of,
     hybrid_job,
-    plain,
-    whole,
+    merge_parts,
+    train_plain,
 )
 from local_run import LocalRun, train
 from marks import slow
@@ -81,8 +81,8 @@ GRIDS_AND_TASK_TYPES = [
 def test_grid_matches_one_process(name: str, task_type: type[Task]) -> None:
     options, workers = GRIDS[name]
     run = train(hybrid_job(options, workers), task_type)
-    expected, plain_losses = plain(task_type)
-    assert distance(whole(run), expected) < 1e-5
+    expected, plain_losses = train_plain(task_type)
+    assert distance(merge_parts(run), expected) < 1e-5
     assert losses(run) == pytest.approx(plain_losses, rel=1e-4)
 
 
@@ -91,7 +91,7 @@ def test_batch_may_have_fewer_samples_than_workers(batch: int) -> None:
     options, workers = grid_of(2, 1, 2, micro_batches=1)
     run = train(hybrid_job(options, workers, global_batch_size=batch), Mlp)
     single = train(hybrid_job({"pipeline": 1}, 1, global_batch_size=batch), Mlp)
-    assert distance(whole(run), whole(single)) < 1e-5
+    assert distance(merge_parts(run), merge_parts(single)) < 1e-5
 
 
 @pytest.mark.sweep(3)
@@ -115,8 +115,8 @@ def test_tensor_slices_match_one_process(
 ) -> None:
     options, workers = grid_of(pipeline, 2, data, tensor_plan=plan)
     run = train(hybrid_job(options, workers, clip_norm=clip), task_type)
-    expected, plain_losses = plain(task_type, clip)
-    assert distance(whole(run), expected) < 1e-5
+    expected, plain_losses = train_plain(task_type, clip)
+    assert distance(merge_parts(run), expected) < 1e-5
     assert losses(run) == pytest.approx(plain_losses, rel=1e-4)
 
 
@@ -133,9 +133,9 @@ def test_activation_checkpointing_recomputes_whole_stages(pipeline: int) -> None
             return model
 
     options, workers = grid_of(pipeline, 1, 1)
-    expected = whole(train(hybrid_job(options, workers, steps=3), Counted))
+    expected = merge_parts(train(hybrid_job(options, workers, steps=3), Counted))
     forwards = len(calls)
-    found = whole(
+    found = merge_parts(
         train(hybrid_job(options, workers, steps=3, activation_checkpointing="1, 2.*"), Counted)
     )
     assert len(calls) - forwards > forwards
@@ -153,8 +153,8 @@ def test_checkpointing_pattern_without_a_match_is_refused() -> None:
 def test_clipping_uses_the_norm_of_the_whole_model(name: str) -> None:
     options, workers = GRIDS[name]
     run = train(hybrid_job(options, workers, clip_norm=0.3), Mlp)
-    assert distance(whole(run), plain(Mlp, 0.3)[0]) < 1e-5
-    assert distance(whole(run), plain(Mlp)[0]) > 1e-4, "clipping changes the model"
+    assert distance(merge_parts(run), train_plain(Mlp, 0.3)[0]) < 1e-5
+    assert distance(merge_parts(run), train_plain(Mlp)[0]) > 1e-4, "clipping changes the model"
 
 
 def evaluation(run: LocalRun) -> dict[str, float]:
@@ -183,7 +183,7 @@ def test_stages_and_replicas_match_one_rank(schedule: str, overrides: dict[str, 
         train(hybrid_job({}, 1, **overrides), Mlp),
     )
     tolerance = 1e-2 if "precision" in overrides else 1e-5
-    assert distance(whole(hybrid_run), whole(single)) < tolerance
+    assert distance(merge_parts(hybrid_run), merge_parts(single)) < tolerance
     assert evaluation(hybrid_run) == pytest.approx(evaluation(single), rel=10 * tolerance)
 
 

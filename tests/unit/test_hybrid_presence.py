@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import grid_of, hybrid_job, whole
+from hybrid_models import grid_of, hybrid_job, merge_parts
 from local_run import train
 from routed_task import BATCH, Routed
 from torch import Tensor
@@ -55,6 +55,6 @@ def test_parameters_without_a_gradient_are_not_updated(
 ) -> None:
     options, workers = grid_of(2, 1, data, schedule=schedule, data_strategy=data_strategy)
     job = hybrid_job(options, workers, steps=STEPS, data={"shuffle": False}, optimizer=optimizer)
-    found, expected = whole(train(job, UnusedExperts)), plain_loop(optimizer["name"])
+    found, expected = merge_parts(train(job, UnusedExperts)), plain_loop(optimizer["name"])
     for name in expected:
         assert (found[name] - expected[name]).abs().max() < 1e-10, name

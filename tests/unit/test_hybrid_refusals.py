@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from around_layers import refused, same, task_of, trained
+from around_layers import assert_matches_plain, assert_refused, task_of, train_grid
 from torch import Tensor, nn
 
 from distplat.platform.errors import SpecError
@@ -47,8 +47,8 @@ def state_dict_hook(model: nn.Module) -> nn.Module:
 def test_hooks_of_the_whole_model_are_refused(
     build: Callable[[Any], Any], words: tuple[str, ...]
 ) -> None:
-    refused(task_of(build), *words)
-    same(task_of(build), (1, 1, 2))
+    assert_refused(task_of(build), *words)
+    assert_matches_plain(task_of(build), (1, 1, 2))
 
 
 def test_hook_that_reads_the_whole_model_is_refused() -> None:
@@ -59,9 +59,11 @@ def test_hook_that_reads_the_whole_model_is_refused() -> None:
 
         return task_of(build)
 
-    refused(hooked(lambda module, args: args[0].sum()), "inputs")
-    refused(hooked(lambda module, args: module[0].weight.sum()), "parts of the whole model")
-    refused(hooked(lambda module, args: sum(p.sum() for p in module.parameters())), "`parameters`")
+    assert_refused(hooked(lambda module, args: args[0].sum()), "inputs")
+    assert_refused(hooked(lambda module, args: module[0].weight.sum()), "parts of the whole model")
+    assert_refused(
+        hooked(lambda module, args: sum(p.sum() for p in module.parameters())), "`parameters`"
+    )
 
 
 @pytest.fixture
@@ -73,7 +75,7 @@ def hook_for_all() -> Iterator[None]:
 
 @pytest.mark.usefixtures("hook_for_all")
 def test_global_module_hooks_are_refused() -> None:
-    refused(task_of(lambda model: model), "hooks for all modules")
+    assert_refused(task_of(lambda model: model), "hooks for all modules")
 
 
 class BodyAndHead(nn.Module):
@@ -95,14 +97,18 @@ def test_hook_of_a_module_split_by_stages_is_refused() -> None:
     def stages(self: Task, model: Any) -> list[nn.Module]:
         return [*model.body, model.head]
 
-    refused(task_of(build, stages=stages), "body (Sequential) has a forward hook", "name body")
+    assert_refused(
+        task_of(build, stages=stages), "body (Sequential) has a forward hook", "name body"
+    )
 
 
 def test_stages_that_omit_layers_are_refused() -> None:
     def stages(self: Task, model: Any) -> list[nn.Module]:
         return [*model.body[:3], model.head]
 
-    refused(task_of(BodyAndHead, stages=stages), "do not compute what BodyAndHead does", "`stages`")
+    assert_refused(
+        task_of(BodyAndHead, stages=stages), "do not compute what BodyAndHead does", "`stages`"
+    )
 
 
 class FrozenBody(BodyAndHead):
@@ -133,16 +139,18 @@ def test_contexts_lost_by_tracing_are_refused(
     build: type[BodyAndHead], words: tuple[str, ...]
 ) -> None:
     with pytest.raises(SpecError) as caught:
-        trained(task_of(build), (2, 1, 1))
+        train_grid(task_of(build), (2, 1, 1))
     assert all(word in str(caught.value) for word in words)
-    same(task_of(build), (1, 1, 2))
+    assert_matches_plain(task_of(build), (1, 1, 2))
 
 
 def test_stages_that_train_other_parameters_are_refused() -> None:
     def stages(self: Task, model: Any) -> list[nn.Module]:
         return [*model.body, model.head]
 
-    refused(task_of(FrozenBody, stages=stages), "gradients of other parameters", "body.0.weight")
+    assert_refused(
+        task_of(FrozenBody, stages=stages), "gradients of other parameters", "body.0.weight"
+    )
 
 
 class OverridesTrain(nn.Sequential):
@@ -156,13 +164,13 @@ def test_train_override_of_the_whole_model_is_refused() -> None:
     def build(model: Any) -> nn.Module:
         return OverridesTrain(model[0], nn.Dropout(0.5), *model[1:])
 
-    refused(task_of(build), "a `train` of its own")
-    same(task_of(build), (1, 1, 2))
+    assert_refused(task_of(build), "a `train` of its own")
+    assert_matches_plain(task_of(build), (1, 1, 2))
 
     def build_nested(model: Any) -> nn.Module:
         return nn.Sequential(build(model[:2]), *model[2:])
 
-    same(task_of(build_nested))
+    assert_matches_plain(task_of(build_nested))
 
 
 class UsesOtherWeight(nn.Module):
@@ -186,13 +194,13 @@ def test_weight_outside_the_model_is_not_updated() -> None:
             UsesOtherWeight(nn.Linear(6, 6).double()).double(), nn.Linear(3, 3).double()
         )
 
-    same(task_of(build))
+    assert_matches_plain(task_of(build))
 
 
 def test_weight_of_another_stage_is_refused() -> None:
     build = lambda model: nn.Sequential(model[0], UsesOtherWeight(model[0]).double())  # noqa: E731
-    refused(task_of(build), "0.weight", "in none of its layers")
-    same(task_of(build), (1, 1, 2))
+    assert_refused(task_of(build), "0.weight", "in none of its layers")
+    assert_matches_plain(task_of(build), (1, 1, 2))
 
 
 class UnfreezesItself(nn.Linear):
@@ -211,12 +219,12 @@ def test_unfreezing_a_parameter_is_refused() -> None:
         layer.weight.requires_grad_(False)
         return nn.Sequential(model[0], layer, model[4])
 
-    refused(task_of(build), "unfrozen during the run", "1.weight")
+    assert_refused(task_of(build), "unfrozen during the run", "1.weight")
 
 
 def test_sync_batch_norm_is_refused() -> None:
     build = lambda model: nn.Sequential(model[0], nn.SyncBatchNorm(8).double(), model[4])  # noqa: E731
-    refused(task_of(build), "'1' is nn.SyncBatchNorm", "ring")
+    assert_refused(task_of(build), "'1' is nn.SyncBatchNorm", "ring")
 
 
 def hook_on_sliced_weight(model: nn.Sequential) -> nn.Module:
@@ -253,4 +261,4 @@ def parametrization_of_sliced_bias(model: nn.Sequential) -> nn.Module:
 def test_hooks_of_sliced_modules_are_refused(
     build: Callable[[Any], Any], words: tuple[str, ...]
 ) -> None:
-    refused(task_of(build), *words, grid=(1, 2, 1))
+    assert_refused(task_of(build), *words, grid=(1, 2, 1))

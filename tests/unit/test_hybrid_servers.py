@@ -15,8 +15,8 @@ from hybrid_models import (
     Mlp,
     grid_of,
     hybrid_job,
-    plain,
-    whole,
+    merge_parts,
+    train_plain,
 )
 from local_run import train
 from marks import slow
@@ -49,10 +49,12 @@ def test_grid_with_servers_matches_one_process(name: str, clip: float | None) ->
     run = train(
         hybrid_job({**options, "data_strategy": "ps-sync"}, workers, clip_norm=clip), task_type
     )
-    expected, _ = plain(task_type, clip)
-    assert distance(whole(run), expected) < 1e-5
+    expected, _ = train_plain(task_type, clip)
+    assert distance(merge_parts(run), expected) < 1e-5
     if clip is not None:
-        assert distance(whole(run), plain(task_type)[0]) > 1e-4, "clipping changes the model"
+        assert distance(merge_parts(run), train_plain(task_type)[0]) > 1e-4, (
+            "clipping changes the model"
+        )
 
 
 @pytest.mark.parametrize(("servers", "servers_per_part"), [(2, 1), (4, 2)])

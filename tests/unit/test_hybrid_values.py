@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import BATCH, grid_of, hybrid_job, whole
+from hybrid_models import BATCH, grid_of, hybrid_job, merge_parts
 from local_run import LocalRun, train
 from plain_loss import mean_loss
 from torch import Tensor, nn
@@ -206,7 +206,7 @@ def test_trees_match_plain_loop(
     task_type: type[Task], stages: int, options: dict[str, Any]
 ) -> None:
     run = run_of(task_type, stages, **options)
-    found, (expected, loss) = whole(run), plain_loop(task_type)
+    found, (expected, loss) = merge_parts(run), plain_loop(task_type)
     assert found.keys() == expected.keys()
     for name in expected:
         assert (found[name] - expected[name]).abs().max() < 1e-10, name
@@ -232,7 +232,7 @@ def test_trees_with_tensor_slices_match_plain_loop(data: int) -> None:
     plan = {"*.up": "colwise", "*.down": "rowwise"}
     strategy, workers = grid_of(2, 2, data, tensor_plan=plan)
     job = hybrid_job(strategy, workers, steps=STEPS, data={"shuffle": False})
-    found, (expected, _) = whole(train(job, task_type)), plain_loop(task_type)
+    found, (expected, _) = merge_parts(train(job, task_type)), plain_loop(task_type)
     assert found.keys() == expected.keys()
     for name in expected:
         assert (found[name] - expected[name]).abs().max() < 1e-10, name
@@ -310,7 +310,7 @@ def test_complex_tensors_and_buffers_match_plain_loop(
     task_type: type[Task], options: dict[str, Any]
 ) -> None:
     cut = ["blocks.2"] if task_type is RotaryTask else ["2"]
-    found = whole(run_of(task_type, cut=cut, **options))
+    found = merge_parts(run_of(task_type, cut=cut, **options))
     task = task_type()
     torch.manual_seed(5)
     model = task.model()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from grouped_task import STRATEGIES, Small, close
+from grouped_task import STRATEGIES, Small, assert_close
 from grouped_task import job as grouped_job
 from local_run import train
 from torch import Tensor, nn
@@ -84,7 +84,7 @@ def test_named_optimizer_matches_the_task_optimizer(
     name: str, task_optimizer_parameters: dict[str, Tensor]
 ) -> None:
     task_type: type[Task] = Small
-    close(
+    assert_close(
         train(grouped_job(*STRATEGIES[name], optimizer=NAMED), task_type).parameters(),
         task_optimizer_parameters,
     )

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from call_faults import Call, add_rule, drain
 from call_faults import Fault as LocalFault
-from counting import BATCH, PARTS, SAMPLES, WIDTH, Counting, counting
-from dealing import desk_of
+from counting import BATCH, PARTS, SAMPLES, WIDTH, Counting, counting_fields
+from dealing import make_task_scheduler
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from local_run import Attempt, LocalRun
@@ -68,9 +68,9 @@ class LostPush:
 class CountingRun(LocalRun):
     """Runs `Counting` attempt by attempt."""
 
-    def __init__(self, most: int = 1) -> None:
-        super().__init__(make_job(counting(epochs=EPOCHS)), Counting, most=most)
-        self.most = most
+    def __init__(self, lease_size: int = 1) -> None:
+        super().__init__(make_job(counting_fields(epochs=EPOCHS)), Counting, lease_size=lease_size)
+        self.lease_size = lease_size
         self.ranks.append(self._new_rank())  # a joining rank
         self.reports.append([])
         self.faults: dict[str, Fault] = {}  #: by worker
@@ -108,7 +108,7 @@ class CountingRun(LocalRun):
             try:
                 loops[index].run()
             except WorkerLost:
-                self.desk.call("die", order[index])
+                self.task_scheduler.call("die", order[index])
                 self.lost.add(order[index])
 
         on_ranks(len(order), body)
@@ -121,8 +121,8 @@ class CountingRun(LocalRun):
             self.renew(rank)
         self.lost.clear()
         if with_scheduler:
-            self.desk.close()
-            self.desk = desk_of(self.job, self.roles, self.most)
+            self.task_scheduler.close()
+            self.task_scheduler = make_task_scheduler(self.job, self.roles, self.lease_size)
         self.attempt = FaultyAttempt(self)
 
     def check(self) -> None:
@@ -157,11 +157,11 @@ class FaultyAttempt(Attempt):
     run: CountingRun
 
     def __init__(self, run: CountingRun) -> None:
-        super().__init__(run, apart=True)
+        super().__init__(run, remote_servers=True)
 
     def leases(self, rank: int) -> RemoteLeases:
         """Return a client of the scheduler that fails instead of finishing a task."""
-        client, fault = self.run.desk.leases(rank, attempt=self.number), self._fault(rank)
+        client, fault = self.run.task_scheduler.leases(rank, attempt=self.number), self._fault(rank)
         finish = client.finish
 
         def finish_or_fail(
@@ -198,9 +198,9 @@ class FaultyAttempt(Attempt):
 ALL_TASKS = [(step, part) for step in range(STEPS) for part in range(PARTS)]
 
 
-@pytest.mark.parametrize("most", [1, 5])
-def test_ranks_apply_each_task_once(most: int) -> None:
-    run = CountingRun(most)
+@pytest.mark.parametrize("lease_size", [1, 5])
+def test_ranks_apply_each_task_once(lease_size: int) -> None:
+    run = CountingRun(lease_size)
     run.run({rank: Fault() for rank in range(3)})
     run.check()
     assert run.parts() == ALL_TASKS
@@ -211,7 +211,7 @@ def test_ranks_apply_each_task_once(most: int) -> None:
 
 @pytest.mark.parametrize("point", LOSS_POINTS)
 def test_tasks_of_lost_ranks_are_reassigned(point: str) -> None:
-    run = CountingRun(most=3)
+    run = CountingRun(lease_size=3)
     run.run({0: Fault(), 1: Fault(1, point), 2: Fault(0, point)})
     run.check()
 
@@ -228,7 +228,7 @@ def test_late_pushes_of_a_rank_declared_lost_are_dropped() -> None:
     def pause_first(step: int, clock: Any) -> Any:
         batch_gradients = gradients(step, clock)
         if not is_lost.is_set():
-            run.desk.call("lose", 1)
+            run.task_scheduler.call("lose", 1)
             is_lost.set()
             assert others_finished.wait(60)
         return batch_gradients
@@ -266,7 +266,7 @@ def test_all_ranks_are_lost(point: str, with_scheduler: bool) -> None:
 
 
 def test_ranks_join_and_leave() -> None:
-    run = CountingRun(most=2)
+    run = CountingRun(lease_size=2)
     trained = [threading.Event() for _ in range(3)]
     dismissed, has_left = threading.Event(), threading.Event()
 
@@ -285,7 +285,7 @@ def test_ranks_join_and_leave() -> None:
                 assert dismissed.wait(60)
             if rank == 0 and finished == 4:
                 assert trained[1].wait(60)
-                run.desk.call("dismiss", (1,))
+                run.task_scheduler.call("dismiss", (1,))
                 dismissed.set()
             if rank == 0 and finished == 6:  # keep the run going until then
                 assert trained[2].wait(60)
@@ -304,7 +304,7 @@ def test_ranks_join_and_leave() -> None:
 
 
 def test_run_in_the_calling_process(tmp_path: Path) -> None:
-    spec = counting(0, checkpoint={"every_steps": 5}, storage_path=str(tmp_path))
+    spec = counting_fields(0, checkpoint={"every_steps": 5}, storage_path=str(tmp_path))
     result = Trainer(spec, Counting).fit()
     assert [summary.step for summary in result.history] == list(range(1, STEPS + 1))
     assert result.checkpoint is not None
@@ -331,10 +331,10 @@ ATTEMPT = st.tuples(st.lists(FAULT, min_size=1, max_size=3), st.booleans(), st.b
 @pytest.mark.timeout(120 + 2 * RUNS)
 @settings(max_examples=RUNS, phases=UNSHRUNK)
 def test_random_sequences_of_attempts(
-    attempts: list[tuple[list[Fault], bool, bool]], most: int
+    attempts: list[tuple[list[Fault], bool, bool]], lease_size: int
 ) -> None:
     """Each attempt loses all ranks at random moments, and sometimes the scheduler."""
-    run = CountingRun(most)
+    run = CountingRun(lease_size)
     for faults, with_scheduler, first_survives in attempts:
         by_rank = {rank: Fault(fault.task, fault.point) for rank, fault in enumerate(faults)}
         first_rank = run.ranks[0]

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_models import whole
+from hybrid_models import merge_parts
 from jobs import job_of
 from local_run import evaluations, train
 from torch import Tensor, nn
@@ -138,7 +138,7 @@ def test_mean_excludes_dropped_samples(
 ) -> None:
     all_fields = {"steps": STEPS, "global_batch_size": BATCH, "data": {"shuffle": False}, **fields}
     run = train(job_of(strategy, workers, **all_fields), task_type, timeout_s=30)
-    found, (expected, metrics) = whole(run), plain_loop()
+    found, (expected, metrics) = merge_parts(run), plain_loop()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
     last = evaluations(run)[-1]
@@ -213,7 +213,7 @@ class FillsNone(DropsNone):
 def test_samples_replaced_by_collate_count(strategy: Any) -> None:
     fields: dict[str, Any] = {"steps": 2, "global_batch_size": BATCH, "data": {"shuffle": False}}
     single, several = (
-        whole(train(job_of(name, workers, **fields), FillsNone, timeout_s=30))
+        merge_parts(train(job_of(name, workers, **fields), FillsNone, timeout_s=30))
         for name, workers in (("ring", 1), (strategy, 2))
     )
     task = FillsNone()

@@ -16,7 +16,7 @@ import torch
 from call_faults import Call, Fault, add_rule, drain, inject
 from control_records import full_record
 from jobs import job_of
-from local_run import impatient
+from local_run import with_timeouts
 from local_servers import ELSEWHERE, Servers, wait_for_backups
 from rank_threads import on_ranks
 from torch import nn
@@ -63,7 +63,7 @@ def make_servers() -> Iterator[ServersFactory]:
     ) -> Servers:
         spec = job(world, servers, **fields)
         roles = make_strategy(spec).roles(spec)
-        created.append(Servers(impatient(spec, limit_s), roles, backups=backups))
+        created.append(Servers(with_timeouts(spec, limit_s), roles, backups=backups))
         return created[-1]
 
     yield create

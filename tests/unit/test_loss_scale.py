@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_workers import UntilOneIsLost
+from hybrid_workers import StopOnLostRank
 from jobs import job_of
 from local_run import Attempt, LocalRun, train
 from torch import Tensor, nn
@@ -216,9 +216,9 @@ def test_recovered_and_resumed_runs_are_bit_identical(strategy: str) -> None:
     if strategy == "ring":
         run, fabric = LocalRun(spec, Overflowing), Fabric(3)
         fabric.kill(1, after=14)
-        assert not UntilOneIsLost(run, fabric).make()
+        assert not StopOnLostRank(run, fabric).make()
         run.renew(1)
-        attempt = UntilOneIsLost(run)
+        attempt = StopOnLostRank(run)
         assert attempt.make()
         assert min(attempt.starts) > 0
         run.close()
@@ -287,9 +287,9 @@ def test_ranks_behind_get_the_scale_of_a_skipped_step(
     uninterrupted = train(spec, Overflowing)
     assert scales(uninterrupted)[3] < scales(uninterrupted)[2]
     run = LocalRun(spec, Overflowing)
-    assert not UntilOneIsLost(run, Fabric(4), behind).make()
+    assert not StopOnLostRank(run, Fabric(4), behind).make()
     run.renew(lost)
-    assert UntilOneIsLost(run).make()
+    assert StopOnLostRank(run).make()
     run.close()
     resumed = train(spec, Overflowing, saved=uninterrupted.checkpoints[6])
     for other in (run, resumed):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from deliveries import Full, delivery, give, hasty
+from deliveries import FullDisk, deliver, delivery, with_storage_timeout
 from jobs import job_of
 
 from distplat.actors.actor_group import Launch
@@ -50,7 +50,7 @@ def checkpoints_on_hanging_disk(
     launch: Launch, now: list[float]
 ) -> tuple[Checkpoints, HangingDisk]:
     """Return checkpoints with a disk deadline of 5 s, and their disk; one write is in progress."""
-    checkpoints = Checkpoints(hasty(launch, 5.0), 2, lambda ref: ref, lambda: now[0])
+    checkpoints = Checkpoints(with_storage_timeout(launch, 5.0), 2, lambda ref: ref, lambda: now[0])
     disk = checkpoints._catalogue._disk = HangingDisk()
     add(checkpoints, 1)
     assert disk.blocked.acquire(timeout=60)
@@ -115,7 +115,7 @@ def test_slow_fetch_is_not_a_disk_failure(launch: Launch) -> None:
         assert gate.wait(60)
         return ref
 
-    checkpoints = Checkpoints(hasty(launch, 5.0), 2, slow_fetch, lambda: now[0])
+    checkpoints = Checkpoints(with_storage_timeout(launch, 5.0), 2, slow_fetch, lambda: now[0])
     add(checkpoints, 1)
     assert started.wait(60)
     add(checkpoints, *range(2, 8))
@@ -130,8 +130,8 @@ def test_slow_fetch_is_not_a_disk_failure(launch: Launch) -> None:
 def test_failures_accumulate_over_attempts(launch: Launch) -> None:
     """The disk is full, and a worker is lost before each third checkpoint."""
     checkpoints = Checkpoints(launch, 2, lambda ref: ref)
-    checkpoints._catalogue._disk = Full()
-    give(checkpoints, 1, 2)
+    checkpoints._catalogue._disk = FullDisk()
+    deliver(checkpoints, 1, 2)
     checkpoints.begin(1, launch.job)
     assert checkpoints.take_finished() == []
     add(checkpoints, 2, attempt=1)  # the new attempt repeats the step

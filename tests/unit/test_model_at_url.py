@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from jobs import fields_of
-from storages import Odd
+from storages import FaultyFileSystem
 
 from distplat.actors import trainer
 from distplat.actors.controller_client import RunHandlers
@@ -28,9 +28,9 @@ URL = "odd://bucket/runs"
 
 @pytest.fixture(autouse=True)
 def _reset_storage() -> Iterator[None]:
-    Odd.reset()
+    FaultyFileSystem.reset()
     yield
-    Odd.reset()
+    FaultyFileSystem.reset()
 
 
 def trainer_of(folder: Path, **overrides: Any) -> Trainer:
@@ -92,7 +92,7 @@ def test_each_file_is_written_where_space_is_left(
     assert read_from_url(f"{URL}/run", "embeddings.safetensors") == b"rows"
     with pytest.raises(StorageError, match=rf"are at {URL}/run: embeddings\.safetensors$"):
         files.check()
-    Odd.refuses = True
+    FaultyFileSystem.refuses = True
     monkeypatch.setattr(
         trainer, "upload_bytes", lambda url, name, data, _: upload_bytes(url, name, data, 0.01)
     )
@@ -153,12 +153,12 @@ def test_result_has_a_model_delivered_after_a_second_signal(
 
 
 def test_failed_upload_is_retried() -> None:
-    Odd.failures = 1
+    FaultyFileSystem.failures = 1
     upload_bytes(URL, "model.safetensors", b"model" * 5, 240.0)
     assert read_from_url(URL, "model.safetensors") == b"model" * 5
 
 
 def test_hanging_upload_times_out() -> None:
-    Odd.hold = threading.Event()
+    FaultyFileSystem.hold = threading.Event()
     with pytest.raises(StorageError, match=rf"{URL}/model\.safetensors"):
         upload_bytes(URL, "model.safetensors", b"model", 0.2)

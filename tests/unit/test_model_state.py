@@ -167,7 +167,7 @@ def test_written_parameter_on_servers_is_rejected_by_name(
     strategy: Any, task_class: type[Task]
 ) -> None:
     with pytest.raises(SpecError, match=rf"'{NAMES[task_class]}', which servers keep(.|\n)*ring"):
-        train(job(strategy, 2), task_class, apart=True)
+        train(job(strategy, 2), task_class, remote_servers=True)
 
 
 @pytest.mark.parametrize("task_class", [Replaced, Follower])

@@ -10,11 +10,11 @@ import pytest
 import torch
 from control_records import record_of
 from embedding_jobs import job as table_job
-from grouped_task import BATCH, SAMPLES, STEPS, STRATEGIES, Own, Small, close
+from grouped_task import BATCH, SAMPLES, STEPS, STRATEGIES, Own, Small, assert_close
 from grouped_task import job as grouped_job
-from hybrid_models import Gpt, grid_of, hybrid_job, whole
-from hybrid_workers import UntilOneIsLost
-from local_run import LocalRun, impatient, train
+from hybrid_models import Gpt, grid_of, hybrid_job, merge_parts
+from hybrid_workers import StopOnLostRank
+from local_run import LocalRun, train, with_timeouts
 from local_servers import Servers, wait_for_backups
 from table_rows import table_rows
 from torch import Tensor, nn
@@ -130,7 +130,7 @@ def test_one_worker_is_bit_identical_to_a_plain_loop(name: str) -> None:
 def test_several_workers_are_close_to_a_plain_loop(name: str, clip_norm: float | None) -> None:
     """Gradients are summed in another order, and Muon rounds to bfloat16."""
     run = train(job(*STRATEGIES[name], clip_norm=clip_norm), Deep)
-    close(state_of(run), plain_loop(clip_norm=clip_norm), 1e-3)
+    assert_close(state_of(run), plain_loop(clip_norm=clip_norm), 1e-3)
     for rank in range(1, STRATEGIES[name][1]):
         assert_same(state_of(run, rank), state_of(run))
 
@@ -203,7 +203,7 @@ def test_two_elementwise_optimizers_combine(name: str) -> None:
         return [torch.optim.AdamW(rest, lr=0.01), torch.optim.SGD(head, lr=0.1, momentum=0.9)]
 
     run = train(job(*STRATEGIES[name], optimizer={**ADAMW, "groups": groups}), Small)
-    close(state_of(run), plain_loop(Small, make_optimizers=adamw_and_sgd))
+    assert_close(state_of(run), plain_loop(Small, make_optimizers=adamw_and_sgd))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda optimizer: optimizer["name"])
@@ -250,7 +250,7 @@ def test_stages_update_their_own_parameters() -> None:
     groups = [{"match": ",".join(names[1:-1]), **MUON}]
     fields = {"optimizer": {**ADAMW, "groups": groups}}
     grid, workers = grid_of(2, 1, 1)
-    staged = whole(train(hybrid_job(grid, workers, **fields), WideGpt))
+    staged = merge_parts(train(hybrid_job(grid, workers, **fields), WideGpt))
     single = train(hybrid_job({}, 1, **fields), WideGpt).parameters()
     start = train(hybrid_job({}, 1, **fields, steps=1), WideGpt).parameters()
     assert max(float((staged[name] - single[name]).abs().max()) for name in single) < 1e-3
@@ -278,7 +278,7 @@ def test_resumes_from_a_checkpoint_under_any_strategy(name: str, to: str) -> Non
     resumed = train(job(*STRATEGIES[to]), Deep, saved=unfailed.checkpoints[2])
     if name == to:
         assert_same(resumed.parameters(), unfailed.parameters())
-    close(resumed.parameters(), unfailed.parameters(), 1e-3)
+    assert_close(resumed.parameters(), unfailed.parameters(), 1e-3)
 
 
 def test_checkpoint_has_the_state_of_each_optimizer() -> None:
@@ -301,9 +301,9 @@ def test_recovery_from_a_lost_worker_is_bit_identical() -> None:
     config = job("ring", 3)
     run, fabric = LocalRun(config, Deep), Fabric(3)
     fabric.kill(1, after=12)
-    assert not UntilOneIsLost(run, fabric).make()
+    assert not StopOnLostRank(run, fabric).make()
     run.renew(1)
-    attempt = UntilOneIsLost(run)
+    attempt = StopOnLostRank(run)
     assert attempt.make()
     assert min(attempt.starts) > 1
     run.close()
@@ -324,7 +324,7 @@ def test_muon_with_embedding_tables() -> None:
         table_job(Words, 2, optimizer=optimizer, strategy={"name": "ps-sync", "num_servers": 2}),
         Words,
     )
-    close(ring.parameters(), servers.parameters(), 1e-2)
+    assert_close(ring.parameters(), servers.parameters(), 1e-2)
     for number in range(2):
         tables = [torch.from_numpy(table_rows(run.tables, number, ROWS)) for run in (ring, servers)]
         torch.testing.assert_close(*tables, rtol=1e-2, atol=1e-2, equal_nan=True)
@@ -468,7 +468,7 @@ def test_promoted_backup_has_the_state_of_each_optimizer() -> None:
     strategy = {"name": "ps-sync", "num_servers": 2, "replication": 2}
     optimizer = {**MUON, "groups": [{"match": "*.bias", **ADAMW}]}
     config = job(strategy, optimizer=optimizer, lr_schedule={"name": "constant"})
-    servers = Servers(impatient(config, 10.0), make_strategy(config).roles(config))
+    servers = Servers(with_timeouts(config, 10.0), make_strategy(config).roles(config))
     torch.manual_seed(5)
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
     other = deepcopy(model)

@@ -5,8 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from grouped_task import ADAMW, GROUPED, GROUPS, STEPS, STRATEGIES, Own, Small, close, job, plain
-from hybrid_models import GPT_PLAN, Gpt, grid_of, hybrid_job, whole
+from grouped_task import (
+    ADAMW,
+    GROUPED,
+    GROUPS,
+    STEPS,
+    STRATEGIES,
+    Own,
+    Small,
+    assert_close,
+    job,
+    train_with_param_groups,
+)
+from hybrid_models import GPT_PLAN, Gpt, grid_of, hybrid_job, merge_parts
 from local_run import LocalRun, train
 from marks import slow
 from torch import nn
@@ -25,14 +36,17 @@ from distplat.strategies.task import Task
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_groups_match_a_plain_loop_with_param_groups(name: str, clip_norm: float | None) -> None:
     run = train(job(*STRATEGIES[name], clip_norm=clip_norm), Small)
-    close(run.parameters(), plain(Small, clip_norm))
+    assert_close(run.parameters(), train_with_param_groups(Small, clip_norm))
 
 
 @pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers", "ps-async"])
 def test_groups_match_parameters_of_the_task(name: str) -> None:
     """The task's parameter is first in no group, then in a group by its name."""
     run = train(job(*STRATEGIES[name]), Own)
-    close({n: p.clone() for n, p in run.ranks[0].prepared.flat.state_dict().items()}, plain(Own))
+    assert_close(
+        {n: p.clone() for n, p in run.ranks[0].prepared.flat.state_dict().items()},
+        train_with_param_groups(Own),
+    )
     grouped = {**GROUPED, "groups": [*GROUPS, {"match": "task:b*", "lr": 1e-30}]}
     flat = train(job(*STRATEGIES[name], optimizer=grouped), Own).ranks[0].prepared.flat
     torch.testing.assert_close(flat.extra["task:bend"], torch.ones(3, dtype=torch.float64))
@@ -56,7 +70,7 @@ def test_groups_of_a_cut_model_match_the_whole_model(
     options = {"tensor_plan": GPT_PLAN} if tensor > 1 else {}
     grid, workers = grid_of(pipeline, tensor, data, **options)
     fields = {"optimizer": GPT_OPTIMIZER, "clip_norm": clip_norm}
-    sharded = whole(train(hybrid_job(grid, workers, **fields), Gpt))
+    sharded = merge_parts(train(hybrid_job(grid, workers, **fields), Gpt))
     single = train(hybrid_job({}, 1, **fields), Gpt).parameters()
     ungrouped = {"optimizer": {**GPT_OPTIMIZER, "groups": []}, "clip_norm": clip_norm}
     other = train(hybrid_job({}, 1, **ungrouped), Gpt).parameters()
@@ -107,7 +121,7 @@ def test_groups_may_change_on_resume() -> None:
     resumed_changed = train(changed, Small, saved=saved).parameters()
     resumed = train(original, Small, saved=saved).parameters()
     assert not torch.equal(resumed_changed["head.weight"], resumed["head.weight"])
-    expected = plain(Small)
+    expected = train_with_param_groups(Small)
     assert torch.allclose(resumed["head.weight"], expected["head.weight"], atol=1e-9)
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from drawn_runs import compared
-from drawn_tasks import Drawn
-from in_memory_engine import engine, make
+from drawn_runs import train_and_compare
+from drawn_tasks import DrawnRun
+from in_memory_engine import engine, task_factory
 
 from distplat.cli.verify import exit_code
 from distplat.strategies.loop.compute import WholeModel
@@ -25,7 +25,7 @@ from distplat.strategies.verification.verdicts import judge
 MOMENTUM = {"name": "SGD", "lr": 0.1, "momentum": 0.9}
 ADAM = {"name": "Adam", "lr": 0.02}
 DECAY = {"name": "AdamW", "lr": 0.1, "weight_decay": 0.1}
-RING = Drawn(optimizer=MOMENTUM)
+RING = DrawnRun(optimizer=MOMENTUM)
 SERVERS = replace(RING, strategy="ps-sync")
 
 Patch = pytest.MonkeyPatch
@@ -130,7 +130,7 @@ def change_frozen_parameters(patch: Patch) -> None:
     patch.setattr(RingWorker, "update", update)
 
 
-FAULTS: dict[str, tuple[Callable[[Patch], None], Drawn]] = {
+FAULTS: dict[str, tuple[Callable[[Patch], None], DrawnRun]] = {
     "earlier micro-batches are lost": (lose_earlier_micro_batches, replace(RING, accumulation=2)),
     "a rank counts twice": (count_a_rank_twice, RING),
     "each rank clips its own part": (clip_on_each_rank, replace(RING, clip_norm=0.05)),
@@ -168,9 +168,9 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Drawn]] = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_injected_fault_is_detected(fault: str, monkeypatch: Patch) -> None:
     inject, drawn = FAULTS[fault]
-    assert not compared(drawn).diverges
+    assert not train_and_compare(drawn).diverges
     inject(monkeypatch)
-    assert compared(drawn).diverges
+    assert train_and_compare(drawn).diverges
 
 
 @pytest.mark.sweep(2)
@@ -190,7 +190,7 @@ def test_verify_exits_with_1(fault: str, monkeypatch: Patch) -> None:
     assert verify_exit_code(drawn) == 1
 
 
-def verify_exit_code(drawn: Drawn) -> int:
+def verify_exit_code(drawn: DrawnRun) -> int:
     """Return the exit code of `distplat verify`."""
     job, task_class = drawn.job(), drawn.task()
-    return exit_code(judge(job, references(job, make(task_class)), engine(task_class)))
+    return exit_code(judge(job, references(job, task_factory(task_class)), engine(task_class)))

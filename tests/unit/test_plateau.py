@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from embedding_jobs import Local, table
+from embedding_jobs import LocalWords, table
 from embedding_jobs import job as table_job
-from hybrid_workers import UntilOneIsLost, same
+from hybrid_workers import StopOnLostRank, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import job_of
@@ -179,7 +179,7 @@ def test_metric_and_mode_are_options() -> None:
     assert rates(train(job("ps-sync", 2, lr_schedule=rule), Plateauing)) == torch_rates
 
 
-class Disturbed(UntilOneIsLost):
+class Disturbed(StopOnLostRank):
     """Ranks are lost before a step; the other ranks stop when they wait for them."""
 
     def __init__(self, run: LocalRun, step: int, ranks: Set[int], **overrides: Any) -> None:
@@ -207,7 +207,7 @@ def test_recovery_from_lost_workers_is_bit_identical(
     assert not Disturbed(run, step, ranks).make()
     for rank in ranks:
         run.renew(rank)
-    recovered = UntilOneIsLost(run)
+    recovered = StopOnLostRank(run)
     assert recovered.make()
     assert {*recovered.starts} == {step}
     run.close()
@@ -250,7 +250,7 @@ def test_recovery_of_a_grid_with_servers() -> None:
     assert not Disturbed(run, 12, {0, 1, 2, 3}).make()
     for rank in range(4):
         run.renew(rank)
-    assert UntilOneIsLost(run).make()
+    assert StopOnLostRank(run).make()
     run.close()
     found = rates_by_step(run)
     assert found == {step: plain_loop(RULE)[1][step] for step in found} and STEPS - 1 in found
@@ -282,7 +282,7 @@ def test_rollback_counts_each_evaluation_once() -> None:
     """All ranks load the checkpoint in processes that have counted later evaluations."""
     run = LocalRun(job("ring", 2, checkpoint={"every_steps": 5}), Plateauing)
     assert not Disturbed(run, 13, {0, 1}).make()
-    assert UntilOneIsLost(run, saved=run.checkpoints[5], base=5).make()
+    assert StopOnLostRank(run, saved=run.checkpoints[5], base=5).make()
     run.close()
     found = rates_by_step(run)
     assert found == {step: plain_loop(RULE)[1][step] for step in found} and STEPS - 1 in found
@@ -303,7 +303,7 @@ def test_state_lost_if_no_process_has_the_rates() -> None:
     for rank in (0, 1):
         run.renew(rank)
 
-    class Silent(UntilOneIsLost):
+    class Silent(StopOnLostRank):
         def shards(self, rank: int) -> Any:
             shards: Any = super().shards(rank)
             shards.settings = lambda: ()
@@ -447,7 +447,7 @@ def test_sync_selects_the_state_of_a_version() -> None:
 def test_embedding_tables_use_the_rates(world: int, overrides: dict[str, Any]) -> None:
     rule = {**RULE, "patience": 0, "threshold": 0.3, "cooldown": 0, "min_lr": 0.0}
     fields: dict[str, Any] = {"lr_schedule": rule, "evaluation": {"every_steps": 2}}
-    local = train(table_job(Local, 1, **fields), Local)
+    local = train(table_job(LocalWords, 1, **fields), LocalWords)
     assert [r.figures["lr"] for r in local.reports[0] if isinstance(r, StepReport)][-1] < 0.1
     run = train(table_job(Words, world, **{**fields, **overrides}), Words)
     found, expected = torch.from_numpy(table(run, 0)), local.parameters()["words.weight"]

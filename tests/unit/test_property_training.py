@@ -14,8 +14,8 @@ from random import Random
 from typing import Any
 
 import pytest
-from drawn_runs import compared
-from drawn_tasks import BLOCKS, Drawn, build
+from drawn_runs import train_and_compare
+from drawn_tasks import BLOCKS, DrawnRun, build
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_threads import UNSHRUNK
@@ -63,7 +63,7 @@ STRATEGIES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def draw_run(random: Random) -> Drawn:
+def draw_run(random: Random) -> DrawnRun:
     """Draw a run that the job file allows, with uniform choices, not the simplest first."""
     strategy, options = random.choice(STRATEGIES)
     is_cut = strategy == "hybrid"
@@ -78,7 +78,7 @@ def draw_run(random: Random) -> Drawn:
         least = max(workers, micro_batches * options.get("data", 1))
         blocks = (*(name for block in blocks for name in ("plain", block)), "plain")
     batch = least + random.randint(0, 4)
-    drawn = Drawn(
+    drawn = DrawnRun(
         blocks=blocks,
         form="tensor" if is_cut else random.choice(["tensor", "dict", "tuple"]),
         weighted=random.random() < 0.5,
@@ -95,7 +95,7 @@ def draw_run(random: Random) -> Drawn:
     return with_groups(drawn, random) if random.random() < 0.5 else drawn
 
 
-def with_groups(drawn: Drawn, random: Random) -> Drawn:
+def with_groups(drawn: DrawnRun, random: Random) -> DrawnRun:
     """Add two parameter groups with other optimizer arguments."""
     names = [name for name, _ in build(drawn).named_parameters()]
     grouped = random.sample(names, random.randint(2, len(names)))
@@ -105,7 +105,7 @@ def with_groups(drawn: Drawn, random: Random) -> Drawn:
     return replace(drawn, optimizer={**drawn.optimizer, "groups": [first, second]})
 
 
-def is_rejected(drawn: Drawn) -> bool:
+def is_rejected(drawn: DrawnRun) -> bool:
     """Return whether the engine must reject the run."""
     has_servers = "ps-sync" in (drawn.strategy, drawn.options.get("data_strategy"))
     if "bounded" in drawn.blocks and has_servers:
@@ -117,10 +117,10 @@ def is_rejected(drawn: Drawn) -> bool:
 @pytest.mark.timeout(120 + RUNS)
 @settings(max_examples=RUNS, derandomize=RUNS <= 50, database=None, phases=UNSHRUNK)
 @given(drawn=st.randoms(use_true_random=True).map(draw_run))
-def test_matches_plain_loop(drawn: Drawn) -> None:
+def test_matches_plain_loop(drawn: DrawnRun) -> None:
     if is_rejected(drawn):
         with pytest.raises(SpecError):
-            compared(drawn)
+            train_and_compare(drawn)
         return
-    found = compared(drawn)
+    found = train_and_compare(drawn)
     assert not found.diverges, found

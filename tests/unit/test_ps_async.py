@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from classifiers import STEPS, Classify, Conv, Dropout, Mlp, job, plain
+from classifiers import STEPS, Classify, Conv, Dropout, Mlp, job, train_plain
 from comparison import distance, same_bits
-from dealing import desk_of
+from dealing import make_task_scheduler
 from jobs import fields_of
 from leads import largest_lead
 from local_run import Attempt, LocalRun, train
@@ -75,8 +75,8 @@ class RankOnePauses(Attempt):
                 self.resume.set()
 
 
-def log_with_a_pause(tasks: int, most: int = 1) -> ApplyLog:
-    run = LocalRun(job("ps-async", 2, epochs=8), Mlp, most=most)
+def log_with_a_pause(tasks: int, lease_size: int = 1) -> ApplyLog:
+    run = LocalRun(job("ps-async", 2, epochs=8), Mlp, lease_size=lease_size)
     assert RankOnePauses(run, tasks).make()
     run.close()
     return logs_of(run)[0]
@@ -92,7 +92,7 @@ def test_one_worker_is_bit_identical_to_ps_sync_and_ring(clip_norm: float | None
 
 def test_one_worker_matches_plain_loop() -> None:
     run = train(job("ps-async", 1), Mlp)
-    assert distance(run.parameters(), plain("mlp-sgd")[0]) < 1e-5
+    assert distance(run.parameters(), train_plain("mlp-sgd")[0]) < 1e-5
     two_servers = train(job({"name": "ps-async", "num_servers": 2}, 1), Mlp)
     assert same_bits(run, two_servers)
 
@@ -133,7 +133,7 @@ def test_staleness_bound_is_kept(bound: int) -> None:
 
 def test_lead_is_large_without_a_bound() -> None:
     """Control of the test above: the slow rank keeps a lease of six tasks."""
-    assert largest_lead(log_with_a_pause(30, most=6), 2) > 3
+    assert largest_lead(log_with_a_pause(30, lease_size=6), 2) > 3
 
 
 def test_slow_worker_does_fewer_tasks() -> None:
@@ -148,7 +148,7 @@ def test_one_worker_leaves_and_another_joins() -> None:
     strategies = [make_worker_strategy(config) for _ in range(4)]
     ranks = [prepare(config, Mlp(), strategy=strategy) for strategy in strategies]
     roles, steps = ranks[0].roles, ranks[0].total_steps
-    servers, desk = Servers(config, roles), desk_of(config, roles, most=2)
+    servers, desk = Servers(config, roles), make_task_scheduler(config, roles, lease_size=2)
     reports: list[list[AnyReport]] = [[] for _ in ranks]
     progress = [Progress() for _ in ranks]
     started, dismissed = [threading.Event() for _ in ranks], threading.Event()

@@ -111,7 +111,7 @@ def test_lost_controller_ends_its_actors(cluster: InMemoryRay, tmp_path: Path) -
     KillsInForward.killed = "controller"
     with pytest.raises(ActorLost, match="controller was lost"):
         fit(cluster, "ring", tmp_path)
-    assert cluster.living("") == ["driver"]
+    assert cluster.alive("") == ["driver"]
 
 
 @pytest.mark.parametrize("lost", ["request", "reply"])
@@ -153,8 +153,8 @@ def test_frozen_process_answers_after_it_resumes(cluster: InMemoryRay) -> None:
         process = cluster.processes["idle"]
         process.freeze()
         began = time.monotonic()
-        threading.Timer(2 * POLL_S, process.go_on).start()
-        assert cluster.ask("idle", "name") == "idle"
+        threading.Timer(2 * POLL_S, process.resume).start()
+        assert cluster.call_actor("idle", "name") == "idle"
         assert time.monotonic() - began >= 2 * POLL_S
 
     cluster.as_driver(work)

@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from made_runs import made_run, step
+from made_runs import step_line, write_run
 
 from distplat.actors.overview import NoSuchRun
 from distplat.cli import run_folders
@@ -33,7 +33,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def add_run(folder: Path, name: str, age_s: float, status: str | None) -> Path:
     """Create a run; without a status it has not ended."""
-    path = made_run(folder / "runs", [step(1), step(2)], name=name)
+    path = write_run(folder / "runs", [step_line(1), step_line(2)], name=name)
     (path / "result.json").unlink(missing_ok=True)
     if status is not None:
         (path / "result.json").write_text(json.dumps({"status": status}))

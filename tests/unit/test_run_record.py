@@ -7,7 +7,16 @@ from unittest import mock
 
 import pytest
 from jobs import job_of
-from made_runs import FAILURE, RECOVERY, RESIZED, SAVED, evaluation, made_run, made_trace, step
+from made_runs import (
+    FAILURE,
+    RECOVERY,
+    RESIZED,
+    SAVED,
+    evaluation_line,
+    make_trace,
+    step_line,
+    write_run,
+)
 
 from distplat.platform import run_record
 from distplat.platform.errors import SpecError, StorageError
@@ -18,8 +27,16 @@ from distplat.platform.run_report import phase_times
 
 
 def test_reads_all_record_kinds(tmp_path: Path) -> None:
-    lines = [step(0), step(1), evaluation(2, loss=1.5), FAILURE, RECOVERY, RESIZED, SAVED]
-    path = made_run(tmp_path, lines, result={"status": "SUCCEEDED"}, trace=made_trace())
+    lines = [
+        step_line(0),
+        step_line(1),
+        evaluation_line(2, loss=1.5),
+        FAILURE,
+        RECOVERY,
+        RESIZED,
+        SAVED,
+    ]
+    path = write_run(tmp_path, lines, result={"status": "SUCCEEDED"}, trace=make_trace())
     record = read_run(path)
     assert record.job["name"] == "digits"
     assert [entry.step for entry in record.steps] == [0, 1]
@@ -35,7 +52,7 @@ def test_reads_all_record_kinds(tmp_path: Path) -> None:
 
 
 def test_partial_last_line_is_not_reported(tmp_path: Path) -> None:
-    path = made_run(tmp_path, [step(0)])
+    path = write_run(tmp_path, [step_line(0)])
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')
     record = read_run(path)
@@ -44,7 +61,7 @@ def test_partial_last_line_is_not_reported(tmp_path: Path) -> None:
 
 
 def test_damaged_files_and_lines_are_noted_and_skipped(tmp_path: Path) -> None:
-    path = made_run(tmp_path, [step(0), {"kind": "step"}, {"no": "kind"}, step(1)])
+    path = write_run(tmp_path, [step_line(0), {"kind": "step"}, {"no": "kind"}, step_line(1)])
     (path / "result.json").write_text("{")
     (path / "job.yaml").write_text("- no\n- job\n")
     (path / "pipeline_trace.json").write_text('{"events": []}')
@@ -60,12 +77,12 @@ def test_damaged_files_and_lines_are_noted_and_skipped(tmp_path: Path) -> None:
 
 
 def test_job_is_read_as_yaml_1_2(tmp_path: Path) -> None:
-    path = made_run(tmp_path, job="optimizer: {lr: 1e-05}\n")
+    path = write_run(tmp_path, job="optimizer: {lr: 1e-05}\n")
     assert read_run(path).job == {"optimizer": {"lr": 1e-05}}  # a string in YAML 1.1
 
 
 def test_note_of_damaged_job_has_line_and_column(tmp_path: Path) -> None:
-    path = made_run(tmp_path, job="name: a\nname: b\n")
+    path = write_run(tmp_path, job="name: a\nname: b\n")
     (note,) = read_run(path).notes
     assert note == "job.yaml is damaged and skipped: job.yaml:2:1: name: set twice: " + (
         "in line 1 and in line 2"
@@ -77,40 +94,47 @@ def test_note_of_damaged_job_has_line_and_column(tmp_path: Path) -> None:
     ["[]", "7", "null", '{"kind": "step", "step": "x"}', '{"kind": "evaluation", "metrics": 3}'],
 )
 def test_malformed_line_is_noted_and_skipped(line: str, tmp_path: Path) -> None:
-    path = made_run(tmp_path, [step(0)])
+    path = write_run(tmp_path, [step_line(0)])
     with (path / "metrics.jsonl").open("a") as file:
-        file.write(f"{line}\n{json.dumps(step(1))}\n")
+        file.write(f"{line}\n{json.dumps(step_line(1))}\n")
     record = read_run(path)
     assert len(record.steps) == 2
     assert len(record.notes) == 1
 
 
 def test_ignores_unknown_kinds(tmp_path: Path) -> None:
-    record = read_run(made_run(tmp_path, [{"kind": "weather", "rain": True}, step(0)]))
+    record = read_run(write_run(tmp_path, [{"kind": "weather", "rain": True}, step_line(0)]))
     assert len(record.steps) == 1
     assert record.notes == []
 
 
 def test_reads_failure_kind_of_older_versions(tmp_path: Path) -> None:
     older = FAILURE | {"kind": "setback"}
-    record = read_run(made_run(tmp_path, [step(0), older, FAILURE]))
+    record = read_run(write_run(tmp_path, [step_line(0), older, FAILURE]))
     assert record.failures == [record.failures[0]] * 2
 
 
 def test_repeated_step_counts_once(tmp_path: Path) -> None:
-    lines = [step(0), step(1), step(2), FAILURE, step(1, loss=7.0), step(2)]
-    record = read_run(made_run(tmp_path, lines))
+    lines = [
+        step_line(0),
+        step_line(1),
+        step_line(2),
+        FAILURE,
+        step_line(1, loss=7.0),
+        step_line(2),
+    ]
+    record = read_run(write_run(tmp_path, lines))
     assert [entry.step for entry in record.steps] == [0, 1, 2]
     assert record.steps[1].loss == 7.0
 
 
 def test_null_loss_is_nan(tmp_path: Path) -> None:
-    record = read_run(made_run(tmp_path, [step(0, loss=None)]))
+    record = read_run(write_run(tmp_path, [step_line(0, loss=None)]))
     assert math.isnan(record.steps[0].loss)
 
 
 def test_missing_files_are_noted(tmp_path: Path) -> None:
-    path = made_run(tmp_path, job=None)
+    path = write_run(tmp_path, job=None)
     (path / "metrics.jsonl").unlink()
     (path / "result.json").write_text('{"status": "FAILED", "error": "early"}')
     record = read_run(path)
@@ -121,9 +145,9 @@ def test_missing_files_are_noted(tmp_path: Path) -> None:
 
 
 def test_trace_event_that_ends_before_its_start_is_damaged(tmp_path: Path) -> None:
-    trace = made_trace()
+    trace = make_trace()
     trace["events"][0] |= {"start_s": 3.0, "end_s": 1.0}
-    record = read_run(made_run(tmp_path, trace=trace))
+    record = read_run(write_run(tmp_path, trace=trace))
     assert record.trace is None
     assert "an event from 3.0 to 1.0" in record.notes[0]
 
@@ -134,7 +158,7 @@ def test_rejects_directory_without_run(tmp_path: Path) -> None:
 
 
 def test_find_run_by_path_and_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = made_run(tmp_path / "runs", name="digits-1")
+    path = write_run(tmp_path / "runs", name="digits-1")
     monkeypatch.chdir(tmp_path)
     assert find_run(Path("digits-1")) == find_run(Path("runs/digits-1")) == path
     with pytest.raises(SpecError, match="did you mean 'runs/digits-1'"):
@@ -167,7 +191,7 @@ def test_reads_what_run_directory_writes(tmp_path: Path) -> None:
 
 
 def test_unreadable_file_raises_storage_error(tmp_path: Path) -> None:
-    path = made_run(tmp_path)
+    path = write_run(tmp_path)
     (path / "result.json").mkdir()
     with pytest.raises(StorageError, match=r"cannot read .*result\.json"):
         read_run(path)
@@ -180,7 +204,7 @@ def test_long_run_is_downsampled_and_keeps_last_step(
     steps = 1003
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for number in range(1, steps + 1):
-            file.write(json.dumps(step(number, steps, seconds={"compute": 0.5})) + "\n")
+            file.write(json.dumps(step_line(number, steps, seconds={"compute": 0.5})) + "\n")
         file.write("{" * (2**22 + 5) + "\n")
         file.write('{"kind": "step", "st')
     with mock.patch.object(json, "loads", wraps=json.loads) as loads:

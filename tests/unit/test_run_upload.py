@@ -17,8 +17,8 @@ import yaml
 from botocore.exceptions import NoCredentialsError
 from fsspec.registry import _registry
 from jobs import fields_of
-from storages import Odd
-from uploads import TASKS, checkpoint, copy_of, uploaded
+from storages import FaultyFileSystem
+from uploads import TASKS, make_upload, upload_checkpoints, write_checkpoint
 
 from distplat.actors.result import Result
 from distplat.actors.trainer import Trainer
@@ -43,9 +43,9 @@ from distplat.platform.total_memory import DoesNotFit
 @pytest.fixture(autouse=True)
 def _reset_storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("distplat.platform.run_upload._WARN_AFTER_S", 60.0)  # no warning under load
-    Odd.reset()
+    FaultyFileSystem.reset()
     yield
-    Odd.reset()
+    FaultyFileSystem.reset()
 
 
 def spec(url: str, **more: Any) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def test_hanging_storage_fails_only_the_upload(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stop_local_disk_clock(monkeypatch)
-    Odd.hold = threading.Event()
+    FaultyFileSystem.hold = threading.Event()
     failure = {"storage_timeout_s": 0.8}
     with caplog.at_level(logging.WARNING), pytest.raises(StorageError) as raised:
         fit(tmp_path, "odd://bucket/runs", failure=failure)
@@ -143,7 +143,7 @@ def test_unwritable_storage_fails_before_training(
         attempts.append(args)
         raise error
 
-    monkeypatch.setattr(Odd, "_open", refuse)
+    monkeypatch.setattr(FaultyFileSystem, "_open", refuse)
     with pytest.raises(StorageError, match=f"{message}.*; nothing was trained: create the bucket"):
         fit(tmp_path, "odd://bucket/runs", failure={"storage_timeout_s": 4})
     (result,) = tmp_path.glob("runs/*/result.json")
@@ -155,23 +155,23 @@ def test_transient_storage_failure_does_not_end_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures = [ConnectionRefusedError("no server"), TimeoutError(), PermissionError("too early")]
-    original_open = Odd._open
+    original_open = FaultyFileSystem._open
 
-    def fail_first(self: Odd, *args: Any, **more: Any) -> Any:
+    def fail_first(self: FaultyFileSystem, *args: Any, **more: Any) -> Any:
         if failures:
             raise failures.pop()
         return original_open(self, *args, **more)
 
-    monkeypatch.setattr(Odd, "_open", fail_first)
+    monkeypatch.setattr(FaultyFileSystem, "_open", fail_first)
     result = fit(tmp_path, "odd://bucket/runs")
-    assert not failures and any("result.json" in path for path in Odd.done)
+    assert not failures and any("result.json" in path for path in FaultyFileSystem.done)
     assert result.url == f"odd://bucket/runs/{result.path.name}"
 
 
 def test_check_access_can_be_interrupted_and_times_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Odd.hold = threading.Event()
+    FaultyFileSystem.hold = threading.Event()
     (tmp_path / "job.yaml").write_text("name: a")
 
     def interrupted() -> None:
@@ -201,11 +201,11 @@ def test_close_gives_up_if_no_write_succeeds(
     flag: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The client library drops its buffer after a failed write, which is no success."""
-    monkeypatch.setattr(Odd, flag, True)
+    monkeypatch.setattr(FaultyFileSystem, flag, True)
     (tmp_path / "job.yaml").write_text("name: a")
     warnings: list[str] = []
     monkeypatch.setattr("distplat.platform.run_upload._WARN_AFTER_S", 0.2)
-    missing = close_within(copy_of(tmp_path, warnings, limit_s=0.8))
+    missing = close_within(make_upload(tmp_path, warnings, limit_s=0.8))
     assert missing.startswith("job.yaml not uploaded to odd://bucket/")
     assert missing.endswith(f"{reason}; `distplat upload {tmp_path}` uploads it")
     assert len(warnings) == 2 and "the run continues" in warnings[0]
@@ -215,10 +215,10 @@ def test_close_gives_up_if_no_write_succeeds(
 def test_interrupted_close_reports_incomplete_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Odd.refuses = True
+    FaultyFileSystem.refuses = True
     (tmp_path / "job.yaml").write_text("name: a")
     warnings: list[str] = []
-    upload = copy_of(tmp_path, warnings)
+    upload = make_upload(tmp_path, warnings)
 
     def interrupt(condition: Callable[[], bool]) -> None:
         raise KeyboardInterrupt
@@ -238,21 +238,24 @@ def test_interrupted_close_reports_incomplete_copy(
 
 def test_failed_upload_is_reported_once_and_retried(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text("name: a")
-    Odd.failures, warnings = 2, list[str]()
-    upload = copy_of(tmp_path, warnings)
-    assert Odd.written.wait(60)
+    FaultyFileSystem.failures, warnings = 2, list[str]()
+    upload = make_upload(tmp_path, warnings)
+    assert FaultyFileSystem.written.wait(60)
     (tmp_path / "result.json").write_text("{}")
     assert upload.close() == ""
     assert len(warnings) == 2
     assert "the run continues" in warnings[0] and "user:secret" not in warnings[0]
     assert warnings[1] == f"odd://bucket/{tmp_path.name} answers again"
-    assert [path.rpartition("/")[2] for path in Odd.done] == ["job.yaml", "result.json"]
+    assert [path.rpartition("/")[2] for path in FaultyFileSystem.done] == [
+        "job.yaml",
+        "result.json",
+    ]
 
 
 def test_transient_local_read_error_is_retried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint(Catalogue(tmp_path / "checkpoints"), 1)
+    write_checkpoint(Catalogue(tmp_path / "checkpoints"), 1)
     warnings, read_steps = list[str](), Catalogue.steps
 
     def fail_once(self: Catalogue) -> list[int]:
@@ -261,7 +264,7 @@ def test_transient_local_read_error_is_retried(
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     monkeypatch.setattr(Catalogue, "steps", fail_once)
-    upload = copy_of(tmp_path, warnings)
+    upload = make_upload(tmp_path, warnings)
     assert upload.close() == ""
     assert "Stale file handle; the run continues" in warnings[0]
     assert warnings[1].endswith(" answers again")
@@ -269,18 +272,18 @@ def test_transient_local_read_error_is_retried(
 
 def test_manifest_is_uploaded_last_and_removed_first(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "checkpoints")
-    checkpoint(catalogue, 1)
-    upload = copy_of(tmp_path)
+    write_checkpoint(catalogue, 1)
+    upload = make_upload(tmp_path)
     remote = RemoteStorage(f"odd://bucket/{tmp_path.name}", 20.0)
     wait_for(lambda: MANIFEST in remote.names("checkpoints/step-000001"))
-    checkpoint(catalogue, 2)
+    write_checkpoint(catalogue, 2)
     catalogue.prune(1, written=2)
     assert upload.close() == ""
     root = f"/bucket/{tmp_path.name}/checkpoints"
     first = [f"{root}/step-000001/{name}" for name in ("model.safetensors", STATE, MANIFEST)]
     second = [name.replace("000001", "000002") for name in first]
     removals = [f"rm {first[-1]}", f"rm {root}/step-000001"]
-    assert Odd.done == [*first, *second, *removals], (
+    assert FaultyFileSystem.done == [*first, *second, *removals], (
         "a checkpoint is removed after the upload of the next"
     )
     assert remote.names("checkpoints") == ["step-000002"]
@@ -299,11 +302,11 @@ def test_rollback_keeps_later_checkpoints_until_rewritten(tmp_path: Path) -> Non
     catalogue = Catalogue(tmp_path / "checkpoints")
     remote = RemoteStorage(f"odd://bucket/{tmp_path.name}", 20.0)
     for step in (1, 3):
-        checkpoint(catalogue, step)
-    upload = copy_of(tmp_path)
+        write_checkpoint(catalogue, step)
+    upload = make_upload(tmp_path)
     wait_for(lambda: all(MANIFEST in remote.names(f"checkpoints/step-00000{n}") for n in (1, 3)))
     catalogue.set_aside(1)
-    checkpoint(catalogue, 2)
+    write_checkpoint(catalogue, 2)
     wait_for(lambda: MANIFEST in remote.names("checkpoints/step-000002"))
     assert "step-000003" in remote.names("checkpoints")
     catalogue.write(3, {"model.safetensors": [b"again"]}, {})
@@ -313,20 +316,20 @@ def test_rollback_keeps_later_checkpoints_until_rewritten(tmp_path: Path) -> Non
 
 def test_checkpoint_pruned_during_its_upload_is_complete(tmp_path: Path) -> None:
     catalogue = Catalogue(tmp_path / "checkpoints")
-    checkpoint(catalogue, 1)
-    Odd.hold = threading.Event()
-    upload = copy_of(tmp_path, limit_s=240.0)
+    write_checkpoint(catalogue, 1)
+    FaultyFileSystem.hold = threading.Event()
+    upload = make_upload(tmp_path, limit_s=240.0)
     wait_for(lambda: upload._checkpoints._held is not None)
-    checkpoint(catalogue, 2)
+    write_checkpoint(catalogue, 2)
     catalogue.prune(1, written=2)
-    Odd.hold.set()
+    FaultyFileSystem.hold.set()
     assert upload.close() == ""
-    manifests = [path.split("/")[-2] for path in Odd.done if path.endswith(MANIFEST)]
+    manifests = [path.split("/")[-2] for path in FaultyFileSystem.done if path.endswith(MANIFEST)]
     assert manifests[:2] == ["step-000001", "step-000002"]
 
 
 def test_fetch_skips_checkpoint_without_manifest(tmp_path: Path) -> None:
-    url, warnings = uploaded(tmp_path, (1, 2)), list[str]()
+    url, warnings = upload_checkpoints(tmp_path, (1, 2)), list[str]()
     RemoteStorage(url, 20.0).remove(f"checkpoints/step-000002/{MANIFEST}")
     (tmp_path / "a").mkdir()
     assert fetch(url, tmp_path / "a", 20.0, warnings.append).step == 1
@@ -339,18 +342,18 @@ def test_fetch_skips_checkpoint_without_manifest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "gone", "manifest"])
 def test_fetch_falls_back_from_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
-    url, warnings = uploaded(tmp_path, (1, 2)), list[str]()
+    url, warnings = upload_checkpoints(tmp_path, (1, 2)), list[str]()
 
     def spoil(step: int) -> None:
         path = f"/bucket/run/checkpoints/step-00000{step}/model.safetensors"
         if damage == "gone":
-            del Odd.store[path]
+            del FaultyFileSystem.store[path]
             return
         if damage == "manifest":
             path = path.replace("model.safetensors", MANIFEST)
-        content = bytearray(Odd.store[path].getvalue())
+        content = bytearray(FaultyFileSystem.store[path].getvalue())
         content[-1] ^= 1
-        Odd().pipe_file(path, bytes(content[:-1] if damage == "short" else content))
+        FaultyFileSystem().pipe_file(path, bytes(content[:-1] if damage == "short" else content))
 
     spoil(2)
     (tmp_path / "a").mkdir()
@@ -366,7 +369,7 @@ def test_fetch_falls_back_from_damaged_checkpoint(damage: str, tmp_path: Path) -
 def test_fetch_rejects_checkpoint_larger_than_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = uploaded(tmp_path, (1, 200))
+    url = upload_checkpoints(tmp_path, (1, 200))
     (tmp_path / "a").mkdir()
     monkeypatch.setattr("distplat.platform.total_memory.memory_and_swap", lambda: 900)
     with pytest.raises(DoesNotFit, match="step-000200: it has"):
@@ -375,7 +378,7 @@ def test_fetch_rejects_checkpoint_larger_than_memory(
 
 
 def test_storage_with_many_hanging_operations_is_not_called(tmp_path: Path) -> None:
-    Odd.hold = threading.Event()
+    FaultyFileSystem.hold = threading.Event()
     storage = RemoteStorage("odd://bucket/run", 0.04)
     for _ in range(8):
         with pytest.raises(NoAnswer, match=r"missing: its storage; `failure\.storage_timeout_s`"):
@@ -385,8 +388,8 @@ def test_storage_with_many_hanging_operations_is_not_called(tmp_path: Path) -> N
 
 
 def test_fetch_does_not_fall_back_on_timeout(tmp_path: Path) -> None:
-    url = uploaded(tmp_path, (1, 2))
-    Odd.hold = threading.Event()
+    url = upload_checkpoints(tmp_path, (1, 2))
+    FaultyFileSystem.hold = threading.Event()
     with pytest.raises(NoAnswer, match=r"missing: its storage; `failure\.storage_timeout_s`"):
         fetch(url, tmp_path, 0.1, pytest.fail)
 
@@ -486,7 +489,7 @@ def test_submit_and_validate_with_url(
         stderr = capfd.readouterr().err
         assert "storage_path: " in stderr and "--resume: " in stderr and "hush" not in stderr
     stop_local_disk_clock(monkeypatch)
-    Odd.hold = threading.Event()
+    FaultyFileSystem.hold = threading.Event()
     hangs = ["--set", "storage_path=odd://bucket/a", "--set", "failure.storage_timeout_s=0.4"]
     assert command([*submit, *hangs]) == 5
     assert "not uploaded to odd://bucket/a/" in capfd.readouterr().err
@@ -503,7 +506,7 @@ def test_upload_command_completes_copy(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     stop_local_disk_clock(monkeypatch)
-    Odd.hold = threading.Event()
+    FaultyFileSystem.hold = threading.Event()
     with pytest.raises(StorageError) as raised:
         fit(tmp_path, "odd://bucket/a", failure={"storage_timeout_s": 0.4})
     (run,) = (tmp_path / "runs").iterdir()
@@ -515,7 +518,7 @@ def test_upload_command_completes_copy(
     assert f"uploading {run} to odd://bucket/a/{run.name}\n" in stderr
     assert f"not uploaded to odd://bucket/a/{run.name}" in stderr
     assert (run / "result.json").read_text() == before
-    Odd.hold = None
+    FaultyFileSystem.hold = None
     job = yaml.safe_load((run / "job.yaml").read_text())
     job["failure"]["storage_timeout_s"] = 240  # enough on a busy machine
     (run / "job.yaml").write_text(yaml.safe_dump(job))
@@ -524,7 +527,7 @@ def test_upload_command_completes_copy(
     facts = json.loads((run / "result.json").read_text())
     assert facts["status"] == "SUCCEEDED" and "loss" in facts["metrics"]
     assert not facts.keys() & {"error", "not_uploaded"}
-    uploaded_result = Odd().cat_file(f"odd://bucket/a/{run.name}/result.json")
+    uploaded_result = FaultyFileSystem().cat_file(f"odd://bucket/a/{run.name}/result.json")
     assert json.loads(uploaded_result) == facts
     assert fit(tmp_path, "odd://bucket/b", f"odd://bucket/a/{run.name}", epochs=5).url
     assert command(["upload", str(tmp_path / "nowhere")]) == 2

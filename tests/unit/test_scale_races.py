@@ -58,11 +58,11 @@ class ActAtStep(Callback):
 
 
 def scale(workers: int) -> Action:
-    return lambda ray: ray.ask("controller", "scale", workers)
+    return lambda ray: ray.call_actor("controller", "scale", workers)
 
 
 def stop(ray: InMemoryRay) -> Any:
-    return ray.ask("controller", "stop", 5.0)
+    return ray.call_actor("controller", "stop", 5.0)
 
 
 def lose(role: str, then: Action) -> Action:
@@ -111,7 +111,7 @@ def test_each_step_runs_once_if_scale_requests_race(
     step, actions = RACES[race]
     result = fit(cluster, tmp_path, strategy, ActAtStep(cluster, step, actions))
     assert [summary.step for summary in result.history] == [*range(1, STEPS + 1)]
-    assert result.checkpoint is not None and cluster.living("") == ["driver"]
+    assert result.checkpoint is not None and cluster.alive("") == ["driver"]
 
 
 STOP_RACES: dict[str, tuple[Action, ...]] = {
@@ -131,7 +131,7 @@ def test_stop_wins_against_concurrent_requests(
     with pytest.raises(Interrupted):
         fit(cluster, tmp_path, strategy, ActAtStep(cluster, 5, STOP_RACES[race]), LONG)
     assert '"STOPPED"' in next(tmp_path.glob("*/result.json")).read_text()
-    assert cluster.living("") == ["driver"]
+    assert cluster.alive("") == ["driver"]
 
 
 @pytest.mark.timeout(90)

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from script_processes import DEAF, gone, read
+from script_processes import IGNORES_SIGTERM, has_exited, read_pids
 
 from distplat.actors import script_process
 from distplat.actors.script_process import ScriptProcess, with_python
@@ -25,7 +25,7 @@ def test_python_command_uses_the_workers_interpreter() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="requires Linux")
 def test_descendants_end_with_the_actors_process(tmp_path: Path) -> None:
     note = tmp_path / "pids"
-    script = DEAF.format(note=note, then="wait; true")
+    script = IGNORES_SIGTERM.format(note=note, then="wait; true")
     outer = f"""
 import os, time
 from distplat.actors.script_process import ScriptProcess
@@ -35,9 +35,9 @@ while not os.path.exists({str(note)!r}) or not open({str(note)!r}).read().endswi
 os.kill(os.getpid(), 9)
 """
     subprocess.run([sys.executable, "-c", outer], timeout=60, check=False)
-    pids = read(note)
+    pids = read_pids(note)
     assert len(pids) == 4
-    assert all(gone(pid) for pid in pids)
+    assert all(has_exited(pid) for pid in pids)
 
 
 def start(*command: str) -> ScriptProcess:
@@ -65,7 +65,7 @@ def test_script_ends_with_its_watcher() -> None:
     script, watcher = (int(pid) for pid in line.split())
     os.kill(watcher, signal.SIGKILL)
     assert wait_for_exit(process) == ([line], -signal.SIGKILL)
-    assert gone(script)
+    assert has_exited(script)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="requires Linux")
@@ -116,21 +116,21 @@ def test_exit_code_survives_concurrent_sigchld(
 def test_orphans_end_if_actor_dies_before_reading_exit_code(tmp_path: Path) -> None:
     """On Linux the watcher then reads ECONNRESET."""
     note = tmp_path / "pids"
-    script = DEAF.format(note=note, then="exit 0")
+    script = IGNORES_SIGTERM.format(note=note, then="exit 0")
     actor_end, watcher_end = socket.socketpair()
     with actor_end, watcher_end:
         actor_end.settimeout(60)
         command = [sys.executable, script_process._WATCHER, "bash", "-c", script]
         watcher = subprocess.Popen(command, stdin=watcher_end.fileno())
         watcher_end.close()
-        read(note)
+        read_pids(note)
         actor_end.recv(1)  # the script runs
         deadline = time.monotonic() + 30
         while actor_end.recv(9, socket.MSG_PEEK) != b"0\n":
             assert time.monotonic() < deadline, "the process did not exit"
             time.sleep(0.01)
     assert watcher.wait(60) == 0
-    assert all(gone(pid) for pid in read(note))
+    assert all(has_exited(pid) for pid in read_pids(note))
 
 
 def test_start_has_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +143,7 @@ def test_start_has_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     error = "it did not start within 0.5 s; `--start-timeout` changes this deadline"
     for _ in range(2):
         assert process.start(["true"], {}, None, 0.5) == error
-    assert all(gone(pid) for pid in read(note))
+    assert all(has_exited(pid) for pid in read_pids(note))
 
 
 @pytest.mark.parametrize(("script", "code"), [("exit 3", 3), ("kill -SEGV $$", -11), ("cat", 0)])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from call_faults import Call, Fault, add_rule
-from script_processes import DEAF, gone, read
+from script_processes import IGNORES_SIGTERM, has_exited, read_pids
 
 from distplat.actors import script_run
 from distplat.actors.local_transport import Actor, LocalCluster
@@ -117,7 +117,7 @@ def test_first_failure_ends_all_ranks() -> None:
         run.execute()
     assert error.value.exit_code == 1
     for _, text in run.terminal.lines:
-        assert gone(int(text.split()[1]))
+        assert has_exited(int(text.split()[1]))
 
 
 def test_failure_restarts_all_ranks() -> None:
@@ -150,7 +150,7 @@ sys.exit(1)
         run.execute()
     assert len(run.terminal.lines) == 2
     for _, text in run.terminal.lines:
-        assert gone(int(text.split()[1]))
+        assert has_exited(int(text.split()[1]))
 
 
 LEAVING = """
@@ -215,7 +215,7 @@ def test_lost_process_is_named_and_other_ranks_end() -> None:
         run.execute()
     assert len(run.terminal.lines) == 3
     for _, text in run.terminal.lines:
-        assert gone(int(text.split()[1]))
+        assert has_exited(int(text.split()[1]))
 
 
 def test_frozen_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +283,7 @@ def test_interruption_ends_all_ranks() -> None:
         run.execute()
     assert len(run.terminal.lines) == 3
     for _, text in run.terminal.lines:
-        assert gone(int(text.split()[1]))
+        assert has_exited(int(text.split()[1]))
 
 
 def test_does_not_wait_for_child_that_keeps_output_open() -> None:
@@ -306,6 +306,8 @@ def test_command_that_cannot_be_started(command: str) -> None:
 def test_orphans_end_with_the_attempt(tmp_path: Path) -> None:
     note = tmp_path / "pids"
     run = Run("", nodes=["node-0"])
-    run.script = Script(("bash", "-c", DEAF.format(note=note, then="exit 0")), "run", None)
+    run.script = Script(
+        ("bash", "-c", IGNORES_SIGTERM.format(note=note, then="exit 0")), "run", None
+    )
     assert run.execute() == 0
-    assert all(gone(pid) for pid in read(note))
+    assert all(has_exited(pid) for pid in read_pids(note))

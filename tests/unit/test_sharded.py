@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from classifiers import Classify, Conv, Mlp, plain, recipe_job
+from classifiers import Classify, Conv, Mlp, recipe_job, train_plain
 from comparison import distance
 from control_records import record_of
 from local_run import LocalRun, train
@@ -86,7 +86,7 @@ def test_clips_by_norm_over_all_ranks() -> None:
     recipe = recipe_job("mlp-sgd-accumulated-clipped", "ring", 3, 0)
     strategy = recipe.strategy.model_copy(update={"options": options})
     run = train(recipe.model_copy(update={"strategy": strategy}), Mlp)
-    assert distance(run.parameters(), plain("mlp-sgd-accumulated-clipped")[0]) < 1e-5
+    assert distance(run.parameters(), train_plain("mlp-sgd-accumulated-clipped")[0]) < 1e-5
 
 
 @pytest.mark.sweep(3)

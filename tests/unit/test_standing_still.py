@@ -17,7 +17,7 @@ from in_memory_processes import process_here
 from jobs import fields_of, job_of
 from killing_task import KillsInForward
 from marks import slow
-from polled_servers import servers
+from polled_servers import spawn_servers
 from ray_in_memory import InMemoryRay
 from torch import Tensor
 
@@ -119,7 +119,7 @@ def test_controller_waits_for_workers_after_pause_of_host(
             ray.processes[name].freeze()
             if seconds is None:
                 continue
-            timer = threading.Timer(2 * limit_s + seconds, ray.processes[name].go_on)
+            timer = threading.Timer(2 * limit_s + seconds, ray.processes[name].resume)
             timer.daemon = True
             timer.start()
 
@@ -137,7 +137,7 @@ def test_controller_waits_for_workers_after_pause_of_host(
 
 
 def test_manager_waits_for_servers_after_its_own_pause(clock: FakeTime) -> None:
-    cluster, actors = servers(2)
+    cluster, actors = spawn_servers(2)
     inject(cluster, "poll", Fault(delay_s=0.2), times=2)
     actors_by_name = {f"server-{index}": actor for index, actor in enumerate(actors)}
     heartbeats = Heartbeats(cluster.transport(), 5.0)

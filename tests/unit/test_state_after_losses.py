@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hybrid_workers import UntilOneIsLost
+from hybrid_workers import StopOnLostRank
 from local_run import Attempt, LocalRun, train
 from spoiled_task import Spoiled, spoiled_job
 from teacher_task import WIDE, Data, Teacher, job
@@ -44,9 +44,9 @@ def train_with_loss(strategy: str | dict[str, Any], after: int, victim: int) -> 
     """Train; rank `victim` is lost in its operation number `after`."""
     run, fabric = LocalRun(job(strategy, WORLD), NormAndTeacher), Fabric(WORLD)
     fabric.kill(victim, after=after)
-    if not UntilOneIsLost(run, fabric).make():
+    if not StopOnLostRank(run, fabric).make():
         run.renew(victim)
-        attempt = UntilOneIsLost(run)
+        attempt = StopOnLostRank(run)
         assert attempt.make()
         assert len({*attempt.starts}) == 1
     run.close()

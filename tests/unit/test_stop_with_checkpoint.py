@@ -184,7 +184,7 @@ def run_until_stopped(
     assert caught.value.exit_code == 143
     (result,) = Path(spec.storage_path).glob("*/result.json")
     assert json.loads(result.read_text())["status"] == "STOPPED"
-    assert ray.living("") == ["driver"]
+    assert ray.alive("") == ["driver"]
     return result.parent
 
 
@@ -202,7 +202,7 @@ def run_stopped_in_final_evaluation(
 
     def end_early() -> None:
         GatedInEvaluation.ends = True
-        ray.ask("controller", "end_early")
+        ray.call_actor("controller", "end_early")
 
     run = run_until_stopped(ray, spec, GatedInEvaluation, request_stop=end_early)
     return run, recorded_steps(run, "step")[-1]
@@ -269,7 +269,9 @@ def test_signal_during_final_evaluation_under_ps_async_saves_checkpoint(
 def test_ps_async_runs_each_step_once(cluster: InMemoryRay, tmp_path: Path, method: str) -> None:
     spec = job("ps-async", tmp_path, checkpoint={"every_steps": 5})
     request_stop = (
-        send_sigterm if method == "signal" else lambda: cluster.ask("controller", "stop", 0.0, True)
+        send_sigterm
+        if method == "signal"
+        else lambda: cluster.call_actor("controller", "stop", 0.0, True)
     )
     run = run_until_stopped(cluster, spec, request_stop=request_stop)
     step = recorded_steps(run, "checkpoint")[-1]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from comparison import distance, same_bits
 from local_run import Attempt, LocalRun, train
-from lost_ranks import Lost
-from stream_task import BATCH, SAMPLES, Numbered, iterable, job, stream, tensors
+from lost_ranks import RankDied
+from stream_task import BATCH, SAMPLES, MapStyleTask, iterable_of, job, open_stream, tensors
 from torch.utils.data import IterableDataset
 
 from distplat.platform.errors import Abandoned, CollectiveError, FencedError
@@ -45,14 +45,14 @@ class CountedStream(IterableDataset[Any]):
         self.position = 0
 
 
-class Stateful(Numbered):
+class Stateful(MapStyleTask):
     def train_data(self) -> Any:
         return CountedStream()
 
 
-class Stateless(Numbered):
+class Stateless(MapStyleTask):
     def train_data(self) -> Any:
-        return iterable(*tensors())
+        return iterable_of(*tensors())
 
 
 @pytest.mark.sweep(3)
@@ -80,12 +80,12 @@ def test_resumed_run_reads_the_remaining_samples(
 @pytest.mark.parametrize("loaders", [0, 2])
 def test_resumes_stateful_stream_from_its_state(loaders: int) -> None:
     spec = job("ring", 1, steps=12, data={"num_workers": loaders}, **CHECKPOINTS)
-    task = type("LongStream", (Numbered,), {"train_data": lambda self: CountedStream(1000)})
+    task = type("LongStream", (MapStyleTask,), {"train_data": lambda self: CountedStream(1000)})
     saved = train(spec, task).checkpoints[8]
     position = saved.state["stream"]
     assert (position["number"], position["turn"], position["place"]) == (7 * BATCH, 0, 7 * BATCH)
     assert json.loads(position["state"]) == {"position": 7 * BATCH}
-    data = stream(CountedStream(1000), steps=12)
+    data = open_stream(CountedStream(1000), steps=12)
     data.keep(StreamPosition.read(position) or pytest.fail("the position was not saved"))
     CountedStream.read = 0
     samples = data.read(8 * BATCH, BATCH).batch
@@ -130,7 +130,7 @@ class TensorState(CountedStream):
 def test_warns_of_unusable_state_and_counts_samples(
     dataset: type[CountedStream], warning: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    task = type("Odd", (Numbered,), {"train_data": lambda self: dataset()})
+    task = type("Odd", (MapStyleTask,), {"train_data": lambda self: dataset()})
     spec = job("ring", 2, steps=15, **CHECKPOINTS)
     unfailed = train(spec, task)
     resumed = train(spec, task, saved=unfailed.checkpoints[8])
@@ -142,10 +142,13 @@ def test_warns_of_unusable_state_and_counts_samples(
 @pytest.mark.parametrize("length", [{"epochs": 3}, {"steps": 15}], ids=["epochs", "steps"])
 def test_state_near_end_of_pass(at: int, length: dict[str, int]) -> None:
     """A state is not saved if few samples follow it in the pass."""
-    uninterrupted = stream(CountedStream(), **length)
+    uninterrupted = open_stream(CountedStream(), **length)
     expected = [uninterrupted[number][0] for number in range(111)]
     for count in (1, 9) if "steps" in length else (1,):
-        writer, reader = stream(InaccurateState(), **length), stream(InaccurateState(), **length)
+        writer, reader = (
+            open_stream(InaccurateState(), **length),
+            open_stream(InaccurateState(), **length),
+        )
         samples, position, _ = writer.read(at, count, mark=True)
         assert position is not None
         reader.keep(position)
@@ -164,7 +167,7 @@ def test_uncopyable_stream_is_counted(caplog: pytest.LogCaptureFixture) -> None:
             self.position = 0
             return super().__iter__()
 
-    task = type("Odd", (Numbered,), {"train_data": lambda self: Reopened()})
+    task = type("Odd", (MapStyleTask,), {"train_data": lambda self: Reopened()})
     spec = job("ring", 2, steps=15, **CHECKPOINTS)
     unfailed = train(spec, task)
     assert "Reopened cannot be copied (cannot pickle" in caplog.text
@@ -182,7 +185,7 @@ def test_rejects_stream_with_changed_samples(task_type: type[Task]) -> None:
             super().__init__()
             self.columns[0][20:] += 1
 
-    task = type("Other", (Numbered,), {"train_data": lambda self: Other()})
+    task = type("Other", (MapStyleTask,), {"train_data": lambda self: Other()})
     with pytest.raises(ValueError, match="gives other samples than before from number 26 of pass"):
         train(spec, task, saved=saved)
 
@@ -190,12 +193,12 @@ def test_rejects_stream_with_changed_samples(task_type: type[Task]) -> None:
 class LosesRank1(Attempt):
     """Attempt that loses rank 1 before a step; the other ranks fail while they wait for it."""
 
-    ends = (Lost, Abandoned, FencedError, CollectiveError)
+    ends = (RankDied, Abandoned, FencedError, CollectiveError)
     step = 6
 
     def before(self, rank: int, step: int) -> StopOrder:
         if (rank, step) == (1, self.step):
-            raise Lost
+            raise RankDied
         return StopOrder.NONE
 
     def stopped(self, rank: int) -> None:
@@ -239,6 +242,6 @@ def test_damaged_position_is_ignored() -> None:
 
 
 def test_map_style_dataset_has_no_position() -> None:
-    run: LocalRun = train(job("ring", 1, steps=4, **CHECKPOINTS), Numbered)
+    run: LocalRun = train(job("ring", 1, steps=4, **CHECKPOINTS), MapStyleTask)
     assert "stream" not in run.checkpoints[4].state
-    assert isinstance(stream(CountedStream(), steps=4), StreamSamples)
+    assert isinstance(open_stream(CountedStream(), steps=4), StreamSamples)

@@ -10,9 +10,18 @@ import numpy as np
 import pytest
 import torch
 from comparison import distance, same_bits
-from hybrid_models import whole
+from hybrid_models import merge_parts
 from local_run import Attempt, LocalRun, train
-from stream_task import BATCH, SAMPLES, Numbered, iterable, job, read, stream, tensors
+from stream_task import (
+    BATCH,
+    SAMPLES,
+    MapStyleTask,
+    iterable_of,
+    job,
+    open_stream,
+    read_steps,
+    tensors,
+)
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset, get_worker_info
 
@@ -39,17 +48,17 @@ class RowsWithLength(Rows):
         return SAMPLES
 
 
-class Streamed(Numbered):
+class Streamed(MapStyleTask):
     def train_data(self) -> Any:
         return Rows()
 
 
-class Sized(Numbered):
+class Sized(MapStyleTask):
     def train_data(self) -> Any:
         return RowsWithLength()
 
 
-class Repeated(Numbered):
+class Repeated(MapStyleTask):
     """Map-style data of consecutive passes, 11 batches in total."""
 
     def train_data(self) -> Any:
@@ -68,11 +77,11 @@ def test_stream_is_bit_identical_to_map_style_dataset(
 ) -> None:
     """Each epoch ends with a short batch, in which one of three ranks has no sample."""
     spec = job(strategy, workers, gradient_accumulation=2)
-    numbered, streamed = train(spec, Numbered), train(spec, task)
+    numbered, streamed = train(spec, MapStyleTask), train(spec, task)
     assert same_bits(numbered, streamed)
     steps = [report for report in streamed.reports[0] if isinstance(report, StepReport)]
     assert [report.epoch for report in steps] == [epoch for epoch in range(3) for _ in range(5)]
-    assert distance(streamed.parameters(), train(job(), Numbered).parameters()) < 1e-5
+    assert distance(streamed.parameters(), train(job(), MapStyleTask).parameters()) < 1e-5
 
 
 @pytest.mark.parametrize(("strategy", "workers"), WORLDS)
@@ -83,19 +92,19 @@ def test_training_by_steps_has_full_batches_across_passes(strategy: str, workers
 
 def test_training_by_steps_has_epochs_if_stream_has_length() -> None:
     spec = job("ring", 2, steps=11)
-    assert same_bits(train(spec, Numbered), train(spec, Sized))
+    assert same_bits(train(spec, MapStyleTask), train(spec, Sized))
 
 
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 def test_stream_under_hybrid(strategy: str) -> None:
     options = {"pipeline": 2, "data": 2, "cut": "even", "micro_batches": 2}
     spec = job({"name": "hybrid", "data_strategy": strategy, **options}, 4)
-    numbered, streamed = whole(train(spec, Numbered)), whole(train(spec, Streamed))
+    numbered, streamed = merge_parts(train(spec, MapStyleTask)), merge_parts(train(spec, Streamed))
     assert numbered.keys() == streamed.keys()
     assert all(torch.equal(numbered[name], streamed[name]) for name in numbered)
 
 
-class RecordingTask(Numbered):
+class RecordingTask(MapStyleTask):
     """Record the samples used for training."""
 
     seen: ClassVar[Counter[int]] = Counter()
@@ -126,7 +135,7 @@ class RecordingStream(RecordingTask):
 def test_asynchronous_workers_read_each_sample_once(workers: int) -> None:
     """Tasks arrive in any order, so a worker may have to restart a pass."""
     RecordingTask.seen.clear()
-    train(job("ps-async", workers), RecordingStream, most=2)
+    train(job("ps-async", workers), RecordingStream, lease_size=2)
     assert RecordingTask.seen == dict.fromkeys(range(SAMPLES), 3)
 
 
@@ -155,7 +164,7 @@ class LoaderAwareStream(ShufflingStream):
 
 @pytest.mark.parametrize("dataset", [ShufflingStream, LoaderAwareStream])
 def test_samples_do_not_depend_on_ranks_and_loaders(dataset: type[ShufflingStream]) -> None:
-    expected = read(dataset())
+    expected = read_steps(dataset())
     numbers = [
         [int(sample[0]) for batch in expected[epoch * 5 : epoch * 5 + 5] for sample in batch]
         for epoch in range(3)
@@ -165,22 +174,22 @@ def test_samples_do_not_depend_on_ranks_and_loaders(dataset: type[ShufflingStrea
         "each pass has its own order"
     )
     assert len({sample[1] for batch in expected for sample in batch}) == 3 * SAMPLES
-    assert read(dataset(), world=3) == expected
-    assert read(dataset(), world=2, parts=3) == expected
-    assert read(dataset(), world=2, parts=2, data={"num_workers": 2}) == expected
+    assert read_steps(dataset(), world=3) == expected
+    assert read_steps(dataset(), world=2, parts=3) == expected
+    assert read_steps(dataset(), world=2, parts=2, data={"num_workers": 2}) == expected
 
 
 def test_samples_by_steps_do_not_depend_on_ranks_and_loaders() -> None:
-    expected = read(ShufflingStream(), steps=10)
+    expected = read_steps(ShufflingStream(), steps=10)
     assert [len(batch) for batch in expected] == [BATCH] * 10
     numbers = [int(sample[0]) for batch in expected for sample in batch]
     assert sorted(numbers[:SAMPLES]) == sorted(numbers[SAMPLES : 2 * SAMPLES]) == [*range(SAMPLES)]
-    assert read(ShufflingStream(), world=3, steps=10) == expected
-    assert read(ShufflingStream(), world=2, steps=10, data={"num_workers": 2}) == expected
+    assert read_steps(ShufflingStream(), world=3, steps=10) == expected
+    assert read_steps(ShufflingStream(), world=2, steps=10, data={"num_workers": 2}) == expected
 
 
 def test_random_access_to_earlier_samples() -> None:
-    data = stream(ShufflingStream(), epochs=3)
+    data = open_stream(ShufflingStream(), epochs=3)
     samples = {n: data[n].tolist() for n in (0, 40, 41, 3, 36, 37, 100)}
     assert len({sample[1] for sample in samples.values()}) == 7
     for number in (37, 100, 0, 41):
@@ -192,7 +201,7 @@ class Evaluated(Streamed):
         return Rows()
 
 
-class EvaluatedByNumber(Numbered):
+class EvaluatedByNumber(MapStyleTask):
     def eval_data(self) -> Any:
         return TensorDataset(*tensors())
 
@@ -308,10 +317,10 @@ def test_rejects_invalid_streams(case: str, workers: int) -> None:
 def test_stream_shorter_than_batch(count: int) -> None:
     """By epochs each step's batch is the whole stream; by steps the stream is repeated."""
     columns = (tensors(count)[0], tensors(count)[1])
-    short = type("Short", (Numbered,), {"train_data": lambda self: iterable(*columns)})
-    numbered = type("Short", (Numbered,), {"train_data": lambda self: TensorDataset(*columns)})
+    short = type("Short", (MapStyleTask,), {"train_data": lambda self: iterable_of(*columns)})
+    numbered = type("Short", (MapStyleTask,), {"train_data": lambda self: TensorDataset(*columns)})
     assert same_bits(train(job("ring", 3), short), train(job("ring", 3), numbered))
-    assert [len(batch) for batch in read(NumberTensors(count), steps=3)] == [BATCH] * 3
+    assert [len(batch) for batch in read_steps(NumberTensors(count), steps=3)] == [BATCH] * 3
 
 
 class NumberTensors(Numbers):
@@ -328,7 +337,7 @@ def test_rejects_sampler_for_stream() -> None:
 def diverging_data(first: int) -> type[Task]:
     """Return a task whose data differs between ranks from a sample on."""
 
-    class DivergingData(Numbered):
+    class DivergingData(MapStyleTask):
         instances = 0
 
         def __init__(self) -> None:
@@ -338,7 +347,7 @@ def diverging_data(first: int) -> type[Task]:
         def train_data(self) -> Any:
             inputs, targets = tensors()
             inputs[first:] += self._number
-            return iterable(inputs, targets)
+            return iterable_of(inputs, targets)
 
     return DivergingData
 
@@ -411,4 +420,4 @@ def test_iterable_map_style_dataset_is_not_a_stream() -> None:
         def __iter__(self) -> Iterator[Any]:
             return iter([5.0])
 
-    assert not isinstance(checked_data(job(), Numbered(), Both(), "train_data"), StreamSamples)
+    assert not isinstance(checked_data(job(), MapStyleTask(), Both(), "train_data"), StreamSamples)

@@ -115,7 +115,7 @@ def test_overlap_with_unequal_numbers_of_micro_batches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """In the last batch one rank has two samples, the other one."""
-    block_starts(monkeypatch, said=False)
+    block_starts(monkeypatch, start_waits=False)
     parts = {"global_batch_size": 5, "steps": 5, "gradient_accumulation": 2}
     overlapped, expected = (
         train(job({**RING, "overlap": overlap}, 2, **parts), SyncTask).parameters()
@@ -154,7 +154,7 @@ def test_parameter_without_gradient_on_one_rank(monkeypatch: pytest.MonkeyPatch)
     """The bucket is complete on one rank only, whose hook must not block the norm's exchange."""
     parts = {"global_batch_size": 4, "steps": 3, "data": {"shuffle": False}}
     expected = train(job({**RING, "overlap": False}, 2, **parts), Branching).parameters()
-    block_starts(monkeypatch, said=True)
+    block_starts(monkeypatch, start_waits=True)
     actual = train(job(RING, 2, **parts), Branching).parameters()
     for name, value in expected.items():
         assert torch.equal(actual[name], value), name

@@ -12,7 +12,7 @@ import pytest
 from call_faults import Call, Fault, add_rule, inject
 from dying_backup import MOMENTS, InMemoryBackup
 from jobs import job_of
-from local_run import Attempt, LocalRun, impatient, train
+from local_run import Attempt, LocalRun, train, with_timeouts
 from local_servers import ELSEWHERE, TableServers
 from rank_threads import on_ranks
 from table_rows import table_rows
@@ -114,7 +114,7 @@ def test_promoted_backup_is_bit_identical(
     run_steps(expected, 0, STEPS)
     run_steps(primary, 0, filled_at)
     backup, backup_link = add_backup(primary)
-    backup_link.dies = LOST_AT * (WORLD if asynchronous else 1), moment
+    backup_link.death = LOST_AT * (WORLD if asynchronous else 1), moment
     with pytest.raises(ActorLost):
         run_steps(primary, filled_at, STEPS)
     backup.open(table_plan)
@@ -168,7 +168,7 @@ def test_snapshot_is_picklable_and_independent() -> None:
 def test_primary_without_acknowledgement_stops_serving() -> None:
     primary = open_server(plan())
     _, backup_link = add_backup(primary)
-    backup_link.dies = 0, MOMENTS[2]
+    backup_link.death = 0, MOMENTS[2]
     with pytest.raises(ActorLost):
         run_steps(primary, 0, 1)
     calls: list[Callable[[], object]] = [
@@ -187,7 +187,7 @@ def make_table_servers() -> Iterator[Callable[..., TableServers]]:
     all_servers = []
 
     def make_servers(**fields: Any) -> TableServers:
-        all_servers.append(TableServers(impatient(job(**fields), 10.0), rewinds=True))
+        all_servers.append(TableServers(with_timeouts(job(**fields), 10.0), rewinds=True))
         return all_servers[-1]
 
     yield make_servers

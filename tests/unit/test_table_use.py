@@ -10,7 +10,7 @@ import torch
 from jobs import job_of
 from local_run import LocalRun, train
 from local_servers import TableServers
-from lost_ranks import Loss, LossyRun, train_lossy
+from lost_ranks import LossyRun, RankLoss, train_with_lost_ranks
 from rank_threads import on_ranks
 from table_rows import table_rows
 from torch import Tensor, nn
@@ -235,8 +235,8 @@ def updates(run: LossyRun) -> list[list[int]]:
 @pytest.mark.parametrize("step", [5, 6, 7])  # `sometimes`; `rarely` on one rank; on the other
 def test_lost_rank_does_not_change_update_counts(step: int, tables: int) -> None:
     spec = job(OPTIMIZERS[2], strategy="ps-sync")
-    reference = train_lossy(spec, SparseUseTask, [])
-    run = train_lossy(spec, SparseUseTask, [Loss(step, 1, tables, shards=0)])
+    reference = train_with_lost_ranks(spec, SparseUseTask, [])
+    run = train_with_lost_ranks(spec, SparseUseTask, [RankLoss(step, 1, tables, shards=0)])
     assert updates(run) == updates(reference) == [[STEPS, STEPS // 4, STEPS // 2, 0]] * 2
     for number in range(4):
         assert run.rows(number, ROWS).tobytes() == reference.rows(number, ROWS).tobytes()

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from embedding_jobs import job as table_job
-from grouped_task import BATCH, SAMPLES, SCALES, STEPS, Own, Small, close
+from grouped_task import BATCH, SAMPLES, SCALES, STEPS, Own, Small, assert_close
 from grouped_task import job as grouped_job
-from hybrid_workers import UntilOneIsLost
+from hybrid_workers import StopOnLostRank
 from jobs import job_of
 from local_run import LocalRun, train
 from table_rows import table_rows
@@ -158,7 +158,7 @@ def test_run_matches_plain_loop(
     run = train(job("ring", world, clip_norm=clip_norm, gradient_accumulation=parts), cls)
     expected, _ = train_plain(cls, clip_norm)
     for rank in range(world):
-        close(state_of(run, rank), expected)
+        assert_close(state_of(run, rank), expected)
 
 
 class Unfreezing(LambTask):
@@ -180,15 +180,15 @@ class Unfreezing(LambTask):
 def test_unfrozen_layer_is_updated() -> None:
     run = train(job("ring", 2), Unfreezing)
     expected, _ = train_plain(Unfreezing)
-    close(state_of(run), expected)
-    close(state_of(run, 1), expected)
+    assert_close(state_of(run), expected)
+    assert_close(state_of(run, 1), expected)
     assert not torch.equal(expected["body.weight"], Small().model().get_parameter("body.weight"))
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_several_optimizers_match_plain_loop(world: int) -> None:
     """The tolerance is larger for two workers because Muon computes in bfloat16."""
-    close(
+    assert_close(
         state_of(train(job("ring", world), MuonTask)),
         train_plain(MuonTask)[0],
         1e-9 if world == 1 else 1e-4,
@@ -198,7 +198,7 @@ def test_several_optimizers_match_plain_loop(world: int) -> None:
 def test_ema_matches_averaged_model() -> None:
     run = train(job("ring", 2, ema={"decay": 0.5}), AdafactorTask)
     actual = {n.removeprefix("ema:"): t for n, t in run.trained[0].items() if n.startswith("ema:")}
-    close(actual, train_plain(AdafactorTask)[1])
+    assert_close(actual, train_plain(AdafactorTask)[1])
 
 
 def test_lr_of_each_group_is_reported() -> None:
@@ -211,7 +211,7 @@ def test_lr_of_each_group_is_reported() -> None:
     assert [figures["lr"] for figures in steps] == [0.1 * scale for scale in SCALES]
     assert [figures["lr_group_1"] for figures in steps] == [0.05 * scale for scale in SCALES]
     assert all(figures["optimizer_state_bytes"] >= 0 for figures in steps)
-    close(state_of(run), train_plain(Rated)[0])
+    assert_close(state_of(run), train_plain(Rated)[0])
 
 
 class TableTask(Words):
@@ -225,7 +225,7 @@ class TableTask(Words):
 def test_embedding_tables_use_the_jobs_optimizer() -> None:
     own = train(table_job(Words, 2, optimizer=TASK_OPTIMIZER), TableTask)
     named = train(table_job(Words, 2, optimizer={"name": "Adagrad", "lr": 0.1}), Words)
-    close(own.parameters(), named.parameters(), 1e-5)
+    assert_close(own.parameters(), named.parameters(), 1e-5)
     for number in range(2):
         rows = [torch.from_numpy(table_rows(run.tables, number, ROWS)) for run in (own, named)]
         torch.testing.assert_close(*rows, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -263,9 +263,9 @@ def test_run_with_a_lost_worker_is_bit_identical(cls: type[Small]) -> None:
     spec = job("ring", 3)
     run, fabric = LocalRun(spec, cls), Fabric(3)
     fabric.kill(1, after=12)
-    assert not UntilOneIsLost(run, fabric).make()
+    assert not StopOnLostRank(run, fabric).make()
     run.renew(1)
-    attempt = UntilOneIsLost(run)
+    attempt = StopOnLostRank(run)
     assert attempt.make()
     assert min(attempt.starts) > 1
     run.close()

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 import torch
 from embedding_jobs import job as table_job
-from grouped_task import SCALES, STEPS, STRATEGIES, Small, close, job, plain
+from grouped_task import (
+    SCALES,
+    STEPS,
+    STRATEGIES,
+    Small,
+    assert_close,
+    job,
+    train_with_param_groups,
+)
 from jobs import job_of
 from local_run import train
 from table_rows import table_rows
@@ -36,7 +44,7 @@ def lr_job(strategy: Any = "ring", world: int = 1, **more: Any) -> Any:
 def test_run_matches_plain_loop_with_lambda_lr(name: str) -> None:
     """`plain` also scales the rates of param groups."""
     run = train(lr_job(*STRATEGIES[name]), LrTask)
-    close(run.parameters(), plain(Small))
+    assert_close(run.parameters(), train_with_param_groups(Small))
 
 
 def test_lr_of_each_group_is_reported() -> None:

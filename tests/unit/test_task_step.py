@@ -11,14 +11,14 @@ from batch_forms import (
     BATCH,
     SAMPLES,
     STEPS,
-    Dicts,
-    Listed,
-    Nested,
-    Packed,
+    DataclassBatches,
+    DictBatches,
+    ListBatches,
+    NestedBatches,
     Tagger,
     Tags,
-    Triples,
-    of_the_end,
+    TupleBatches,
+    last_eval_reports,
     padded,
     total,
 )
@@ -36,7 +36,13 @@ pytestmark = pytest.mark.usefixtures("loader_server")
 HYBRID = {"name": "hybrid", "pipeline": 1, "tensor": 1, "data": 2}
 
 
-TASK_CLASSES: list[type[Task]] = [Dicts, Triples, Nested, Listed, Packed]
+TASK_CLASSES: list[type[Task]] = [
+    DictBatches,
+    TupleBatches,
+    NestedBatches,
+    ListBatches,
+    DataclassBatches,
+]
 
 
 @cache
@@ -84,14 +90,14 @@ def test_run_matches_plain_loop_for_any_batch(
     assert parameters.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(parameters[name], value, rtol=1e-9, atol=1e-12)
-    last = of_the_end(run)
+    last = last_eval_reports(run)
     assert sum(report.samples for report in last) == SAMPLES
     assert total(last, "loss") == pytest.approx(loss, rel=1e-9)
     words = sum(map(len, Sentences(SAMPLES).words)) / SAMPLES
     assert total(last, "words") == pytest.approx(words, rel=1e-6)
 
 
-class HuggingFace(Dicts):
+class HuggingFace(DictBatches):
     """The model's outputs contain the loss, as in Hugging Face Transformers."""
 
     loss = Task.loss
@@ -120,7 +126,7 @@ def test_default_step_calls_forward_and_loss() -> None:
 
 
 def test_attribute_named_step_is_no_hook() -> None:
-    class Counting(Dicts):
+    class Counting(DictBatches):
         def __init__(self) -> None:
             vars(self)["step"] = 0
 
@@ -137,7 +143,7 @@ def test_attribute_named_step_is_no_hook() -> None:
 def task_with_step(value: Any) -> type[Task]:
     """Return a task whose `step` returns `value(loss)`."""
 
-    class StepTask(Dicts):
+    class StepTask(DictBatches):
         loss = Task.loss
 
         def step(self, model: nn.Module, batch: Any) -> Any:
@@ -173,7 +179,7 @@ def test_invalid_step_values_are_rejected(value: Any, message: str) -> None:
         train_task(task_with_step(value), "ring", 1)
 
 
-class WithoutForward(Triples):
+class WithoutForward(TupleBatches):
     """Batches of three tensors without `forward` or `step`."""
 
     forward = Task.forward
@@ -187,7 +193,7 @@ def test_batch_of_three_needs_forward_or_step() -> None:
         train_task(WithoutForward, HYBRID, 2)
 
 
-class WordMean(Dicts):
+class WordMean(DictBatches):
     """The loss is a mean over words, and samples differ in words."""
 
     def loss(self, outputs: Any, targets: Any) -> Any:
@@ -201,7 +207,7 @@ def test_mean_over_words_has_a_warning(caplog: pytest.LogCaptureFixture) -> None
     assert "return (sum, weight) instead" in message
 
 
-class ModelLoss(Dicts):
+class ModelLoss(DictBatches):
     """The model computes a mean over words."""
 
     def loss(self, outputs: Any, targets: Any) -> Any:
@@ -219,7 +225,7 @@ def test_mean_over_words_in_the_model_has_a_warning(
     assert "Return (sum, weight) instead" in message
 
 
-@pytest.mark.parametrize("cls", [Dicts, Triples, Nested, Listed])
+@pytest.mark.parametrize("cls", [DictBatches, TupleBatches, NestedBatches, ListBatches])
 def test_weighted_sum_over_words_has_no_warning(
     cls: type[Task], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -235,7 +241,7 @@ class CountingTagger(Tagger):
         return super().forward(*args, **kwargs)
 
 
-@pytest.mark.parametrize("cls", [WordMean, Triples, Nested])
+@pytest.mark.parametrize("cls", [WordMean, TupleBatches, NestedBatches])
 def test_model_runs_once_per_batch(cls: type[Task]) -> None:
     class Counted(cls):  # type: ignore[misc, valid-type]
         def model(self) -> nn.Module:
@@ -245,7 +251,7 @@ def test_model_runs_once_per_batch(cls: type[Task]) -> None:
     assert model.calls == 4 + -(-SAMPLES // BATCH)  # four steps and the evaluation
 
 
-class CountingTask(Dicts):
+class CountingTask(DictBatches):
     """Counts losses in an attribute and in a batch norm outside the model."""
 
     def __init__(self) -> None:
@@ -267,9 +273,9 @@ def test_loss_check_does_not_change_the_task() -> None:
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
-        (Triples, r"Triples\.forward\(\) calls the whole model, which can be cut only if it"),
-        (Nested, r"Nested\.step\(\) calls the whole model, which can be cut only if it"),
-        (Dicts, r"Tagger\.forward takes 3 inputs"),
+        (TupleBatches, r"Triples\.forward\(\) calls the whole model, which can be cut only if it"),
+        (NestedBatches, r"Nested\.step\(\) calls the whole model, which can be cut only if it"),
+        (DictBatches, r"Tagger\.forward takes 3 inputs"),
     ],
 )
 def test_pipeline_rejects_tasks_that_call_the_whole_model(cls: type[Task], message: str) -> None:

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from grouped_task import STRATEGIES, Own, Small, close, train_plainly
+from grouped_task import STRATEGIES, Own, Small, assert_close, plain_loop
 from grouped_task import job as grouped_job
-from hybrid_models import GPT_PLAN, Gpt, grid_of, hybrid_job, whole
-from hybrid_workers import UntilOneIsLost
+from hybrid_models import GPT_PLAN, Gpt, grid_of, hybrid_job, merge_parts
+from hybrid_workers import StopOnLostRank
 from jobs import job_of
 from local_run import LocalRun, train
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def train_plain(cls: type[Small] = Small, clip_norm: float | None = None) -> dic
     ]
     adafactor: Any = torch.optim.Adafactor
     optimizer = adafactor(groups, lr=0.05, weight_decay=0.3, d=2)
-    train_plainly(task, model, data, optimizer, clip_norm)
+    plain_loop(task, model, data, optimizer, clip_norm)
     return {name: value.detach().clone() for name, value in named.items()}
 
 
@@ -65,12 +65,12 @@ CONFIGS: dict[str, tuple[Any, int]] = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_run_matches_plain_loop(name: str, clip_norm: float | None) -> None:
     run = train(job(*CONFIGS[name], clip_norm=clip_norm), Small)
-    close(state_of(run), train_plain(clip_norm=clip_norm))
+    assert_close(state_of(run), train_plain(clip_norm=clip_norm))
 
 
 @pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers", "ps-async"])
 def test_task_parameters_match_plain_loop(name: str) -> None:
-    close(state_of(train(job(*CONFIGS[name]), Own)), train_plain(Own))
+    assert_close(state_of(train(job(*CONFIGS[name]), Own)), train_plain(Own))
 
 
 class UnusedLayer(Small):
@@ -84,7 +84,7 @@ class UnusedLayer(Small):
 
 @pytest.mark.parametrize("name", ["ring-2", "sharded", "ps-sync-3-servers", "ps-async"])
 def test_parameter_without_gradient_is_not_updated(name: str) -> None:
-    close(state_of(train(job(*CONFIGS[name]), UnusedLayer)), train_plain(UnusedLayer))
+    assert_close(state_of(train(job(*CONFIGS[name]), UnusedLayer)), train_plain(UnusedLayer))
 
 
 class DoubleGpt(Gpt):
@@ -98,7 +98,7 @@ def test_pipeline_matches_one_worker(pipeline: int) -> None:
     """`eps` exceeds the gradients of some biases, which are rounding errors only."""
     grid, workers = grid_of(pipeline, 1, 2)
     fields = {"optimizer": {"name": "Adafactor", "lr": 0.02, "eps": [1e-6, 1e-3]}}
-    stages = whole(train(hybrid_job(grid, workers, **fields), DoubleGpt))
+    stages = merge_parts(train(hybrid_job(grid, workers, **fields), DoubleGpt))
     expected = train(hybrid_job({}, 1, **fields), DoubleGpt).parameters()
     assert max(float((stages[name] - expected[name]).abs().max()) for name in expected) < 1e-9
 
@@ -141,9 +141,9 @@ def test_run_with_a_lost_worker_is_bit_identical() -> None:
     spec = job("ring", 3)
     run, fabric = LocalRun(spec, Small), Fabric(3)
     fabric.kill(1, after=12)
-    assert not UntilOneIsLost(run, fabric).make()
+    assert not StopOnLostRank(run, fabric).make()
     run.renew(1)
-    attempt = UntilOneIsLost(run)
+    attempt = StopOnLostRank(run)
     assert attempt.make()
     assert min(attempt.starts) > 1
     run.close()

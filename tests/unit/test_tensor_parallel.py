@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tensor_models import CASES, Outcome, split, whole
+from tensor_models import CASES, Outcome, train_split, train_whole
 from torch import Tensor
 
 STEPS = 20
@@ -25,8 +25,8 @@ def assert_same_state(actual: Outcome, expected: Outcome) -> None:
     [(name, world) for name in CASES for world in (1, 2, 3, 4) if name != "bypass" or world <= 2],
 )
 def test_split_model_matches_whole_model(name: str, world: int) -> None:
-    expected = whole(CASES[name], STEPS)
-    ranks = split(CASES[name], world, STEPS)
+    expected = train_whole(CASES[name], STEPS)
+    ranks = train_split(CASES[name], world, STEPS)
     for rank in ranks:
         assert is_close(rank.outputs[0], expected.outputs[0])
         assert is_close(rank.outputs[-1], expected.outputs[-1])
@@ -34,6 +34,6 @@ def test_split_model_matches_whole_model(name: str, world: int) -> None:
         assert rank.own.keys() == ranks[0].own.keys()
         assert all(torch.equal(g, ranks[0].own[n]) for n, g in rank.own.items())
     assert_same_state(ranks[0], expected)
-    first = split(CASES[name], world, 1)[0]
-    for parameter, gradient in whole(CASES[name], 1).gradients.items():
+    first = train_split(CASES[name], world, 1)[0]
+    for parameter, gradient in train_whole(CASES[name], 1).gradients.items():
         assert is_close(first.gradients[parameter], gradient), parameter

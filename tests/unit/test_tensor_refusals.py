@@ -6,7 +6,7 @@ import pytest
 import torch
 from hybrid_models import CLASSES, Classify, grid_of, hybrid_job
 from local_run import train
-from tensor_models import CASES, Gated, Inception, Lone, features, ranks
+from tensor_models import CASES, Gated, Inception, LoneRank, features, run_split
 from torch import Tensor, nn
 
 from distplat.platform.errors import CollectiveError, SpecError
@@ -77,7 +77,7 @@ def test_split_embedding_rejects_indices_out_of_range() -> None:
 
 def test_rowwise_layer_rejects_partial_inputs() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4), nn.MaxPool1d(2))
-    parallelize(model, {"0": "colwise", "1": "rowwise"}, Lone(0, 2))  # type: ignore[arg-type]
+    parallelize(model, {"0": "colwise", "1": "rowwise"}, LoneRank(0, 2))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"1 \(rowwise\) has 4 of 8 inputs on this rank"):
         model[1](torch.ones(1, 3))
 
@@ -88,7 +88,7 @@ def test_branches_with_different_inputs_are_rejected() -> None:
             return torch.cat([branch(x * 1) for branch in self.mixed], dim=1)
 
     with pytest.raises(ValueError, match="mixed: branches on different ranks must have one input"):
-        ranks(
+        run_split(
             DifferentInputs, {"mixed.*": "branches"}, lambda m, _: {"out": m(features(2, 3, 8, 8))}
         )
 

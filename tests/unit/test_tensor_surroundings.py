@@ -9,7 +9,7 @@ import pytest
 import torch
 from cut_models import stages_of
 from rank_threads import on_ranks
-from tensor_models import CASES, Bypass, Lone, features, ranks, split
+from tensor_models import CASES, Bypass, LoneRank, features, run_split, train_split
 from torch import Tensor, nn
 
 from distplat.strategies.collective import Collective
@@ -52,7 +52,7 @@ def backward(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
 def test_example_gpt_matches_whole_model(gpt: Callable[[], nn.Module]) -> None:
     inputs = torch.arange(16).view(2, 8)
     for world in (2, 3):
-        results = ranks(gpt, CHARLM, lambda model, _: backward(model, inputs), world)
+        results = run_split(gpt, CHARLM, lambda model, _: backward(model, inputs), world)
         expected = backward(gpt(), inputs)
         for rank in results:
             torch.testing.assert_close(rank["outputs"], expected["outputs"])
@@ -101,8 +101,8 @@ def test_recomputation_is_bit_identical(name: str) -> None:
         torch.manual_seed(0)
         return case.build()
 
-    plain = ranks(build, case.plan, lambda model, _: run(model, False))
-    recomputed_ranks = ranks(build, case.plan, lambda model, _: run(model, True))
+    plain = run_split(build, case.plan, lambda model, _: run(model, False))
+    recomputed_ranks = run_split(build, case.plan, lambda model, _: run(model, True))
     for rank, other in zip(plain, recomputed_ranks, strict=True):
         assert rank.keys() == other.keys()
         assert all(torch.equal(gradient, other[n]) for n, gradient in rank.items())
@@ -129,7 +129,7 @@ def test_recomputation_stops_at_the_same_layer_on_all_ranks() -> None:
         torch.autograd.backward(out.square().mean())
         return {}
 
-    ranks(IdentityBranch, {"first": "rowwise", "branches.*": "branches"}, run)
+    run_split(IdentityBranch, {"first": "rowwise", "branches.*": "branches"}, run)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -145,7 +145,7 @@ def test_bf16_autocast_matches_whole_model(name: str) -> None:
         return case.build()
 
     expected = run(build())["outputs"]
-    for rank in ranks(build, case.plan, run):
+    for rank in run_split(build, case.plan, run):
         assert rank["outputs"].dtype == expected.dtype
         assert (rank["outputs"] - expected).norm() <= 2e-2 * expected.norm()
 
@@ -163,12 +163,12 @@ def test_evaluation_matches_whole_model(name: str) -> None:
         return case.build()
 
     expected = run(build())["outputs"]
-    for rank in ranks(build, case.plan, run):
+    for rank in run_split(build, case.plan, run):
         torch.testing.assert_close(rank["outputs"], expected)
 
 
 def test_repeated_run_is_bit_identical() -> None:
-    first, second = (split(CASES["encoder"], 3, 5) for _ in range(2))
+    first, second = (train_split(CASES["encoder"], 3, 5) for _ in range(2))
     for rank, other in zip(first, second, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(rank.outputs, other.outputs, strict=True))
 
@@ -176,7 +176,7 @@ def test_repeated_run_is_bit_identical() -> None:
 @pytest.mark.parametrize(("name", "sums"), [("gated", 4), ("heads", 2), ("encoder", 8)])
 def test_colwise_layers_with_one_input_sum_its_gradient_once(name: str, sums: int) -> None:
     """Each split has one sum in forward and one in backward."""
-    group, model = Lone(0, 2), CASES[name].build()
+    group, model = LoneRank(0, 2), CASES[name].build()
     parallelize(model, CASES[name].plan, group)  # type: ignore[arg-type]
     inputs = CASES[name].inputs.clone().requires_grad_()
     with torch.no_grad():
@@ -193,7 +193,7 @@ def test_dropout_differs_between_ranks_inside_a_split_only(world: int) -> None:
     masks, draws = [], []
     for rank in range(world):
         model = nn.Sequential(nn.Linear(4, 31), nn.Dropout(0.5), nn.Linear(31, 4))
-        parallelize(model, {"0": "colwise", "2": "rowwise"}, Lone(rank, world))  # type: ignore[arg-type]
+        parallelize(model, {"0": "colwise", "2": "rowwise"}, LoneRank(rank, world))  # type: ignore[arg-type]
         model[1].register_forward_hook(lambda _m, _i, out: masks.append(out != 0))
         torch.manual_seed(3)
         model(torch.ones(8, 4))
@@ -226,7 +226,7 @@ def test_generators_agree_after_a_failed_forward(
     draws = []
     for rank in range(2):
         model = nn.Sequential(nn.Linear(4, 31), nn.ReLU(), nn.Linear(31, 4))
-        group: Any = Lone(rank, 2)
+        group: Any = LoneRank(rank, 2)
         parallelize(model, {"0": "colwise", "2": "rowwise"}, group)
         if rank == 0:
             failing = model[1].register_forward_hook(fail)
@@ -254,6 +254,6 @@ def test_failed_forward_discards_branch_outputs() -> None:
         return nn.Sequential(Bypass())
 
     expected = build()(inputs * 2)
-    for outputs in ranks(build, {"0.*.*": "branches"}, run):
+    for outputs in run_split(build, {"0.*.*": "branches"}, run):
         torch.testing.assert_close(outputs["whole"], expected)
         torch.testing.assert_close(outputs["by_layer"], expected)

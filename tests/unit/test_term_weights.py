@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from grouped_task import BATCH, GROUPED, SAMPLES, SCALES, STEPS, STRATEGIES, Small, close
+from grouped_task import BATCH, GROUPED, SAMPLES, SCALES, STEPS, STRATEGIES, Small, assert_close
 from grouped_task import job as grouped_job
-from hybrid_workers import UntilOneIsLost
+from hybrid_workers import StopOnLostRank
 from local_run import LocalRun, train
 from torch import Tensor, nn
 from verify_rows import rows
@@ -106,7 +106,7 @@ def test_run_matches_plain_loop_on_whole_batches(
     strategy, _ = STRATEGIES[name]
     run = train(job(strategy, world, gradient_accumulation=parts), cls)
     expected, losses = train_plain(cls)
-    close(run.parameters(), expected)
+    assert_close(run.parameters(), expected)
     steps = [report for rank in run.reports for report in rank if isinstance(report, StepReport)]
     for step, loss in enumerate(losses):
         means = [(report.loss, report.weight or 0.0) for report in steps if report.step == step]
@@ -119,9 +119,9 @@ def test_run_with_a_lost_worker_is_bit_identical(group: str) -> None:
     spec = job("ring", 3)
     run, fabric = LocalRun(spec, Mixture), Fabric(3)
     fabric.kill(1, after=8, group=group)
-    assert not UntilOneIsLost(run, fabric).make()
+    assert not StopOnLostRank(run, fabric).make()
     run.renew(1)
-    attempt = UntilOneIsLost(run)
+    attempt = StopOnLostRank(run)
     assert attempt.make()
     assert min(attempt.starts) > 0
     run.close()
@@ -130,7 +130,9 @@ def test_run_with_a_lost_worker_is_bit_identical(group: str) -> None:
 
 
 def test_clipping_matches_plain_loop() -> None:
-    close(train(job("ring", 3, clip_norm=0.5), Mixture).parameters(), train_plain(Mixture, 0.5)[0])
+    assert_close(
+        train(job("ring", 3, clip_norm=0.5), Mixture).parameters(), train_plain(Mixture, 0.5)[0]
+    )
 
 
 def test_mean_of_the_workers_means_differs() -> None:
@@ -161,7 +163,7 @@ def test_term_with_weight_0_is_ignored() -> None:
         def loss(self, outputs: Tensor, targets: Tensor) -> Any:
             return {**self.terms(outputs, targets), "never": (outputs * 0).sum()}
 
-    close(train(job("ring", 2), NeverWeighted).parameters(), train_plain(Mixture)[0])
+    assert_close(train(job("ring", 2), NeverWeighted).parameters(), train_plain(Mixture)[0])
 
 
 def test_evaluation_averages_over_its_batches() -> None:

@@ -67,7 +67,7 @@ class EndsEarlyAfterStep1(Attempt):
     def report(self, rank: int, report: Any) -> None:
         super().report(rank, report)
         if isinstance(report, StepReport) and report.step == 1:
-            self.run.desk.call("end_early")
+            self.run.task_scheduler.call("end_early")
 
 
 @pytest.mark.parametrize("evaluation", [{"every_steps": 2}, {"every_epochs": 0}])

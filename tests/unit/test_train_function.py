@@ -20,8 +20,8 @@ from plain_functions import (
     loss_of,
     model_of,
     momentum,
-    plain,
     resumable,
+    train_plain,
 )
 from torch import Tensor, nn
 from torch.autograd import backward
@@ -40,20 +40,20 @@ from distplat.platform.progress import StepReport
 def test_parameters_match_plain_loop(world: int, make: Make) -> None:
     run = call_on_ranks(function_of(make, world), world)
     for rank in range(world):
-        assert_equal(run.trained[rank], plain(make))
+        assert_equal(run.trained[rank], train_plain(make))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_clipping_uses_averaged_gradients(world: int) -> None:
     run = call_on_ranks(function_of(momentum, world, clip=0.1), world)
-    assert_equal(run.trained[0], plain(momentum, clip=0.1))
+    assert_equal(run.trained[0], train_plain(momentum, clip=0.1))
 
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_zero_grad_without_set_to_none_matches_plain_loop(overlap: bool) -> None:
     job = function_job(2, strategy={"name": "ring", "overlap": overlap, "bucket_mb": 1e-5})
     run = call_on_ranks(function_of(adam, 2, set_to_none=False), job=job)
-    assert_equal(run.trained[1], plain(adam))
+    assert_equal(run.trained[1], train_plain(adam))
 
 
 @pytest.mark.parametrize("world", [1, 2])

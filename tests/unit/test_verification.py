@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from drawn_tasks import Drawn
-from in_memory_engine import engine, make
+from drawn_tasks import DrawnRun
+from in_memory_engine import engine, task_factory
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, TensorDataset
 from verify_rows import rows
@@ -44,7 +44,7 @@ from distplat.strategies.verification.verdicts import (
 )
 
 ROOT = Path(__file__).parents[2]
-RING = Drawn(steps=8)
+RING = DrawnRun(steps=8)
 
 
 class Classify(Task):
@@ -276,7 +276,9 @@ class NanTask(Classify):
 
 def test_nan_loss_fails() -> None:
     spec = job("ring")
-    results = judge(spec, references(spec, make(NanTask)), lambda *_: EngineRun(nan_run(spec)))
+    results = judge(
+        spec, references(spec, task_factory(NanTask)), lambda *_: EngineRun(nan_run(spec))
+    )
     assert exit_code(results) == 1 and "NaN" in results[0].reason
 
 
@@ -290,7 +292,7 @@ def test_rejected_run_has_its_exit_code() -> None:
         raise SpecError("unsupported")
 
     spec = job("ring")
-    results = judge(spec, references(spec, make(Classify)), reject)
+    results = judge(spec, references(spec, task_factory(Classify)), reject)
     assert [(row.verdict, row.failed) for row in results] == [(REFUSED, True)]
     assert exit_code(results) == 2
     lost_row = Row("ring", "run", REFUSED, failed=True, error=InfrastructureError("gone"))
@@ -465,7 +467,7 @@ def test_task_with_step_is_not_compared_under_hybrid() -> None:
 def test_large_models_keep_some_states_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distplat.strategies.verification.references._ROOM_BYTES", 600)
     spec = job("ring")
-    reference = references(spec, make(Classify))
+    reference = references(spec, task_factory(Classify))
     assert reference.every > 1 and len(reference.plain.states) < 8 and 8 in reference.plain.states
     results = judge(spec, reference, engine(Classify))
     assert {row.verdict for row in results} == {EQUAL}

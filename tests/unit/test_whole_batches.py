@@ -7,8 +7,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from batch_forms import Dicts, Listed, Nested, Packed, Triples, of_the_end, padded, total
-from hybrid_models import grid_of, hybrid_job, whole
+from batch_forms import (
+    DataclassBatches,
+    DictBatches,
+    ListBatches,
+    NestedBatches,
+    TupleBatches,
+    last_eval_reports,
+    padded,
+    total,
+)
+from hybrid_models import grid_of, hybrid_job, merge_parts
 from hybrid_workers import WORLD, Workers, same
 from jobs import job_of
 from local_run import LocalRun, train
@@ -61,7 +70,7 @@ def with_blocks(cls: type[Task], model_class: type[nn.Module] = Tagger) -> type[
     return type(cls.__name__, (cls,), {"model": model})
 
 
-class ModelLoss(Dicts):
+class ModelLoss(DictBatches):
     """The loss is the model's mean over words, with their number as weight."""
 
     def loss(self, outputs: Any, targets: Any) -> Any:
@@ -99,11 +108,11 @@ GRIDS: list[dict[str, Any]] = [
 
 
 def assert_equal(run: LocalRun) -> None:
-    (expected, loss), actual = train_plain(), whole(run)
+    (expected, loss), actual = train_plain(), merge_parts(run)
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12)
-    reports = [report for report in of_the_end(run) if report.sums]  # of the last stage
+    reports = [report for report in last_eval_reports(run) if report.sums]  # of the last stage
     assert total(reports, "loss") == pytest.approx(loss, rel=1e-9)
 
 
@@ -114,7 +123,7 @@ def test_padded_dicts_match_plain_loop(grid: dict[str, Any]) -> None:
     assert_equal(run_of(with_blocks(ModelLoss), **grid))
 
 
-@pytest.mark.parametrize("cls", [Dicts, Triples, Nested])
+@pytest.mark.parametrize("cls", [DictBatches, TupleBatches, NestedBatches])
 def test_tasks_with_forward_or_step_match_plain_loop(cls: type[Task]) -> None:
     assert_equal(run_of(with_blocks(cls), data=2))
 
@@ -149,7 +158,7 @@ class LastStage(nn.Module):
         return {"loss": loss, "logits": logits}
 
 
-class StagesTask(Dicts):
+class StagesTask(DictBatches):
     """The first module of `stages` and `loss` get the dict."""
 
     def model(self) -> nn.Module:
@@ -167,7 +176,7 @@ def test_stages_of_the_task_may_take_a_dict() -> None:
     assert_equal(run_of(StagesTask))
 
 
-class OneKey(Dicts):
+class OneKey(DictBatches):
     """Batches are dicts of one tensor, the model has one argument."""
 
     def model(self) -> nn.Module:
@@ -186,7 +195,8 @@ class OneKey(Dicts):
 def test_model_of_one_argument_takes_a_dict_of_one_tensor() -> None:
     configs: list[tuple[Any, int]] = [({"name": "hybrid", "pipeline": 2}, 2), ("ring", 1)]
     actual, expected = (
-        whole(train(job_of(strategy, workers, steps=2), OneKey)) for strategy, workers in configs
+        merge_parts(train(job_of(strategy, workers, steps=2), OneKey))
+        for strategy, workers in configs
     )
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12)
@@ -197,7 +207,7 @@ class TwoKeys(OneKey):
         return {"input": padded(samples)[0], "labels": padded(samples)[2]}
 
 
-class DrawsTorch(Triples):
+class DrawsTorch(TupleBatches):
     """Draws random numbers in training only, which a comparison in evaluation mode misses."""
 
     def forward(self, model: nn.Module, batch: Any) -> Any:
@@ -207,12 +217,12 @@ class DrawsTorch(Triples):
         return model(words, batch[1])["logits"]
 
 
-class DrawsPython(Triples):
+class DrawsPython(TupleBatches):
     def forward(self, model: nn.Module, batch: Any) -> Any:
         return model(batch[0], batch[1])["logits"] * random.choice([1.0, 1.0])
 
 
-class CallsTwice(Nested):
+class CallsTwice(NestedBatches):
     """Calls the model twice in training."""
 
     def step(self, model: nn.Module, batch: Any) -> Any:
@@ -249,15 +259,18 @@ UNSUPPORTED: dict[str, tuple[type[Task], str]] = {
         "calls blocks in another order than they are listed in, or again",
     ),
     "many": (
-        with_blocks(Listed),
+        with_blocks(ListBatches),
         "calls blocks in another order than they are listed in, or again",
     ),
     "dataclass": (
-        with_blocks(Packed),
+        with_blocks(DataclassBatches),
         "a pipeline takes tensors as inputs, train_data gives a Graph",
     ),
-    "autocast": (with_blocks(Dicts, AutocastTagger), r"its blocks run inside of torch\.autocast"),
-    "backwards": (with_blocks(Dicts, ReversedTagger), "calls blocks in another order"),
+    "autocast": (
+        with_blocks(DictBatches, AutocastTagger),
+        r"its blocks run inside of torch\.autocast",
+    ),
+    "backwards": (with_blocks(DictBatches, ReversedTagger), "calls blocks in another order"),
     "stages": (
         type("Both", (StagesTask,), {"forward": lambda self, model, batch: model(**batch)}),
         r"Both\.forward\(\) calls the whole model, which can be cut only if it",
@@ -341,7 +354,7 @@ def test_padded_pairs_match_ring(grid: dict[str, Any]) -> None:
     optimizer = {"name": "SGD", "lr": 0.05, "momentum": 0.9}
     job = job_of("ring", optimizer=optimizer, steps=STEPS, seed=5, global_batch_size=BATCH)
     ring = train(job, Pairs)
-    actual = whole(run_of(Pairs, **grid))
+    actual = merge_parts(run_of(Pairs, **grid))
     for name, value in ring.trained[0].items():
         torch.testing.assert_close(actual[name], value, rtol=1e-9, atol=1e-12)
 
