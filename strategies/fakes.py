@@ -60,6 +60,7 @@ class Fabric:
         )
         self._mail: dict[tuple[str, int, int], queue.Queue[Tensor]] = defaultdict(queue.Queue)
         self._dead_after: dict[int, tuple[int, str]] = {}
+        self._messages_left: dict[int, int] = {}  #: rank -> messages until it is killed
         self._aborted = threading.Event()
 
     def collective(self, rank: int) -> InMemoryCollective:
@@ -76,6 +77,27 @@ class Fabric:
             group: prefix of the group's name; "": any group.
         """
         self._dead_after[rank] = after, group
+
+    def kill_at_message(self, rank: int, *, after: int) -> None:
+        """Inject a fault: `rank` never sends or receives its message number `after` (from 0)."""
+        self._messages_left[rank] = after
+
+    def count_message(self, group: str, me: int, group_rank: int) -> None:
+        """
+        Count a message that a rank is about to send or receive.
+
+        Args:
+            group: name of its group.
+            me: rank in the world.
+            group_rank: rank in the group.
+
+        Raises:
+            CollectiveError: This rank was killed.
+        """
+        if me in self._messages_left:
+            self._messages_left[me] -= 1
+            if self._messages_left[me] < 0:
+                raise CollectiveError(group, "message", 0, (group_rank,), "this rank was killed")
 
     def abort(self) -> None:
         """
@@ -277,6 +299,7 @@ class InMemoryCollective(Collective):
     @override
     def send(self, tensor: Tensor, to: int) -> None:
         """Does not wait for the receiver."""
+        self._fabric.count_message(self._name, self._me, self.rank)
         mailbox = self._fabric.mailbox(self._name, self._me, self._members[to])
         mailbox.put(tensor.clone())
         self._count(tensor.nbytes, 0)
@@ -289,6 +312,7 @@ class InMemoryCollective(Collective):
 
     @override
     def recv(self, tensor: Tensor, source: int) -> None:
+        self._fabric.count_message(self._name, self._me, self.rank)
         mailbox = self._fabric.mailbox(self._name, self._members[source], self._me)
         arrived = self._fabric.wait_for_mail(mailbox)
         if arrived is None:

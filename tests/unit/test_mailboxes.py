@@ -129,6 +129,7 @@ def test_second_listener_replies_once(segment: MemorySegment) -> None:
     deadline = time.monotonic() + LIMIT_S
     while not first.requests and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert first.requests, "the first listener has not received the request"
     with first.turn:
         first.is_listening = False
     second = ListenerThread(segment)
