@@ -54,7 +54,7 @@ class Workers(LocalRun):
         failing: Set[int] = frozenset(),
         saved: SavedState | None = None,
         base: int = 0,
-        around: Callable[[int, RemoteShards], Shards] = lambda rank, shards: shards,
+        wrap_shards: Callable[[int, RemoteShards], Shards] = lambda rank, shards: shards,
     ) -> dict[str, Tensor] | None:
         """
         Run an attempt; return the trained model, or None if a rank was lost.
@@ -64,9 +64,9 @@ class Workers(LocalRun):
             deaf: ranks whose barrier of step 3 fails after all ranks have reached it.
             saved: checkpoint from which new ranks start.
             base: steps of the newest checkpoint.
-            around: wraps a rank's client of the servers.
+            wrap_shards: wraps a rank's client of the servers.
         """
-        attempt = StopOnLostRank(self, fabric, failing, around, saved=saved, base=base)
+        attempt = StopOnLostRank(self, fabric, failing, wrap_shards, saved=saved, base=base)
         finished = attempt.make()
         self.starts = attempt.starts
         if not finished:
@@ -83,7 +83,7 @@ class StopOnLostRank(Attempt):
         run: the run.
         fabric: connects the ranks.
         deaf: see `Workers.attempt`.
-        around: see `Workers.attempt`.
+        wrap_shards: see `Workers.attempt`.
         more: see `Attempt`.
     """
 
@@ -94,11 +94,11 @@ class StopOnLostRank(Attempt):
         run: LocalRun,
         fabric: Fabric | None = None,
         failing: Set[int] = frozenset(),
-        around: Callable[[int, RemoteShards], Shards] = lambda rank, shards: shards,
+        wrap_shards: Callable[[int, RemoteShards], Shards] = lambda rank, shards: shards,
         **more: Any,
     ) -> None:
         super().__init__(run, fabric, **more)
-        self._deaf, self._around = failing, around
+        self._deaf, self._wrap_shards = failing, wrap_shards
 
     def collective(self, rank: int) -> Collective:
         group = super().collective(rank)
@@ -107,7 +107,7 @@ class StopOnLostRank(Attempt):
     def shards(self, rank: int) -> Shards:
         client = super().shards(rank)
         assert isinstance(client, RemoteShards)
-        return self._around(rank, client)
+        return self._wrap_shards(rank, client)
 
     def stopped(self, rank: int) -> None:
         self.give_up()
@@ -127,11 +127,11 @@ def fail_barrier(group: Any, at: int) -> Collective:
     return result
 
 
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+def same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-def samples(workers: LocalRun, job: Job) -> list[int]:
+def samples_per_step(workers: LocalRun, job: Job) -> list[int]:
     """Return the number of samples of each step; later reports replace earlier ones."""
     reports = [report for rank in workers.reports for report in rank]
     counts = {(r.step, r.rank): r.samples for r in reports if isinstance(r, StepReport)}

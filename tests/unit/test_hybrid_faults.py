@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 from hybrid_models import BATCH, CLASSES, SAMPLES, Mlp, Normed
-from hybrid_workers import WORLD, Workers, same, samples
+from hybrid_workers import WORLD, Workers, same_tensors, samples_per_step
 from marks import slow
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -53,9 +53,9 @@ def test_rank_lost_at_any_operation(
     assert workers.attempt(fabric) is None
     workers.renew(victim)
     model = workers.attempt()
-    assert model is not None and same(model, uninterrupted)
+    assert model is not None and same_tensors(model, uninterrupted)
     assert min(workers.starts) == max(workers.starts) > 0, "survivors keep their state"
-    assert samples(workers, workers.job) == [16, 16, 13] * 2
+    assert samples_per_step(workers, workers.job) == [16, 16, 13] * 2
 
 
 @pytest.mark.sweep(2)
@@ -71,10 +71,10 @@ def test_ranks_behind_apply_the_missing_update(
     assert versions == [3 if rank in behind else 4 for rank in range(WORLD)]
     workers.renew(victim)
     model = workers.attempt()
-    assert model is not None and same(model, uninterrupted)
+    assert model is not None and same_tensors(model, uninterrupted)
     assert workers.starts == [4] * WORLD
     lost = 0 if victim % 2 == 0 or victim not in behind else 8  # the report is lost with the rank
-    assert samples(workers, workers.job)[3] == 16 - lost
+    assert samples_per_step(workers, workers.job)[3] == 16 - lost
 
 
 class NonFinite(Normed):
@@ -100,7 +100,7 @@ def test_step_skipped_by_some_ranks_is_skipped_by_the_others(
     workers = Workers(NonFinite, **overrides)
     assert workers.attempt(Fabric(WORLD), behind) is None
     model = workers.attempt()
-    assert model is not None and same(model, expected)
+    assert model is not None and same_tensors(model, expected)
     assert min(workers.starts) == max(workers.starts) > 2
 
 
@@ -181,5 +181,5 @@ def test_single_replica_restarts_from_the_checkpoint(
     assert newest in {5: {0, 2}, 6: {2}, 7: {2}, 8: {2, 4}, 9: {2, 4}}[number]
     workers.start_over()
     model = workers.attempt(Fabric(2), saved=workers.checkpoints.get(newest))
-    assert model is not None and same(model, expected)
+    assert model is not None and same_tensors(model, expected)
     assert workers.starts == [newest] * 2

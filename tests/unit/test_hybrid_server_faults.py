@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from hybrid_models import Normed
-from hybrid_workers import WORLD, Workers, same, samples
+from hybrid_workers import WORLD, Workers, same_tensors, samples_per_step
 from torch import Tensor
 
 from distplat.actors.servers.shards import RemoteShards
@@ -43,9 +43,9 @@ def recover_and_compare(
     for rank in lost:
         workers.renew(rank)
     model = workers.attempt()
-    assert model is not None and same(model, uninterrupted(clip))
+    assert model is not None and same_tensors(model, uninterrupted(clip))
     assert min(workers.starts) == max(workers.starts), "all stages start at the same step"
-    samples_by_step = samples(workers, workers.job)
+    samples_by_step = samples_per_step(workers, workers.job)
     assert [*map(max, samples_by_step, [16, 16, 13] * 2)] == [16, 16, 13] * 2
     assert sum(samples_by_step) >= 90 - unreported, "each step is reported"
 
@@ -130,7 +130,7 @@ def test_rank_lost_before_its_push(victim: int, servers: int) -> None:
     """The other stage has applied the step and returns to the previous version."""
     workers = workers_of(None, servers)
     around = lost_before(workers, {victim}, "push", others_first=True)
-    assert workers.attempt(Fabric(WORLD), around=around) is None
+    assert workers.attempt(Fabric(WORLD), wrap_shards=around) is None
     recover_and_compare(workers, {victim}, None)
     assert workers.starts == [LOST_AT] * WORLD
 
@@ -142,7 +142,7 @@ def test_ranks_stopped_before_commit_of_one_stage(stopped: set[int], lost: set[i
     """Both peers had pushed; the running statistics of the stage ahead are restored, too."""
     workers = workers_of(0.5)
     around = lost_before(workers, stopped, "commit", others_first=True)
-    assert workers.attempt(Fabric(WORLD), around=around) is None
+    assert workers.attempt(Fabric(WORLD), wrap_shards=around) is None
     recover_and_compare(workers, lost, 0.5)
     assert workers.starts == [LOST_AT] * WORLD
 
@@ -152,7 +152,7 @@ def test_step_applied_by_all_stages_is_not_repeated(victim: int) -> None:
     """One rank is lost before its commit; its peer may have committed for both."""
     workers = workers_of(0.5)
     around = lost_before(workers, {victim}, "commit", others_first=True)
-    assert workers.attempt(Fabric(WORLD), around=around) is None
+    assert workers.attempt(Fabric(WORLD), wrap_shards=around) is None
     is_applied = steps_applied_by(workers, victim % 2) > LOST_AT
     recover_and_compare(workers, {victim}, 0.5, unreported=8 if is_applied else 0)
     assert workers.starts == [LOST_AT + is_applied] * WORLD
@@ -180,7 +180,7 @@ def test_second_rank_lost_during_recovery(stopped: set[int], after: int, group: 
         workers, call = workers_of(None), ""
     ahead = len(stopped) < WORLD
     around = lost_before(workers, stopped, call, others_first=True) if ahead else lose_answer
-    assert workers.attempt(Fabric(WORLD), around=around) is None
+    assert workers.attempt(Fabric(WORLD), wrap_shards=around) is None
     fabric = Fabric(WORLD)
     fabric.kill(3, after=after, group=group)
     assert workers.attempt(fabric) is None
@@ -208,7 +208,7 @@ def test_stages_apply_a_step_in_different_attempts(first: int, second: int) -> N
     """A rank of the stage ahead has returned to the previous version; it is lost again."""
     workers = workers_of(None)
     around = lost_before(workers, {first}, "push", others_first=True)
-    assert workers.attempt(Fabric(WORLD), around=around) is None
+    assert workers.attempt(Fabric(WORLD), wrap_shards=around) is None
     assert workers.attempt(LosesRank(workers, second)) is None
     recover_and_compare(workers, {second}, None, unreported=16)
     assert workers.starts == [LOST_AT + 1] * WORLD
@@ -246,12 +246,12 @@ def test_lost_server_restarts_from_the_checkpoint(part: int, servers: int) -> No
         setattr(shards, "commit", commit)  # noqa: B010
         return shards
 
-    assert workers.attempt(Fabric(WORLD), around=around) is None
+    assert workers.attempt(Fabric(WORLD), wrap_shards=around) is None
     assert [*workers.checkpoints] == [2]
     workers.start_over()
     model = workers.attempt(saved=workers.checkpoints[2])
     expected = workers_of(0.5, servers).attempt()
-    assert model is not None and expected is not None and same(model, expected)
+    assert model is not None and expected is not None and same_tensors(model, expected)
     assert workers.starts == [2] * WORLD
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from embedding_jobs import LocalWords, table
 from embedding_jobs import job as table_job
-from hybrid_workers import StopOnLostRank, same
+from hybrid_workers import StopOnLostRank, same_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jobs import job_of
@@ -216,7 +216,7 @@ def test_recovery_from_lost_workers_is_bit_identical(
         assert found == {s: step_rates for s, step_rates in expected.items() if s in found}
         assert {*range(step, STEPS)} <= found.keys()
     unfailed = train(job(strategy, 3), Plateauing)
-    assert same(run.parameters(), unfailed.parameters())
+    assert same_tensors(run.parameters(), unfailed.parameters())
 
 
 @pytest.mark.parametrize("step", [8, 9])
@@ -242,7 +242,7 @@ def test_recovery_from_a_lost_server_with_a_backup() -> None:
     run.close()
     assert rates(run) == plain_loop(RULE)[1]
     unfailed = train(job("ps-sync", 2), Plateauing)
-    assert same(run.parameters(), unfailed.parameters())
+    assert same_tensors(run.parameters(), unfailed.parameters())
 
 
 def test_recovery_of_a_grid_with_servers() -> None:
@@ -264,7 +264,7 @@ def test_resume_keeps_the_rates(strategy: Any) -> None:
     for version, saved in unfailed.checkpoints.items():  # some versions have an evaluation
         resumed = train(config, Plateauing, saved=saved)
         assert rates(resumed) == torch_rates[version:]
-        assert same(resumed.parameters(), unfailed.parameters())
+        assert same_tensors(resumed.parameters(), unfailed.parameters())
 
 
 def test_resume_of_a_finished_run_with_more_steps() -> None:

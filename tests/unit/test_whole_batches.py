@@ -18,7 +18,7 @@ from batch_forms import (
     total,
 )
 from hybrid_models import grid_of, hybrid_job, merge_parts
-from hybrid_workers import WORLD, Workers, same
+from hybrid_workers import WORLD, Workers, same_tensors
 from jobs import job_of
 from local_run import LocalRun, train
 from sentences import WORDS, Sentences
@@ -316,7 +316,7 @@ def test_replaced_rank_gets_order_of_blocks_and_shapes(victim: int) -> None:
     assert workers.attempt(fabric) is None
     workers.renew(victim)
     model = workers.attempt()
-    assert model is not None and reference is not None and same(model, reference)
+    assert model is not None and reference is not None and same_tensors(model, reference)
     assert min(workers.starts) == max(workers.starts) > 0, "surviving ranks keep their state"
 
 
