@@ -1,8 +1,6 @@
 """Anonymous shared memory: mapped by other processes, without leaks."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, replace
@@ -10,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_python import ForkedPython
 
 from distplat.actors.collectives.header import header
 from distplat.actors.collectives.shm.p2p import _P2PChannel
 from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout, SharedVectors
 from distplat.actors.memory.memfd import MemorySegment
 from distplat.actors.messages import MemoryAddress
+
+pytestmark = pytest.mark.usefixtures("loader_server")
 
 OWNER = """
 import sys
@@ -42,21 +43,17 @@ segment.tensor.add_(1)
 
 
 @contextmanager
-def owner() -> Iterator[tuple["subprocess.Popen[str]", MemoryAddress]]:
+def owner() -> Iterator[tuple[ForkedPython, MemoryAddress]]:
     """Run a process that owns a segment and prints it for each line of input."""
-    with subprocess.Popen(
-        [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
+    process = ForkedPython(OWNER)
+    try:
         pid, fd = map(int, process.stdout.readline().split())
-        try:
-            yield process, MemoryAddress("node", pid, fd, 5, "float32")
-        finally:
-            process.kill()
+        yield process, MemoryAddress("node", pid, fd, 5, "float32")
+    finally:
+        process.end()
 
 
-def send_line(process: "subprocess.Popen[str]", line: str) -> list[float]:
-    assert process.stdin is not None and process.stdout is not None
+def send_line(process: ForkedPython, line: str) -> list[float]:
     process.stdin.write(line + "\n")
     process.stdin.flush()
     return [float(word) for word in process.stdout.readline().split()]
@@ -76,10 +73,9 @@ def test_other_process_maps_the_segment() -> None:
     segment = MemorySegment.create("node", 3, "float32")
     segment.tensor[:] = torch.tensor([1.0, 2.0, 3.0])
     arguments = [str(part) for part in astuple(segment.address)]
-    result = subprocess.run(
-        [sys.executable, "-c", MAPPER, *arguments], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.split() == ["1.0", "2.0", "3.0"]
+    process = ForkedPython(MAPPER, *arguments)
+    assert process.stdout.readline().split() == ["1.0", "2.0", "3.0"]
+    process.wait()
     assert segment.tensor.tolist() == [2.0, 3.0, 4.0]
 
 
@@ -104,7 +100,7 @@ def test_sealed_segment_rejects_new_mappings_only() -> None:
 def test_mapping_survives_the_owner_and_new_mappings_fail() -> None:
     with owner() as (process, address):
         segment = MemorySegment.open(address)
-    assert process.poll() is not None
+    assert not process.is_alive()
     assert segment.tensor.tolist() == [3.0] * 5
     segment.tensor.fill_(1.0)
     with pytest.raises(OSError):

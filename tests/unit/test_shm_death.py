@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,11 +9,14 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from forked_python import ForkedPython
 
 from distplat.actors.collectives.rendezvous import GroupMember, GroupSettings
 from distplat.actors.collectives.shm.segment import GroupSegment, SegmentLayout
 from distplat.actors.collectives.shm.shm_group import ShmGroup
 from distplat.platform.errors import CollectiveError
+
+pytestmark = pytest.mark.usefixtures("loader_server")
 
 PEER = """
 import sys, time
@@ -36,26 +37,25 @@ LIMIT_S = 0.5
 
 
 @contextmanager
-def group_of_two() -> Iterator[tuple[ShmGroup, "subprocess.Popen[bytes]"]]:
+def group_of_two() -> Iterator[tuple[ShmGroup, ForkedPython]]:
     """Yield rank 0, and the process of rank 1, after three operations."""
     segment = GroupSegment.create("", SegmentLayout.of(2))
     address = segment.segment.address
-    command = [sys.executable, "-c", PEER, str(address.pid), str(address.fd)]
-    with subprocess.Popen(command) as process:
+    process = ForkedPython(PEER, str(address.pid), str(address.fd))
+    try:
+        member = GroupMember("death", 0, 2, GroupSettings(60.0, 60.0))
+        group = ShmGroup(member, segment=segment)
         try:
-            member = GroupMember("death", 0, 2, GroupSettings(60.0, 60.0))
-            group = ShmGroup(member, segment=segment)
-            try:
-                for _ in range(3):
-                    tensor = torch.ones(1000)
-                    group.all_reduce(tensor)
-                    assert tensor.eq(2).all()
-                yield group, process
-            finally:
-                process.kill()
-                group.close()
+            for _ in range(3):
+                tensor = torch.ones(1000)
+                group.all_reduce(tensor)
+                assert tensor.eq(2).all()
+            yield group, process
         finally:
             process.kill()
+            group.close()
+    finally:
+        process.end()
 
 
 def open_pidfds() -> int:
@@ -81,14 +81,14 @@ def test_killed_peer_is_detected_before_the_deadline() -> None:
 def test_detects_peer_that_died_before_the_operation() -> None:
     with group_of_two() as (group, process):
         process.kill()
-        process.wait(60)
+        process.wait()
         with pytest.raises(CollectiveError, match="its process died"):
             group.recv(torch.ones(5), 1)
 
 
 def test_frozen_peer_is_named_after_the_deadline() -> None:
     with group_of_two() as (group, process):
-        process.send_signal(signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGSTOP)
         group._liveness._settings = GroupSettings(LIMIT_S)
         began = time.monotonic()
         with pytest.raises(CollectiveError) as caught:
