@@ -260,7 +260,9 @@ def test_pruning_old_checkpoints_has_a_deadline(
         patch.setattr("distplat.actors.in_process.Checkpoints", HangsAtFinish)
         result = Trainer(fields(tmp_path, checkpoint=best, **evaluation), Evaluated).fit()
     assert result.checkpoint is not None
+    assert not hung.timed_out
     assert "could not be deleted: " in caplog.text
+    assert f"no answer within {LIMIT_S:g} s" in caplog.text
 
 
 def test_role_files_on_a_hung_disk_do_not_block(hung: HungDisk, tmp_path: Path) -> None:
