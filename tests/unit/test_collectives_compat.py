@@ -97,16 +97,19 @@ def test_operation_has_a_deadline() -> None:
 
 def test_expired_operation_breaks_all_connections() -> None:
     """`TorchGroup` relies on this to end the waits of both sides."""
+    issued = threading.Event()
 
     def body(group: Any, rank: int) -> None:
         if rank == 0:
-            time.sleep(0.3)
+            assert issued.wait(OPERATION_S)
             with pytest.raises(RuntimeError):
                 group.recv([torch.empty(1)], 1, 77).wait(timedelta(milliseconds=1))
         else:
             started = time.monotonic()
+            work = torch_compat.all_reduce(group, torch.ones(3), ReduceOp.SUM)
+            issued.set()
             with pytest.raises(RuntimeError):
-                torch_compat.all_reduce(group, torch.ones(3), ReduceOp.SUM).wait()
+                work.wait()
             assert time.monotonic() - started < OPERATION_S / 2
 
     on_gloo_ranks(2, body)
