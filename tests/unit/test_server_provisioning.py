@@ -63,10 +63,13 @@ def test_retries_until_controller_is_ready() -> None:
     servers.begin(controller)
     assert servers.make("server-2", "node-1") == "server-2 not on node-1"
     assert len(body.requests) == 4
-    never = make_provisioning(spawn_controller(Controller(not_ready=10**9))[0], limit_s=0.05)
-    never.begin(spawn_controller(Controller(not_ready=10**9))[1])
+    body = Controller(not_ready=10**9)
+    cluster, controller = spawn_controller(body)
+    never = make_provisioning(cluster, limit_s=0.05)
+    never.begin(controller)
     with pytest.raises(NotReadyError):
         never.make("server-2", "node-1")
+    assert body.requests
 
 
 def test_waits_for_late_controller() -> None:

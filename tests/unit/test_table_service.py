@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -148,8 +149,15 @@ def test_attempt_is_rejected_if_tables_cannot_reach_its_step(rewinds: bool, vers
         service.begin(1, version)
 
 
-def test_next_attempt_interrupts_a_waiting_push() -> None:
-    service = open_server(failure={"step_timeout_s": 30})
+def test_next_attempt_interrupts_a_waiting_push(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = open_server(failure={"step_timeout_s": 600})
+    is_waiting, wait_for = threading.Event(), service._changed.wait_for
+
+    def notify_and_wait(predicate: Callable[[], bool], timeout: float | None = None) -> bool:
+        is_waiting.set()  # the lock is held until the wait
+        return wait_for(predicate, timeout)
+
+    monkeypatch.setattr(service._changed, "wait_for", notify_and_wait)
     errors: list[BaseException] = []
 
     def wait() -> None:
@@ -158,11 +166,11 @@ def test_next_attempt_interrupts_a_waiting_push() -> None:
         except FencedError as error:
             errors.append(error)
 
-    thread = threading.Thread(target=wait)
+    thread = threading.Thread(target=wait, daemon=True)
     thread.start()
-    time.sleep(0.05)
+    assert is_waiting.wait(60)
     service.open(plan(attempt=1))
-    thread.join(60)
+    thread.join(20)
     assert len(errors) == 1
     push_all(service, 0, attempt=1)
     assert value(service, 0, attempt=1) == -2.0  # without the interrupted push
