@@ -3,7 +3,6 @@
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import timedelta
@@ -79,12 +78,25 @@ def test_behaves_as_torchs_store(name: str, server: StoreServer) -> None:
     assert server.values.keys() <= {"x/a", "x/n"}
 
 
+def event_of_wait(server: StoreServer) -> threading.Event:
+    """Return an event that is set when the server receives a request to wait for keys."""
+    received, wait = threading.Event(), server._wait
+
+    async def signal_and_wait(keys: list[str], limit_s: float) -> bool:
+        received.set()
+        return await wait(keys, limit_s)
+
+    server._wait = signal_and_wait  # type: ignore[method-assign]
+    return received
+
+
 def test_get_waits_for_a_key(server: StoreServer) -> None:
     waiter, writer = connect(server), connect(server)
     values: list[bytes] = []
     thread = threading.Thread(target=lambda: values.append(waiter.get("late")))
+    waiting = event_of_wait(server)
     thread.start()
-    time.sleep(0.05)
+    assert waiting.wait(LIMIT_S)
     writer.set("late", "x")
     thread.join(LIMIT_S)
     assert values == [b"x"]
@@ -99,8 +111,9 @@ def test_get_waits_for_a_key(server: StoreServer) -> None:
 def test_waiting_thread_does_not_block_the_connection(server: StoreServer) -> None:
     store = connect(server)
     thread = threading.Thread(target=lambda: store.get("here"))
+    waiting = event_of_wait(server)
     thread.start()
-    time.sleep(0.05)
+    assert waiting.wait(LIMIT_S)
     store.set("here", "")
     thread.join(LIMIT_S)
     assert not thread.is_alive()
@@ -174,11 +187,10 @@ def test_server_must_prove_the_secret() -> None:
 def test_silent_client_is_disconnected(
     server: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = connect(server)
-    monkeypatch.setattr(key_value_store, "_HELLO_S", 0.2)
+    monkeypatch.setattr(key_value_store, "_HELLO_S", 1.0)
+    store = connect(server)  # its deadline is before that of the silent client
     with closing(connect_unverified(server)) as silent:
         assert receive_all(silent)[NONCE:] == b""
-        time.sleep(0.3)
         store.set("key", "value")  # a verified rank may be silent
 
 
