@@ -195,8 +195,15 @@ def test_push_waits_for_a_late_worker(make_servers: ServersFactory, node: str) -
         pytest.param(Fault(delay_s=0.1), id="late"),
     ],
 )
-@pytest.mark.parametrize("method", ["push", "commit", "pull", "attach", "restore", "join"])
-@pytest.mark.parametrize("strategy", ["ps-sync", "ps-async"])
+@pytest.mark.parametrize(
+    ("strategy", "method"),
+    [
+        (strategy, method)
+        for strategy in ("ps-sync", "ps-async")
+        for method in ("push", "commit", "pull", "attach", "restore", "join")
+        if (strategy, method) != ("ps-async", "commit")  # pushes are applied at once
+    ],
+)
 def test_every_gradient_counts_once(
     make_servers: ServersFactory,
     monkeypatch: pytest.MonkeyPatch,
@@ -204,14 +211,17 @@ def test_every_gradient_counts_once(
     method: str,
     fault: Fault,
 ) -> None:
-    """The fault affects three calls of each method."""
+    """The fault affects the first calls of the method, three at most."""
     monkeypatch.setattr(retrying_calls, "RETRY_PAUSE_S", 0.0)
     servers = make_servers(1, 2, strategy=strategy)
+    calls: list[Call] = []
+    add_rule(servers.cluster, calls.append)
     inject(servers.cluster, method, fault, times=3)
     shards, flat = connect(servers, 0, ELSEWHERE)
     run_steps((shards, flat), 0)
     torch.testing.assert_close(flat.params, expected_params(1))
     assert [service.store.version for service in servers.shard_servers()] == [STEPS, STEPS]
+    assert method in {call.method for call in calls}, "the fault was not injected"
 
 
 def test_lost_listen_call_is_repeated(make_servers: ServersFactory) -> None:
