@@ -197,6 +197,7 @@ def test_silent_client_is_disconnected(
 def test_unverified_clients_do_not_block_ranks(
     server: StoreServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(key_value_store, "_HELLO_S", 60.0)  # later than the test ends
     monkeypatch.setattr(key_value_store, "_MAX_UNVERIFIED", 5)
     clients = [connect_unverified(server) for _ in range(20)]
     assert connect(server).num_keys() == 0
