@@ -109,7 +109,12 @@ def test_each_step_runs_once_if_scale_requests_race(
     cluster: InMemoryRay, tmp_path: Path, race: str, strategy: str
 ) -> None:
     step, actions = RACES[race]
-    result = fit(cluster, tmp_path, strategy, ActAtStep(cluster, step, actions))
+    callback = ActAtStep(cluster, step, actions)
+    result = fit(cluster, tmp_path, strategy, callback)
+    for thread in callback.threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert not [e for e in callback.errors if isinstance(e, AssertionError)], "nothing was killed"
     assert [summary.step for summary in result.history] == [*range(1, STEPS + 1)]
     assert result.checkpoint is not None and cluster.alive("") == ["driver"]
 
