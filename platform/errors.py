@@ -28,6 +28,9 @@ Exceptions cross processes by pickle: every constructor passes all its arguments
 `DistplatError.__reduce__` can rebuild each of them; a test pickles the whole hierarchy.
 """
 
+# Importable without site-packages, hence without `typing_extensions.override`.
+# mypy: disable-error-code="explicit-override"
+
 import re
 import signal
 from collections.abc import Collection, Iterable, Iterator
@@ -35,8 +38,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Self, TextIO
-
-from typing_extensions import override
 
 _CONTROL = re.compile(
     r"\x1b\[[0-9;?]*[ -/]*[@-~]"  # colours, cursor
@@ -83,7 +84,6 @@ class Problem:
         """Dotted name, for example `optimizer.lr`, safe for a terminal."""
         return ".".join(_visible(str(part)) for part in self.where)
 
-    @override
     def __str__(self) -> str:
         """`job.yaml:7:13: optimizer.momentun: unknown field`, and a hint line if there is one."""
         position = self.file
@@ -104,7 +104,6 @@ class DistplatError(Exception):
 
     exit_code: int = 70
 
-    @override
     def __reduce__(self) -> tuple[type[Self], tuple[object, ...]]:
         """Rebuild from `args`; the default fails for constructors with other signatures."""
         return type(self), self.args
@@ -123,7 +122,6 @@ class SpecError(DistplatError):
         super().__init__(*problems)
         self.problems = tuple(p if isinstance(p, Problem) else Problem((), p) for p in problems)
 
-    @override
     def __str__(self) -> str:
         """One line per problem, with hints below."""
         return "\n".join(str(problem) for problem in self.problems)
@@ -184,7 +182,6 @@ class UserCodeError(DistplatError):
         self.rank, self.step, self.summary, self.traceback = rank, step, summary, traceback
         self.remedy, self.evaluating, self.on_ranks = remedy, evaluating, on_ranks
 
-    @override
     def __str__(self) -> str:
         """The traceback, then rank, step and summary."""
         return f"{self.frames}\n\n{self.text}" if self.frames else self.text
@@ -240,7 +237,6 @@ class NonFiniteError(DistplatError):
         super().__init__(rank, step, what, own_loop)
         self.rank, self.step, self.what, self.own_loop = rank, step, what, own_loop
 
-    @override
     def __str__(self) -> str:
         """Step, rank, value, and how to avoid it."""
         who = f"rank {self.rank}" if self.rank >= 0 else "several ranks"
@@ -280,7 +276,6 @@ class ActorLost(InfrastructureError):
         match = _DEAD_NODE.search(self.cause)
         return match[1] if match else ""
 
-    @override
     def __str__(self) -> str:
         """Role, step, cause and remedy."""
         at = "" if self.step is None else f" after step {self.step}"
@@ -298,7 +293,6 @@ class DeadlineExceeded(InfrastructureError):
         self.what, self.missing, self.seconds, self.setting = what, missing, seconds, setting
         self.remedy = remedy
 
-    @override
     def __str__(self) -> str:
         """What was waited for and how long, the missing roles, and the remedy."""
         missing = ", ".join(self.missing) or "none (a late answer)"
@@ -321,7 +315,6 @@ class CollectiveError(InfrastructureError):
         self.group, self.operation, self.number = group, operation, number
         self.missing, self.cause = missing, cause
 
-    @override
     def __str__(self) -> str:
         """`all_reduce #12 of group g: missing ranks 1, 3 (cause)`."""
         ranks = ", ".join(map(str, self.missing)) or "none"
@@ -334,7 +327,6 @@ class CollectiveError(InfrastructureError):
 class MismatchError(CollectiveError):
     """Ranks call different operations, or one with different shapes; never retried."""
 
-    @override
     def __str__(self) -> str:
         """`all_reduce #12 of group g: ranks do not match: ...`; `missing`: the differing ranks."""
         return (
@@ -354,7 +346,6 @@ class StateLost(InfrastructureError):
         super().__init__(what)
         self.what = what
 
-    @override
     def __str__(self) -> str:
         """The lost state, and the consequence."""
         return f"{self.what} was lost with its ranks: the run rolls back to the last checkpoint"
@@ -367,7 +358,6 @@ class RestartsExhausted(InfrastructureError):
         super().__init__(reason, failures)
         self.reason, self.failures = reason, failures
 
-    @override
     def __str__(self) -> str:
         """Why there is no further restart, then one line per failure."""
         return "\n  ".join([f"gave up: {self.reason}; failures so far:", *self.failures])
@@ -409,7 +399,6 @@ class Interrupted(DistplatError):
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number  # the shell's convention
 
-    @override
     def __str__(self) -> str:
         """`interrupted by SIGINT`."""
         names = {1: "SIGHUP", 2: "SIGINT", 15: "SIGTERM"}

@@ -273,8 +273,14 @@ def test_loss_check_does_not_change_the_task() -> None:
 @pytest.mark.parametrize(
     ("cls", "message"),
     [
-        (TupleBatches, r"Triples\.forward\(\) calls the whole model, which can be cut only if it"),
-        (NestedBatches, r"Nested\.step\(\) calls the whole model, which can be cut only if it"),
+        (
+            TupleBatches,
+            r"TupleBatches\.forward\(\) calls the whole model, which can be cut only if it",
+        ),
+        (
+            NestedBatches,
+            r"NestedBatches\.step\(\) calls the whole model, which can be cut only if it",
+        ),
         (DictBatches, r"Tagger\.forward takes 3 inputs"),
     ],
 )

@@ -14,7 +14,7 @@ TASKS = Path(__file__).parents[1] / "cluster"
 SCRIPT = """
 import json, logging, os, signal, sys, threading, time
 from pathlib import Path
-from storages import Odd
+from storages import FaultyFileSystem
 from jobs import fields_of
 from distplat.actors.trainer import Trainer
 from distplat.platform import run_upload
@@ -22,7 +22,7 @@ from distplat.platform.errors import DistplatError
 
 first, second, when = sys.argv[1:]
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
-Odd.hold = threading.Event()
+FaultyFileSystem.hold = threading.Event()
 run_upload._FIRST_UPLOAD_S = 0.1
 folder = Path.cwd()
 
