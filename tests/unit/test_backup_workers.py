@@ -1,6 +1,7 @@
 """`ps-sync` with backup workers: a step takes the first gradients and drops late ones."""
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from distplat.platform.progress import EvalReport, StepReport
 from distplat.platform.spec import Consistency
 from distplat.platform.stop_order import StopOrder
 from distplat.strategies.server.dense_store import DenseStore
+from distplat.strategies.server.server import ShardServer
 
 WORLD, SIZE = 4, 11
 NEW, REPEATED, LATE = Verdict.NEW, Verdict.REPEAT_COMMITTED, Verdict.LATE
@@ -134,26 +136,48 @@ def test_all_ranks_end_with_the_server_parameters() -> None:
 
 
 class Rank2JoinsLate(Attempt):
-    """Rank 2 joins after 0.3 s, or as soon as another rank starts a step."""
+    """
+    Rank 2 joins once the other ranks' pulls wait for it, or as soon as another rank starts a step.
 
-    def __init__(self, run: LocalRun) -> None:
+    Args:
+        run: a run of three ranks.
+        waiting: set once the other ranks' pulls wait for rank 2.
+    """
+
+    def __init__(self, run: LocalRun, waiting: threading.Event) -> None:
         super().__init__(run)
-        self.started = threading.Event()
+        self.waiting_or_started, self.started = waiting, False
 
     def shards(self, rank: int) -> Any:
         if rank == 2:
-            self.started_without = self.started.wait(0.3)
+            assert self.waiting_or_started.wait(self.run.timeout_s)
+            self.started_without = self.started
         return super().shards(rank)
 
     def before(self, rank: int, step: int) -> StopOrder:
-        self.started.set()
+        self.started = True
+        self.waiting_or_started.set()
         return StopOrder.NONE
 
 
-def test_first_step_waits_for_all_workers() -> None:
+def test_first_step_waits_for_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that joined later would start at the others' step and miss earlier evaluations."""
+    waiting, wait = threading.Event(), ShardServer._wait
+
+    def signal_and_wait(
+        server: ShardServer,
+        arrived: Callable[[], bool],
+        what: str,
+        missing: Callable[[], list[int]],
+        *limit: Any,
+    ) -> float:
+        if missing() == [2] and not arrived():
+            waiting.set()
+        return wait(server, arrived, what, missing, *limit)
+
+    monkeypatch.setattr(ShardServer, "_wait", signal_and_wait)
     run = LocalRun(job({"name": "ps-sync", "backup_workers": 1}, 3), MlpWithEvaluation)
-    attempt = Rank2JoinsLate(run)
+    attempt = Rank2JoinsLate(run, waiting)
     assert attempt.make() and not attempt.started_without
     run.close()
     assert attempt.starts == [0, 0, 0]

@@ -1,7 +1,8 @@
 """The fakes in memory pass the contract tests of the real ports, including failures."""
 
-import time
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from distplat.strategies.fakes import Fabric
 
 TIMEOUT_S = 0.2
 """Deadline of operations that should time out, seconds."""
+LIMIT_S = 60.0
 
 
 @pytest.mark.sweep(3)
@@ -50,17 +52,26 @@ def test_world_of_one_does_not_wait() -> None:
     assert torch.equal(tensor, part_of(0))
 
 
-def test_barrier_waits_for_all_ranks() -> None:
-    fabric = Fabric(2)
-    arrived: list[int] = []
+def test_barrier_waits_for_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    fabric, is_over = Fabric(2, timeout_s=LIMIT_S), Fabric._is_over
+    waiting_or_passed = threading.Event()
+    passed: list[int] = []
+
+    def signal_if_waiting(fabric: Fabric, *args: Any) -> bool:
+        over = is_over(fabric, *args)
+        if not over:
+            waiting_or_passed.set()
+        return over
 
     def body(rank: int) -> None:
         if rank == 1:
-            time.sleep(TIMEOUT_S)
-            arrived.append(rank)
+            assert waiting_or_passed.wait(LIMIT_S)
+            assert not passed
         fabric.collective(rank).barrier()
-        assert arrived == [1]
+        passed.append(rank)
+        waiting_or_passed.set()
 
+    monkeypatch.setattr(Fabric, "_is_over", signal_if_waiting)
     on_ranks(2, body)
 
 

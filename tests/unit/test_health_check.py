@@ -2,12 +2,16 @@
 
 import threading
 import time
+from collections.abc import Collection, Mapping
+from queue import SimpleQueue
+from typing import Any
 
 import pytest
 from call_faults import Fault, inject
 from polled_servers import spawn_servers
 
-from distplat.actors.servers.health_check import HealthCheck, Heartbeats
+from distplat.actors.local_transport import LocalCluster
+from distplat.actors.servers.health_check import TICK_S, HealthCheck, Heartbeats
 from distplat.actors.servers.replication_manager import ReplicationManager
 from distplat.platform.errors import ActorLost
 from distplat.platform.server_group import Order, ServerGroup
@@ -27,18 +31,35 @@ def test_dead_server_is_detected_at_once() -> None:
     assert "server-1 was lost" in str(watch.lost)
 
 
+class HoldsPolls:
+    """Delays its reply to a poll with a delay until it dies."""
+
+    def __init__(self) -> None:
+        self.holds = SimpleQueue[float]()  #: delays of the polls
+        self._died = threading.Event()
+
+    def poll(self, number: int, hold_s: float) -> None:
+        self.holds.put(hold_s)
+        assert not hold_s or self._died.wait(LIMIT_S)
+
+    def close(self) -> None:
+        self._died.set()
+
+
 def test_poll_is_pending_when_a_server_dies() -> None:
     """Otherwise the death would be detected half a second later, by the next poll."""
-    cluster, actors = spawn_servers(1)
-    heartbeats, handles = Heartbeats(cluster.transport(), 60.0), {"server-0": actors[0]}
+    cluster, server = LocalCluster(), HoldsPolls()
+    actor = cluster.spawn("server-0", "here", lambda _: server)
+    heartbeats, handles = Heartbeats(cluster.transport(), 60.0), {"server-0": actor}
     deadline = time.monotonic() + LIMIT_S
     while not heartbeats.has_answered("server-0"):
         assert heartbeats.find_lost(handles, ()) == {}
         assert time.monotonic() < deadline
+    assert server.holds.get(timeout=LIMIT_S) == 0
     assert heartbeats.find_lost(handles, ()) == {}
-    time.sleep(0.1)  # enough time for a response, if the server did not delay it
+    assert server.holds.get(timeout=LIMIT_S) > 0
     assert len(cluster.open_calls()) == 1
-    actors[0].die("for a test")
+    actor.die("for a test")
     assert list(heartbeats.find_lost(handles, ())) == ["server-0"]
 
 
@@ -46,12 +67,26 @@ def test_poll_is_pending_when_a_server_dies() -> None:
     ("fault", "reason"),
     [(FROZEN, "frozen or cut off"), (Fault(lose="reply"), "its answer got lost")],
 )
-def test_timeout_applies_after_the_start(fault: Fault, reason: str) -> None:
+def test_timeout_applies_after_the_start(
+    fault: Fault, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked, find_lost = threading.Semaphore(0), Heartbeats.find_lost
+
+    def find_and_count(
+        heartbeats: Heartbeats, servers: Mapping[str, Any], starting: Collection[str]
+    ) -> dict[str, str]:
+        lost = find_lost(heartbeats, servers, starting)
+        checked.release()
+        return lost
+
+    monkeypatch.setattr(Heartbeats, "find_lost", find_and_count)
     cluster, actors = spawn_servers(1)
     inject(cluster, "poll", fault, times=1000)
     losing = threading.Event()
     watch = HealthCheck(cluster.transport(), actors, 0.1, losing)
-    assert not losing.wait(0.5), "the server is starting"
+    for _ in range(round(0.1 / TICK_S) + 3):  # the last but one is after the timeout
+        assert checked.acquire(timeout=LIMIT_S)
+    assert not losing.is_set(), "the server is starting"
     watch.begin()
     assert losing.wait(LIMIT_S)
     message = (

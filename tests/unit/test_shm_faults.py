@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from distplat.strategies.collective import ReduceOp
 
 SHORT_S = 0.4
 """Deadline of operations that should time out, seconds."""
+LIMIT_S = 60.0
 LONG_S = 1000.0
 """Deadline that must not expire: longer than the timeout of `on_ranks`."""
 
@@ -45,6 +47,29 @@ def assert_mismatch(rank_1: Body, other_ranks: Body, texts: list[str], world: in
         assert error.missing == (1,)
         for text in texts:
             assert text in str(error)
+
+
+def signal_wait(group: ShmGroup, waiting: threading.Event) -> None:
+    """Set the event once a wait of this rank, from now on, has lasted for a time slice."""
+    check = group._liveness._check_peers
+
+    def signal_and_check(*args: Any) -> None:
+        waiting.set()
+        check(*args)
+
+    group._liveness._check_peers = signal_and_check  # type: ignore[method-assign,assignment]
+
+
+def stop_in_wait(group: ShmGroup, stop: Callable[[], None]) -> None:
+    """Call `stop` in a thread once a wait of this rank has lasted for a time slice."""
+    waiting = threading.Event()
+    signal_wait(group, waiting)
+
+    def wait_and_stop() -> None:
+        assert waiting.wait(LIMIT_S)
+        stop()
+
+    threading.Thread(target=wait_and_stop, daemon=True).start()
 
 
 def test_mismatch_of_operations() -> None:
@@ -160,12 +185,15 @@ def test_all_late_ranks_are_named() -> None:
 
 
 def test_rank_that_leaves_is_named_at_once() -> None:
+    waiting = {rank: threading.Event() for rank in (0, 2)}
+
     def body(group: ShmGroup) -> None:
         group.barrier()
         if group.rank == 1:
-            time.sleep(0.2)
+            assert all(event.wait(LIMIT_S) for event in waiting.values())
             group.close()
         else:
+            signal_wait(group, waiting[group.rank])
             group.all_reduce(torch.ones(100_000))
 
     errors = errors_of(3, body)
@@ -175,14 +203,18 @@ def test_rank_that_leaves_is_named_at_once() -> None:
 
 
 def test_operations_before_close_are_completed() -> None:
+    closing_or_closed = threading.Event()
+
     def body(group: ShmGroup) -> list[float]:
         tensor = torch.ones(3)
         group.all_reduce(tensor)
         if group.rank == 0:
             group.send(torch.full((1,), 9.0), 1)
+            signal_wait(group, closing_or_closed)
             group.close()
+            closing_or_closed.set()
         else:
-            time.sleep(0.1)
+            assert closing_or_closed.wait(LIMIT_S)
             group.recv(tensor[2:], 0)
         return tensor.tolist()
 
@@ -194,7 +226,7 @@ def test_abort_ends_wait_of_this_rank(by_settings: bool) -> None:
     def body(group: ShmGroup) -> None:
         if group.rank == 0:
             stop = group.settings.abandoned.set if by_settings else group.abort
-            threading.Timer(0.2, stop).start()
+            stop_in_wait(group, stop)
             group.barrier()
 
     errors = errors_of(2, body)
@@ -205,8 +237,8 @@ def test_abort_ends_pending_operations() -> None:
     def body(group: ShmGroup) -> None:
         if group.rank == 0:
             tensors = [torch.ones(3) for _ in range(3)]
+            stop_in_wait(group, group.abort)
             handles = [group.start_all_reduce(tensor) for tensor in tensors]
-            threading.Timer(0.2, group.abort).start()
             for handle in handles:
                 with pytest.raises(CollectiveError, match="told to give up"):
                     handle.wait()
