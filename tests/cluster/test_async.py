@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from killed_runs import Killer, misbehaving_job
 from leads import largest_lead
-from marks import slow
 from safetensors.numpy import load_file, save_file
 from small_runs import HERE, job, train
 
@@ -33,10 +32,11 @@ def replay(path: Path) -> int:
     return command(["replay", str(path), "--working-dir", str(HERE)])
 
 
+@pytest.mark.slow  # in memory: test_ps_async.py
 @pytest.mark.parametrize(
     ("strategy", "workers"),
     [
-        slow({"name": "ps-async", "num_servers": 2}, 3),
+        ({"name": "ps-async", "num_servers": 2}, 3),
         (
             {"name": "ps-async", "staleness": 1, "staleness_lr": True, "delay_compensation": 0.5},
             2,

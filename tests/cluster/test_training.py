@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from local_run import train as train_in_memory
-from marks import slow
 from safetensors.numpy import load_file
 from small_runs import HERE, distance, job, train, weights
 from tasks_for_tests import Big, Blobs, Tuned
@@ -140,7 +139,8 @@ class StopAfterThree(Callback):
         return "three checkpoints" if self.saved >= 3 else False
 
 
-@pytest.mark.parametrize("strategy", ["ring", slow("ps-sync"), slow("ps-async")])
+@pytest.mark.slow  # in memory: test_stop_early.py
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
 def test_run_stopped_by_callback_matches_a_shorter_run(strategy: str, tmp_path: Path) -> None:
     """The run has 100,000 steps. The best checkpoint is kept."""
     best = {"metric": "accuracy", "mode": "max"}
