@@ -11,7 +11,7 @@ from distplat.actors.messages import Membership, TableMap
 from distplat.actors.retrying_calls import POLL_S, RETRY_PAUSE_S
 from distplat.actors.transport import ActorDied, Transport, Unanswered
 from distplat.platform.awake_clock import AwakeClock
-from distplat.platform.errors import Abandoned, ActorLost, FencedError
+from distplat.platform.errors import Abandoned, ActorLost, FencedError, InfrastructureError
 from distplat.platform.spec import Failure
 
 _ASK_S = 10.0
@@ -26,8 +26,8 @@ Ask = Callable[[int, float], Any]
 """Requests a map newer than a version from the manager, with a time limit; returns the reply."""
 
 
-class MapChanged(Exception):
-    """The manager has sent a newer map of the servers."""
+class MapChanged(InfrastructureError):
+    """The manager has sent a newer map of the servers. Outside a failover the attempt restarts."""
 
 
 _FAILOVER_ERRORS = (ActorLost, FencedError, MapChanged)
@@ -88,7 +88,7 @@ class ServerWatch(Generic[Map]):
         if self._request is not None and self._transport.wait([self._request], 0.0):
             self._receive_map()
         if self._newer is not None:
-            raise MapChanged
+            raise MapChanged("a server was lost, and its backup has replaced it")
 
     def with_failover(
         self, action: Callable[[], Result], reconnect: Callable[[Map], object]

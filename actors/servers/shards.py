@@ -119,7 +119,18 @@ class RemoteShards(Shards, LoopShards):
             identity = joined.part, joined.part_rank
             ask = partial(self._transport.call, self._order.manager, "follow", *identity)
             self._watch.begin(ask, joined.version)
+        self._joined = joined
+        self._watch.with_failover(partial(self._attach_and_load, state), self._start_over)
+
+    def _attach_and_load(self, state: Mapping[str, Tensor]) -> None:
+        joined = self._joined
         self._load_parameters(self._attach(joined), joined.private, state)
+
+    def _start_over(self, joined: Membership) -> None:
+        """Select the servers of a newer map, before any parameters of this worker count."""
+        self.close()
+        self._versions.clear()
+        self._joined = joined
 
     def close(self) -> None:
         """Release the resources of this attempt."""
@@ -296,12 +307,12 @@ class RemoteShards(Shards, LoopShards):
 
     @override
     def seen(self) -> NDArray[np.bool_]:
-        mask: NDArray[np.bool_] = self._failover(partial(self._ask_first_server, "seen"))
+        mask: NDArray[np.bool_] = self._ask(partial(self._ask_first_server, "seen"))
         return mask
 
     @override
     def settings(self) -> tuple[float, ...]:
-        values: tuple[float, ...] = self._failover(partial(self._ask_first_server, "settings"))
+        values: tuple[float, ...] = self._ask(partial(self._ask_first_server, "settings"))
         return values
 
     def _ask_first_server(self, method: str) -> Any:
@@ -309,12 +320,12 @@ class RemoteShards(Shards, LoopShards):
 
     @override
     def left_out(self) -> bool:
-        answer: bool = self._failover(partial(self._ask_first_server, "left_out"))
+        answer: bool = self._ask(partial(self._ask_first_server, "left_out"))
         return answer
 
     @override
     def average(self) -> Tensor:
-        parts = self._failover(lambda: self._fan_out.ask("average", self._fan_out.each("average")))
+        parts = self._ask(lambda: self._fan_out.ask("average", self._fan_out.each("average")))
         vector = torch.zeros_like(self._flat.params, device="cpu")
         for cut, values in zip(self._fan_out.cuts, parts, strict=True):
             as_bytes(shard_view(vector, cut))[:] = values
@@ -347,8 +358,24 @@ class RemoteShards(Shards, LoopShards):
         """Call the servers, with failover; see `ServerWatch.with_failover`."""
         return self._watch.with_failover(action, self._reconnect)
 
+    def _ask(self, action: Callable[[], Result]) -> Result:
+        """Call the servers, with failover, for answers without parameters: pull them after one."""
+        before = self._attachments
+
+        def ask() -> Result:
+            result = action()
+            if self._attachments > before:
+                self._pull("step_timeout_s")
+            return result
+
+        return self._failover(ask)
+
     def _reconnect(self, joined: Membership) -> None:
-        """Connect to the servers of a newer map; keep the step's gradient."""
+        """
+        Connect to the servers of a newer map; keep the step's gradient.
+
+        The new vector of parameters is empty: the repeated call, or a pull after it, fills it.
+        """
         self.close()
         # New memory: a frozen server that wakes up writes only to the old segments.
         self._attach(joined)
