@@ -381,9 +381,6 @@ def merge_terms(loss: Any, step_terms: tuple[TermWeights, int] | None, samples: 
 
 def seed_all(seed: int) -> None:
     """Seed the generators of torch, numpy and Python."""
-    if torch.accelerator.current_accelerator() is None:
-        torch.default_generator.manual_seed(seed)  # without a stack trace for absent devices
-    else:
-        torch.manual_seed(seed)
+    torch.manual_seed(seed)
     np.random.seed((seed ^ (seed >> 32)) % 2**32)
     random.seed(seed)

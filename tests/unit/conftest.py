@@ -3,7 +3,6 @@
 import gc
 import logging
 import os
-import random
 import threading
 from collections.abc import Iterator
 from multiprocessing import forkserver
@@ -11,13 +10,13 @@ from typing import Any
 
 import local_run
 import marks
-import numpy as np
 import pytest
 import signal_defaults
 import torch
 from hypothesis import HealthCheck, settings
 
 from distplat.strategies.loop.loaders import LoaderContext
+from distplat.strategies.loop.seeding import seed_all
 
 signal_defaults.reset()
 os.environ.pop("FORCE_COLOR", None)  # some CI systems set it, and tests compare printed text
@@ -49,12 +48,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Seed all generators before each test."""
-    random.seed(0)
-    np.random.seed(0)
-    if torch.accelerator.current_accelerator() is None:
-        torch.default_generator.manual_seed(0)  # without a stack trace for absent devices
-    else:
-        torch.manual_seed(0)
+    seed_all(0)
 
 
 @pytest.fixture(autouse=True)
