@@ -51,3 +51,4 @@ class Killer(BesideTraining):
                 os.kill(process.pid, self.number)
                 self.killed_at = time.monotonic()
                 return
+        raise LookupError(f"no process of {self.role}")

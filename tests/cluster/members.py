@@ -66,6 +66,7 @@ class Member:
         try:
             self.join(name, rank, world, backend)
         except InfrastructureError:
+            assert self.settings.abandoned.is_set(), "it did not wait"
             return time.monotonic() - self.aborted_at
         raise AssertionError("the group was formed")
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -132,6 +133,8 @@ def test_slow_start_is_not_a_failure(strategy: object, tmp_path: Path) -> None:
     args = {"marker": str(tmp_path / "done"), "seconds": 6}
     spec = job(strategy, 2, task="tasks_for_tests:SlowStart", task_args=args)
     result = train({**spec, "failure": {"step_timeout_s": 4}}, tmp_path)
+    assert (tmp_path / "done").exists()
+    assert not result.failures
     assert len(result.history) == 15
 
 
@@ -142,15 +145,25 @@ class Hog:
         pass
 
 
+class Release(Callback):
+    """Kills an actor five seconds after the start of the run. A `Callback`."""
+
+    def __init__(self, actor: Any) -> None:
+        self.timer = threading.Timer(5, ray.kill, [actor])
+
+    def on_start(self, job: object, run: str, path: Path) -> None:
+        self.timer.start()
+
+
 @pytest.mark.slow
 def test_run_waits_for_free_cpus(tmp_path: Path) -> None:
     hog = ray.remote(Hog).options(num_cpus=8).remote()
     ray.get(hog.ping.remote(), timeout=30)
-    release = threading.Timer(5, ray.kill, [hog])
-    release.start()
+    release = Release(hog)
     failure = {"heartbeat_timeout_s": 2}
-    result = train(job("ps-sync", 2, failure=failure), tmp_path)
-    release.join(10)
+    result = train(job("ps-sync", 2, failure=failure), tmp_path, callbacks=(release,))
+    release.timer.join(10)
+    assert not result.failures
     assert len(result.history) == 15
 
 

@@ -49,7 +49,9 @@ def run(
         **{"failure": FAILURE, **more},
     )
     recorder = recorder or FailureRecorder()
-    return train(spec, tmp_path, callbacks=(recorder,)), recorder
+    result = train(spec, tmp_path, callbacks=(recorder,))
+    assert {path.name for path in folder.iterdir()} == {str(at) for at in range(len(deeds))}
+    return result, recorder
 
 
 class Evictor(FailureRecorder):

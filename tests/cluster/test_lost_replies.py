@@ -8,6 +8,7 @@ controller. Ray needs a second or more to report a lost message, so only a few a
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from distplat.platform.apply_log import FILE_NAME, log_flaws, read_logs
 pytestmark = pytest.mark.cluster
 
 PUSH_TASK = "CoreWorkerService.grpc_client.PushTask"
+LOST = rf"Inject RPC (\w+) failure for {PUSH_TASK}"
 STEPS = 10
 TWO_EPOCHS = {"epochs": 2}
 
@@ -54,6 +56,14 @@ def test_every_gradient_counts_once(losing_ray: None, tmp_path: Path) -> None:
     for log in read_logs(str(result.path / FILE_NAME))[0]:
         assert log_flaws(log, 2, STEPS) == []
     assert run(["replay", str(result.path), "--working-dir", str(HERE)]) == 0
+    assert lost_messages() == {"request", "response"}
+
+
+def lost_messages() -> set[str]:
+    """Return the types of messages that Ray has lost, from the logs of its workers."""
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    texts = [path.read_text(errors="replace") for path in logs.glob("python-core-worker-*.log")]
+    return {kind for text in texts for kind in re.findall(LOST, text)}
 
 
 def unfailed_weights(spec: dict[str, Any], tmp_path: Path) -> bytes:

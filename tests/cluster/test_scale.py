@@ -50,6 +50,12 @@ class Scenario(Callback, threading.Thread):
     def on_start(self, job: object, run: str, path: Path) -> None:
         self.start()
 
+    def check(self) -> None:
+        """Assert that the function has returned."""
+        self.join(10)
+        assert not self.errors, self.errors
+        assert not self.is_alive(), "the run ended before the scenario"
+
     def on_step(self, step: StepSummary) -> None:
         self.step = step.step
         self.training.set()
@@ -123,8 +129,7 @@ def test_workers_join_leave_and_are_lost(tmp_path: Path) -> None:
         evaluation={"every_epochs": 0},
     )
     result = train(spec, tmp_path, callbacks=(thread,))
-    thread.join(10)
-    assert not thread.errors, thread.errors
+    thread.check()
     assert [failure.replaced for failure in thread.failures] == [("worker-4",)]
     steps = [summary.step for summary in result.history]
     assert (
@@ -159,8 +164,7 @@ def test_each_task_is_applied_to_the_tables_once(tmp_path: Path) -> None:
     spec = counting_fields(name="small", task="counting:Counting", task_args=task_args, epochs=100)
     spec["scaling"]["resources_per_worker"] = {"CPU": 0.5}
     result = train(spec, tmp_path, callbacks=(thread,))
-    thread.join(10)
-    assert not thread.errors, thread.errors
+    thread.check()
     lost = {role for failure in thread.failures for role in failure.replaced}
     assert lost == {"worker-1", "task-scheduler"}
     assert weights(result)[:SAMPLES].tolist() == [-100] * SAMPLES
@@ -220,8 +224,7 @@ def train_resized(
     thread = Scenario(scenario, done)
     spec = synchronous_job(done, {"num_servers": 2, **strategy})
     result = train(spec, tmp_path, callbacks=(thread,))
-    thread.join(10)
-    assert not thread.errors, thread.errors
+    thread.check()
     assert [summary.step for summary in result.history] == list(range(1, SYNCHRONOUS_STEPS + 1))
     # Gradients are sums of other parts, so only the last bits differ.
     other = np.frombuffer(unfailed_weights(spec), np.float32)
@@ -293,8 +296,7 @@ def test_rollback_keeps_the_number_of_workers(tmp_path: Path) -> None:
     thread = Scenario(scenario, done)
     spec = synchronous_job(done, {}, checkpoint={"every_steps": 5})
     result = train(spec, tmp_path, callbacks=(thread,))
-    thread.join(10)
-    assert not thread.errors, thread.errors
+    thread.check()
     assert [s.replaced for s in thread.failures] == [("worker-0", "worker-1", "worker-2")]
     assert thread.failures[0].step >= 5
     assert [summary.step for summary in result.history] == list(range(1, SYNCHRONOUS_STEPS + 1))
@@ -326,8 +328,7 @@ def test_embedding_tables_of_a_resized_synchronous_run(tmp_path: Path) -> None:
         name="small",
     )
     result = train(spec, tmp_path, callbacks=(thread,))
-    thread.join(10)
-    assert not thread.errors, thread.errors
+    thread.check()
     assert [failure.replaced for failure in thread.failures] == [("worker-1",)]
     assert [(r.before, r.workers) for r in result.resizes] == [(2, 3), (3, 1)]
     assert (read_tables(result)["rows"][:, 1:] == -EPOCHS).all()
