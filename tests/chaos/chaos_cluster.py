@@ -6,12 +6,12 @@ import secrets
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import psutil
 import ray
+from chaos_injector import effect_of
 from ray.cluster_utils import Cluster
 
 NODE: dict[str, Any] = {"object_store_memory": 150 * 2**20}
@@ -81,13 +81,7 @@ class OneCluster:
         victim.send_signal(action)
         if action == signal.SIGSTOP:
             self._frozen.append(victim)
-            return f"raylet {victim.pid} is {victim.status()}"
-        deadline = time.monotonic() + 10
-        while victim.is_running() and victim.status() != psutil.STATUS_ZOMBIE:
-            if time.monotonic() > deadline:
-                return ""
-            time.sleep(0.01)
-        return f"raylet {victim.pid} is gone"
+        return effect_of(victim, action)
 
     def restore(self) -> None:
         """See `Nodes`."""

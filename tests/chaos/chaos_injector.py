@@ -255,8 +255,10 @@ class Injector(threading.Thread):
         if deed.saved:
             self._wait_for_checkpoint()
         if deed.victim == "self" and isinstance(deed.action, str):
-            self.fired.append(Fired(deed, time.time(), "the task was asked"))
+            at = time.time()
             self._answer(number, deed.action)
+            proof = self._shift_of_clock(number) if deed.action == "clock" else "the task was asked"
+            self._record(deed, at, proof)
             return
         if not deed.hold:
             self._answer(number, "")
@@ -265,13 +267,25 @@ class Injector(threading.Thread):
         wait = deed.victim == "primary"
         victims = self._victims(number, deed) if wait else None
         at = time.time()
-        proof = self._inject(number, deed, victims)
+        self._record(deed, at, self._inject(number, deed, victims))
+        if deed.hold:
+            self._answer(number, "")
+
+    def _record(self, deed: Deed, at: float, proof: str) -> None:
         if proof:
             self.fired.append(Fired(deed, at, proof))
         else:
             self.problems.append(f"{deed}: no effect")
-        if deed.hold:
-            self._answer(number, "")
+
+    def _shift_of_clock(self, number: int) -> str:
+        """Wait until the task has acted; return by how much its clock is ahead, if it is."""
+        path, deadline = self.scene.folder / f"acted-{number}", time.monotonic() + EXIT_TIMEOUT_S
+        while not path.exists():
+            if time.monotonic() > deadline:
+                return ""
+            time.sleep(POLL_S)
+        seconds = float(path.read_text())
+        return f"the clock is {seconds:.0f} s ahead" if seconds > 1 else ""
 
     def _answer(self, number: int, text: str) -> None:
         part = self.scene.folder / f".done-{number}"
@@ -292,13 +306,13 @@ class Injector(threading.Thread):
             return proof
         victims = self._victims(number, deed) if found is None else found
         if deed.action == STARVE:
-            return ", ".join(starve(process) for process in victims)
+            return _all_of([starve(process) for process in victims])
         assert isinstance(deed.action, int)
         for process in victims:
             process.send_signal(deed.action)
         if deed.action == signal.SIGSTOP:
             self._schedule_undo(deed, lambda: _resume(victims))
-        return ", ".join(_proof(process, deed.action) for process in victims)
+        return _all_of([effect_of(process, deed.action) for process in victims])
 
     def _schedule_undo(self, deed: Deed, undo: Callable[[], None]) -> None:
         if deed.undo_s:
@@ -396,7 +410,12 @@ def pid_space(pid: int) -> str:
     return os.readlink(f"/proc/{pid}/ns/pid")
 
 
-def _proof(process: psutil.Process, number: int) -> str:
+def _all_of(effects: list[str]) -> str:
+    """Join the effects on several processes; empty if one of them is missing."""
+    return ", ".join(effects) if all(effects) else ""
+
+
+def effect_of(process: psutil.Process, number: int) -> str:
     """Wait for the effect of a signal; return a description, or an empty string."""
     if number not in (signal.SIGKILL, signal.SIGSTOP):
         return f"process {process.pid} was sent {signal.Signals(number).name}"
@@ -426,7 +445,7 @@ def starve(process: psutil.Process) -> str:
     try:
         (group / "memory.limit_in_bytes").write_text("0")
         (group / "cgroup.procs").write_text(str(process.pid))
-        if not _proof(process, signal.SIGKILL):
+        if not effect_of(process, signal.SIGKILL):
             return ""
         killed = re.search(r"^oom_kill ([1-9])", (group / "memory.oom_control").read_text(), re.M)
         return f"the kernel killed process {process.pid} for memory" if killed else ""

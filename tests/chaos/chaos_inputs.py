@@ -42,16 +42,17 @@ def jobs(seed: int, folder: Path) -> list[str]:
     """Submit mutants of a job file; return the problems."""
     draw = random.Random(seed)
     text = yaml.safe_dump(JOB, sort_keys=False)
-    problems = []
+    problems, refused = [], 0
     for number in range(JOBS):
         path = folder / "job.yaml"
         path.write_bytes(mutant(text, draw))
         code, errors = run_quietly(["submit", str(path), "--dry-run"])
+        refused += code == 2
         if code not in (0, 2) or (code == 2 and "error:" not in errors):
             failed = folder / f"job-{number}.yaml"
             path.rename(failed)
             problems.append(f"exit code {code} for {failed}: {errors[-300:]}")
-    return problems
+    return problems if refused else [*problems, "no mutant was refused"]
 
 
 def mutant(text: str, draw: random.Random) -> bytes:
@@ -105,6 +106,8 @@ def checkpoints(seed: int, folder: Path) -> list[str]:
         damage = f"{damaged_files} in {copy}"
         if code not in (0, 2, 5):
             problems.append(f"exit code {code} for {damage}: {errors[-300:]}")
+        elif code == 0 and _first_step(runs) == 1:
+            problems.append(f"trained from the first step after {damage}")
         elif code == 0 and hash_of(next(runs.glob("*/model.safetensors"))) != expected:
             problems.append(f"another model after {damage}")
         else:
@@ -126,6 +129,13 @@ def _train_original(folder: Path) -> tuple[Path, str]:
 def _train(folder: Path, runs: Path, *more: str) -> tuple[int, str]:
     here = ["--working-dir", str(Path(__file__).parent), "--set", f"storage_path={runs}"]
     return run_quietly(["submit", str(folder / "job.yaml"), *here, *more])
+
+
+def _first_step(runs: Path) -> int:
+    """Return the first step of the only run."""
+    (path,) = runs.glob("*/metrics.jsonl")
+    records = map(json.loads, path.read_text().splitlines())
+    return int(next(record["step"] for record in records if record["kind"] == "step"))
 
 
 def _damage_files(run: Path, draw: random.Random) -> str:

@@ -142,6 +142,8 @@ class Soak:
         if key not in self._unfailed:
             run = OneRun(setting, self.folder / "unfailed", ())
             run.run_to_end()
+            if not run.problems and not run.is_compared:
+                run.audit()
             if run.problems:
                 raise RuntimeError(f"the run without a fault has failed: {run.problems}")
             losses, metrics = run.reported()
@@ -175,6 +177,11 @@ class OneRun:
         self.reasons: list[str] = []  #: errors after which the run was resumed
         self.trained: Path | None = None  #: checkpoint of the last step, if the run ended after it
 
+    @property
+    def is_compared(self) -> bool:
+        """Whether losses and model are compared; otherwise the log of updates is checked."""
+        return self.setting.strategy in SYNCHRONOUS or self.setting.own_loop
+
     def run_to_end(self) -> None:
         """Run to the end; resume if driver or controller is lost."""
         with ExitStack() as patches, _LogFile(self.folder / "log.txt"):
@@ -188,6 +195,7 @@ class OneRun:
                 patches.enter_context(mock.patch.object(Disk, name, on_disk))
             while self._drive():
                 pass
+        self.problems += self.injector.errors
 
     def _drive(self) -> bool:
         """Start a driver and wait for its end; return whether to resume the run."""
@@ -280,10 +288,10 @@ class OneRun:
             if steps != sorted(set(steps)):
                 self.problems.append(f"{directory.name}: reported steps: {steps}")
         losses, metrics = self.reported()
-        if self.setting.strategy in SYNCHRONOUS or self.setting.own_loop:
+        if self.is_compared:
             self._compare_all(expected, losses, metrics)
         else:
-            self._audit()
+            self.audit()
 
     def _compare_all(
         self, expected: Expected, losses: dict[int, float], metrics: dict[int, dict[str, float]]
@@ -325,11 +333,15 @@ class OneRun:
     def _evaluated(self, expected: Expected) -> list[int]:
         return [step for step in expected.metrics if step >= self._first()]
 
-    def _audit(self) -> None:
+    def audit(self) -> None:
         """Check that each shard applied every task once, and that the run replays."""
         directory = self.directories()[-1]
         if not (directory / FILE_NAME).exists():
-            return  # rolled back and resumed runs have no log
+            messages = (self.folder / "log.txt").read_text()
+            # rolled back and resumed runs have no log
+            if self.drivers == 1 and not self._failures() and f"no {FILE_NAME}: " not in messages:
+                self.problems.append(f"no {FILE_NAME}, though no step was repeated")
+            return
         world = self.setting.workers
         for log in read_logs(str(directory / FILE_NAME))[0]:
             self.problems += log_flaws(log, world, STEPS)

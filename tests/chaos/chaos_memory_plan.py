@@ -313,6 +313,8 @@ class Injector:
     disk_copy: Path | None = None
     """Copy of the disk at the kill of driver or controller."""
     seen: Moments = field(default_factory=Counter)
+    errors: list[str] = field(default_factory=list)
+    """Faults whose injection has failed."""
 
     def __post_init__(self) -> None:
         self.kill_lock = threading.Lock()  #: held while driver or controller is killed
@@ -325,7 +327,7 @@ class Injector:
         """Inject the faults of a moment that a process has reached."""
         for deed in self._due(moment, role_of(name)):
             if deed.seconds:
-                _start_timer(deed.seconds, self._inject, deed, name)
+                _start_timer(deed.seconds, self._inject_later, deed, name)
             else:
                 self._inject(deed, name)
 
@@ -361,10 +363,17 @@ class Injector:
     def _inject(self, deed: Deed, name: str) -> None:
         after = self.deeds.index(deed) + 1
         if after < len(self.deeds) and self.deeds[after].moment == "soon":
-            _start_timer(self.deeds[after].seconds, self._inject, self.deeds[after], "worker")
+            _start_timer(self.deeds[after].seconds, self._inject_later, self.deeds[after], "worker")
         proof = getattr(self, "_" + deed.kind.replace("-", "_"))(deed, name)
         if proof:
             self.fired.append((deed, proof))
+
+    def _inject_later(self, deed: Deed, name: str) -> None:
+        """Inject a fault in a timer's thread, which nobody joins."""
+        try:
+            self._inject(deed, name)
+        except Exception as error:
+            self.errors.append(f"{deed}: {type(error).__name__}: {error}")
 
     def _kill(self, deed: Deed, name: str) -> str:
         return self._end(self._find_victims(deed.victim, name)[:1])

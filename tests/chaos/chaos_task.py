@@ -3,7 +3,7 @@ The task of the fault grid: it reports when it reaches a moment, and waits there
 
 `moments` lists the moments to report to the injector (`chaos_injector.py`). At a moment the task
 creates the file `ask-<number>`, and may wait for the file `done-<number>`, whose content is the
-action of the task, if any.
+action of the task, if any. After the action it writes the shift of its clock to `acted-<number>`.
 """
 
 import ctypes
@@ -86,6 +86,7 @@ class Watched(Task):
             write_file(self.folder, f"ask-{number}", self.worker)
             if hold:
                 act(wait_for_answer(Path(self.folder, f"done-{number}")))
+                write_file(self.folder, f"acted-{number}", f"{time.time() - now()}")
 
     def count(self) -> None:
         """Append the time of a forward to a file, for the recovery time."""

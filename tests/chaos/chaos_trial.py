@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +48,8 @@ _DETECTION = re.compile(r"frozen|has not answered|missing[: ]|was lost")
 DETECTION_DELAY_S = 3.0
 """Maximum delay of the detection of a frozen process after its deadline: one guaranteed second, and
 two seconds for the log and other load."""
+LOSSES = ("quit", "segfault", "loop")
+"""Actions of the task that lose a worker."""
 CRASH_CODES = (70, -6, -11)
 """Exit codes of an internal error, an abort and a crash of the driver."""
 
@@ -128,7 +131,8 @@ class Runs:
             problems = run.make(expected)
         finally:
             run.end()
-        not_fired = [str(deed) for deed in plan.deeds if deed not in [f.deed for f in run.fired]]
+        left = Counter(plan.deeds) - Counter(fired.deed for fired in run.fired)
+        not_fired = [str(deed) for deed in left.elements()]
         not_fired += [text for text in run.injector_problems if text not in not_fired]
         duration = time.monotonic() - start
         return Outcome(
@@ -369,6 +373,8 @@ class OneRun:
             problems.append(f"reported steps: {steps}")
         if self._plan.quiet and failures:
             problems.append(f"reported as a failure: {failures[0]['cause']}")
+        if not failures and any(deed.action in LOSSES for deed in self._plan.deeds):
+            problems.append("the task's fault was not reported as a failure")
         if expected is not None and self.model_hash() != expected:
             problems.append("the model has other bits than that of the run without a fault")
         if any(not math.isfinite(r["loss"]) for r in records if r["kind"] == "step"):
