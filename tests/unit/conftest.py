@@ -65,10 +65,11 @@ def few_descriptors() -> Iterator[None]:
 def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """Exclude records of threads of earlier tests."""
     current = threading.current_thread()
-    earlier = [thread for thread in threading.enumerate() if thread is not current]
+    earlier = {thread for thread in threading.enumerate() if thread is not current}
 
     def is_own(record: logging.LogRecord) -> bool:
-        return all(record.thread != thread.ident for thread in earlier if thread.is_alive())
+        """Compare objects: a new thread may have the identifier of an ended one."""
+        return threading.current_thread() not in earlier
 
     caplog.handler.addFilter(is_own)
     yield caplog
