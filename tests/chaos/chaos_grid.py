@@ -89,7 +89,7 @@ def read_outcomes(folder: Path) -> list[Outcome]:
     path = folder / OUTCOMES
     lines = path.read_text().splitlines() if path.exists() else []
     return [
-        Outcome(**{**json.loads(text), "deeds": (), "fired": [], "folder": folder})
+        Outcome(**{**json.loads(text), "faults": (), "fired": [], "folder": folder})
         for text in lines
     ]
 
@@ -112,10 +112,10 @@ def line(outcome: Outcome) -> str:
         text += f", detected after {outcome.found_s:.1f} s"
     if outcome.verdict == "ok":
         return text
-    deeds = [f"deed: {deed}" for deed in outcome.deeds]
+    faults = [f"fault: {fault}" for fault in outcome.faults]
     found = [f"{fired.proof}" for fired in outcome.fired]
-    missed = [f"not fired: {deed}" for deed in outcome.not_fired]
-    more = [*deeds, *found, *missed, *outcome.problems, f"see {outcome.folder}"]
+    missed = [f"not fired: {fault}" for fault in outcome.not_fired]
+    more = [*faults, *found, *missed, *outcome.problems, f"see {outcome.folder}"]
     return "\n    ".join([text, *more])
 
 

@@ -47,7 +47,7 @@ written; `checkpoint`, a checkpoint is complete.
 
 
 @dataclass(frozen=True)
-class Deed:
+class PlannedFault:
     """One fault."""
 
     moment: str
@@ -85,7 +85,7 @@ class Deed:
 class Fired:
     """An injected fault."""
 
-    deed: Deed
+    fault: PlannedFault
     at: float
     """`time.time()` of the fault."""
     proof: str
@@ -206,12 +206,12 @@ class Injector(threading.Thread):
 
     Args:
         scene: of the run.
-        deeds: the faults; the task creates the file `ask-<n>` at the moment of fault n.
+        faults: the faults; the task creates the file `ask-<n>` at the moment of fault n.
     """
 
-    def __init__(self, scene: Scene, deeds: tuple[Deed, ...]) -> None:
+    def __init__(self, scene: Scene, faults: tuple[PlannedFault, ...]) -> None:
         super().__init__(daemon=True)
-        self.scene, self.deeds = scene, deeds
+        self.scene, self.faults = scene, faults
         self.fired: list[Fired] = []
         self.problems: list[str] = []
         self._stopped = threading.Event()
@@ -219,16 +219,16 @@ class Injector(threading.Thread):
 
     def run(self) -> None:
         """Poll for moments until all faults are injected and undone, or until `end`."""
-        left = dict(enumerate(self.deeds))
+        left = dict(enumerate(self.faults))
         while (left or self._undo) and not self._stopped.is_set():
-            for number, deed in list(left.items()):
-                if not self._is_reached(number, deed):
+            for number, fault in list(left.items()):
+                if not self._is_reached(number, fault):
                     continue
                 del left[number]
                 try:
-                    self._handle(number, deed)
+                    self._handle(number, fault)
                 except (LookupError, OSError, psutil.Error, ray.exceptions.RayError) as error:
-                    self.problems.append(f"{deed}: {type(error).__name__}: {error}")
+                    self.problems.append(f"{fault}: {type(error).__name__}: {error}")
             self._undo_due()
             self._stopped.wait(
                 0.0005 if any(d.moment == "partial" for d in left.values()) else POLL_S
@@ -243,39 +243,43 @@ class Injector(threading.Thread):
             with contextlib.suppress(OSError):
                 undo()
 
-    def _is_reached(self, number: int, deed: Deed) -> bool:
-        if deed.moment in REPORTED:
+    def _is_reached(self, number: int, fault: PlannedFault) -> bool:
+        if fault.moment in REPORTED:
             return (self.scene.folder / f"ask-{number}").exists()
         is_complete = any(self.scene.storage.glob(COMPLETE_CHECKPOINTS))
-        if deed.moment == "checkpoint":
+        if fault.moment == "checkpoint":
             return is_complete
-        return is_complete >= deed.saved and any(self.scene.storage.glob("*/checkpoints/*.partial"))
+        return is_complete >= fault.saved and any(
+            self.scene.storage.glob("*/checkpoints/*.partial")
+        )
 
-    def _handle(self, number: int, deed: Deed) -> None:
-        if deed.saved:
+    def _handle(self, number: int, fault: PlannedFault) -> None:
+        if fault.saved:
             self._wait_for_checkpoint()
-        if deed.victim == "self" and isinstance(deed.action, str):
+        if fault.victim == "self" and isinstance(fault.action, str):
             at = time.time()
-            self._answer(number, deed.action)
-            proof = self._shift_of_clock(number) if deed.action == "clock" else "the task was asked"
-            self._record(deed, at, proof)
+            self._answer(number, fault.action)
+            proof = (
+                self._shift_of_clock(number) if fault.action == "clock" else "the task was asked"
+            )
+            self._record(fault, at, proof)
             return
-        if not deed.hold:
+        if not fault.hold:
             self._answer(number, "")
-        time.sleep(deed.delay_s)
+        time.sleep(fault.delay_s)
         # The wait for the backup of a primary does not count as recovery.
-        wait = deed.victim == "primary"
-        victims = self._victims(number, deed) if wait else None
+        wait = fault.victim == "primary"
+        victims = self._victims(number, fault) if wait else None
         at = time.time()
-        self._record(deed, at, self._inject(number, deed, victims))
-        if deed.hold:
+        self._record(fault, at, self._inject(number, fault, victims))
+        if fault.hold:
             self._answer(number, "")
 
-    def _record(self, deed: Deed, at: float, proof: str) -> None:
+    def _record(self, fault: PlannedFault, at: float, proof: str) -> None:
         if proof:
-            self.fired.append(Fired(deed, at, proof))
+            self.fired.append(Fired(fault, at, proof))
         else:
-            self.problems.append(f"{deed}: no effect")
+            self.problems.append(f"{fault}: no effect")
 
     def _shift_of_clock(self, number: int) -> str:
         """Wait until the task has acted; return by how much its clock is ahead, if it is."""
@@ -292,31 +296,31 @@ class Injector(threading.Thread):
         part.write_text(text)
         part.rename(self.scene.folder / f"done-{number}")
 
-    def _inject(self, number: int, deed: Deed, found: list[psutil.Process] | None) -> str:
-        if deed.victim == "disk":
+    def _inject(self, number: int, fault: PlannedFault, found: list[psutil.Process] | None) -> str:
+        if fault.victim == "disk":
             disk = self.scene.disk
             assert disk is not None
-            proof = disk.act(deed.action)
-            self._schedule_undo(deed, disk.restore)
+            proof = disk.act(fault.action)
+            self._schedule_undo(fault, disk.restore)
             return proof
-        if deed.victim == "node":
+        if fault.victim == "node":
             assert self.scene.nodes is not None
-            proof = self.scene.nodes.inject_node_fault(deed.action)
-            self._schedule_undo(deed, self.scene.nodes.restore)
+            proof = self.scene.nodes.inject_node_fault(fault.action)
+            self._schedule_undo(fault, self.scene.nodes.restore)
             return proof
-        victims = self._victims(number, deed) if found is None else found
-        if deed.action == STARVE:
+        victims = self._victims(number, fault) if found is None else found
+        if fault.action == STARVE:
             return _all_of([starve(process) for process in victims])
-        assert isinstance(deed.action, int)
+        assert isinstance(fault.action, int)
         for process in victims:
-            process.send_signal(deed.action)
-        if deed.action == signal.SIGSTOP:
-            self._schedule_undo(deed, lambda: _resume(victims))
-        return _all_of([effect_of(process, deed.action) for process in victims])
+            process.send_signal(fault.action)
+        if fault.action == signal.SIGSTOP:
+            self._schedule_undo(fault, lambda: _resume(victims))
+        return _all_of([effect_of(process, fault.action) for process in victims])
 
-    def _schedule_undo(self, deed: Deed, undo: Callable[[], None]) -> None:
-        if deed.undo_s:
-            self._undo.append((time.monotonic() + deed.undo_s, undo))
+    def _schedule_undo(self, fault: PlannedFault, undo: Callable[[], None]) -> None:
+        if fault.undo_s:
+            self._undo.append((time.monotonic() + fault.undo_s, undo))
 
     def _undo_due(self) -> None:
         now = time.monotonic()
@@ -325,8 +329,8 @@ class Injector(threading.Thread):
         for undo in due:
             undo()
 
-    def _victims(self, number: int, deed: Deed) -> list[psutil.Process]:
-        role = deed.victim
+    def _victims(self, number: int, fault: PlannedFault) -> list[psutil.Process]:
+        role = fault.victim
         if role == "self":
             role = (self.scene.folder / f"ask-{number}").read_text()
         if role == "driver":

@@ -42,11 +42,11 @@ from chaos_memory_plan import (
     FAULT_LABELS,
     STEPS,
     SYNCHRONOUS,
-    Deed,
     Injector,
     Moments,
+    PlannedFault,
     Setting,
-    draw_deeds,
+    draw_faults,
 )
 from chaos_trial import hash_of, run_quietly
 from in_memory_processes import Killed
@@ -84,8 +84,8 @@ class Outcome:
 
     seed: int
     setting: Setting
-    deeds: tuple[Deed, ...]
-    fired: list[tuple[Deed, str]]
+    faults: tuple[PlannedFault, ...]
+    fired: list[tuple[PlannedFault, str]]
     problems: list[str]
     seconds: float
     drivers: int
@@ -124,8 +124,8 @@ class Soak:
         start = time.monotonic()
         setting = setting_of(seed // PER_JOB)
         expected = self.unfailed(setting)
-        deeds = draw_deeds(setting, Random(f"deeds {seed}"), expected.seen)
-        run = OneRun(setting, self.folder / f"seed-{seed}", deeds, seed)
+        faults = draw_faults(setting, Random(f"faults {seed}"), expected.seen)
+        run = OneRun(setting, self.folder / f"seed-{seed}", faults, seed)
         run.run_to_end()
         if not run.problems:
             run.compare(expected)
@@ -134,7 +134,7 @@ class Soak:
         duration = time.monotonic() - start
         fired = run.injector.fired
         ends = run.drivers, run.reasons
-        return Outcome(seed, setting, deeds, fired, run.problems, duration, *ends)
+        return Outcome(seed, setting, faults, fired, run.problems, duration, *ends)
 
     def unfailed(self, setting: Setting) -> Expected:
         """Return the results of the job without a fault, which are cached."""
@@ -159,19 +159,19 @@ class OneRun:
     Args:
         setting: the job.
         folder: for the files of the runs.
-        deeds: the faults.
+        faults: the faults.
         seed: of the trial.
     """
 
     def __init__(
-        self, setting: Setting, folder: Path, deeds: tuple[Deed, ...], seed: int = 0
+        self, setting: Setting, folder: Path, faults: tuple[PlannedFault, ...], seed: int = 0
     ) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.setting, self.folder = setting, folder
         self.storage = folder / "runs-0"
         self.ray = InMemoryRay(setting.nodes)
-        self.injector = Injector(self.ray, self.storage, deeds, seed)
+        self.injector = Injector(self.ray, self.storage, faults, seed)
         self.problems: list[str] = []
         self.drivers = 0
         self.reasons: list[str] = []  #: errors after which the run was resumed
@@ -301,7 +301,7 @@ class OneRun:
             self.problems.append(f"steps were not reported: {sorted(missing)}")
         if any(loss is None for loss in losses.values()):  # in strict JSON NaN is null
             self.problems.append(f"a loss is not finite: {losses}")
-        resized = any(deed.kind == "scale" for deed, _ in self.injector.fired)
+        resized = any(fault.kind == "scale" for fault, _ in self.injector.fired)
         lost_feedback = self.setting.has_error_feedback and (self.drivers > 1 or self._failures())
         if resized or lost_feedback or not self.setting.is_reproducible:
             return
@@ -377,25 +377,25 @@ class _LogFile(logging.FileHandler):
 def line(outcome: Outcome) -> str:
     """Describe an outcome; with all details if it is wrong."""
     verdict = "wrong" if outcome.problems else "ok" if outcome.fired else "not fired"
-    count = f"{len(outcome.fired)}/{len(outcome.deeds)} fired"
+    count = f"{len(outcome.fired)}/{len(outcome.faults)} fired"
     head = f"seed {outcome.seed:<6} {outcome.setting.strategy:<9} {verdict:<9} {count}"
     text = f"{head}, drivers {outcome.drivers}, {outcome.seconds:5.1f} s"
     if verdict != "wrong":
         return "\n    resumed: ".join([text, *outcome.reasons])
-    fired = [f"fired: {deed}: {proof}" for deed, proof in outcome.fired]
-    not_fired = [f"not fired: {deed}" for deed in _not_fired(outcome)]
+    fired = [f"fired: {fault}: {proof}" for fault, proof in outcome.fired]
+    not_fired = [f"not fired: {fault}" for fault in _not_fired(outcome)]
     return "\n    ".join([text, str(outcome.setting.fields), *fired, *not_fired, *outcome.problems])
 
 
-def _not_fired(outcome: Outcome) -> list[Deed]:
-    fired = [deed for deed, _ in outcome.fired]
-    return [deed for deed in outcome.deeds if deed not in fired]
+def _not_fired(outcome: Outcome) -> list[PlannedFault]:
+    fired = [fault for fault, _ in outcome.fired]
+    return [fault for fault in outcome.faults if fault not in fired]
 
 
 def table(outcomes: list[Outcome]) -> str:
     """Return a Markdown table of fired faults by kind and strategy."""
     lines = [f"| fault | {' | '.join(ALL)} | all |", "|---|" + "---|" * (len(ALL) + 1)]
-    fired = Counter((deed.kind, o.setting.strategy) for o in outcomes for deed, _ in o.fired)
+    fired = Counter((fault.kind, o.setting.strategy) for o in outcomes for fault, _ in o.fired)
     for kind, label in FAULT_LABELS.items():
         counts = [fired[kind, strategy] for strategy in ALL]
         lines.append(f"| {label} | {' | '.join(map(str, [*counts, sum(counts)]))} |")

@@ -43,7 +43,7 @@ FAULT_LABELS = {
 
 
 @dataclass(frozen=True)
-class Deed:
+class PlannedFault:
     """One fault."""
 
     kind: str
@@ -231,7 +231,7 @@ def _vary(fields: dict[str, Any], draw: Random) -> None:
         strategy |= draw.choice(COMPRESSIONS)
 
 
-def draw_deeds(setting: Setting, draw: Random, seen: Moments) -> tuple[Deed, ...]:
+def draw_faults(setting: Setting, draw: Random, seen: Moments) -> tuple[PlannedFault, ...]:
     """
     Draw three to six faults.
 
@@ -241,10 +241,10 @@ def draw_deeds(setting: Setting, draw: Random, seen: Moments) -> tuple[Deed, ...
         seen: occurrences of moments in a run without a fault.
     """
     count = draw.randint(3, 6)
-    return tuple(_some_deed(setting, draw, seen, at > 0) for at in range(count))
+    return tuple(_random_fault(setting, draw, seen, at > 0) for at in range(count))
 
 
-def _some_deed(setting: Setting, draw: Random, seen: Moments, is_later: bool) -> Deed:
+def _random_fault(setting: Setting, draw: Random, seen: Moments, is_later: bool) -> PlannedFault:
     scales = setting.strategy in ("ps-sync", "ps-async") and not setting.own_loop
     kinds = ["kill"] * 6 + ["kill-many", "freeze", "burst", "burst", "disk", "damage", "driver"]
     kind = draw.choice(kinds + (["scale", "scale"] if scales else []))
@@ -264,7 +264,7 @@ def _some_deed(setting: Setting, draw: Random, seen: Moments, is_later: bool) ->
         "driver": draw.choice(("driver", "controller")),
     }.get(kind, "")
     workers = draw.randint(1, 4) if kind == "scale" else 0
-    return Deed(kind, moment, process, count, victim, seconds, frozen_s, workers)
+    return PlannedFault(kind, moment, process, count, victim, seconds, frozen_s, workers)
 
 
 def _victims(setting: Setting) -> list[str]:
@@ -301,14 +301,14 @@ class Injector:
     Args:
         ray: cluster of the run.
         storage: folder of the run directories.
-        deeds: the faults; each is injected once, at its moment.
+        faults: the faults; each is injected once, at its moment.
     """
 
     ray: InMemoryRay
     storage: Path
-    deeds: tuple[Deed, ...]
+    faults: tuple[PlannedFault, ...]
     seed: int = 0
-    fired: list[tuple[Deed, str]] = field(default_factory=list)
+    fired: list[tuple[PlannedFault, str]] = field(default_factory=list)
     """Injected faults and their effects."""
     disk_copy: Path | None = None
     """Copy of the disk at the kill of driver or controller."""
@@ -318,31 +318,31 @@ class Injector:
 
     def __post_init__(self) -> None:
         self.kill_lock = threading.Lock()  #: held while driver or controller is killed
-        self._left = list(self.deeds)
+        self._left = list(self.faults)
         self._changing = threading.Lock()
         self._bursts: list[list[Any]] = []
         self._copies = 0
 
     def reach(self, moment: str, name: str) -> None:
         """Inject the faults of a moment that a process has reached."""
-        for deed in self._due(moment, role_of(name)):
-            if deed.seconds:
-                _start_timer(deed.seconds, self._inject_later, deed, name)
+        for fault in self._due(moment, role_of(name)):
+            if fault.seconds:
+                _start_timer(fault.seconds, self._inject_later, fault, name)
             else:
-                self._inject(deed, name)
+                self._inject(fault, name)
 
-    def _due(self, moment: str, role: str) -> list[Deed]:
+    def _due(self, moment: str, role: str) -> list[PlannedFault]:
         with self._changing:
             for process in (role, ""):
                 self.seen[moment, process] += 1
             due = [
-                deed
-                for deed in self._left
-                if deed.moment == moment
-                and deed.process in (role, "")
-                and self.seen[moment, deed.process] >= deed.count
+                fault
+                for fault in self._left
+                if fault.moment == moment
+                and fault.process in (role, "")
+                and self.seen[moment, fault.process] >= fault.count
             ]
-            self._left = [deed for deed in self._left if deed not in due]
+            self._left = [fault for fault in self._left if fault not in due]
         return due
 
     def rule(self, call: Call) -> Fault | None:
@@ -350,36 +350,38 @@ class Injector:
         self.reach(f"call {call.method}", call.actor)
         with self._changing:
             for burst in self._bursts:
-                left, random, deed = burst
+                left, random, fault = burst
                 if left <= 0:
                     continue
                 burst[0] -= 1
-                fault = _some_fault(random)
-                if fault != Fault() and deed not in [fired for fired, _ in self.fired]:
-                    self.fired.append((deed, f"{fault}"))
-                return fault
+                call_fault = _random_call_fault(random)
+                if call_fault != Fault() and fault not in [fired for fired, _ in self.fired]:
+                    self.fired.append((fault, f"{call_fault}"))
+                return call_fault
         return None
 
-    def _inject(self, deed: Deed, name: str) -> None:
-        after = self.deeds.index(deed) + 1
-        if after < len(self.deeds) and self.deeds[after].moment == "soon":
-            _start_timer(self.deeds[after].seconds, self._inject_later, self.deeds[after], "worker")
-        proof = getattr(self, "_" + deed.kind.replace("-", "_"))(deed, name)
+    def _inject(self, fault: PlannedFault, name: str) -> None:
+        after = self.faults.index(fault) + 1
+        if after < len(self.faults) and self.faults[after].moment == "soon":
+            _start_timer(
+                self.faults[after].seconds, self._inject_later, self.faults[after], "worker"
+            )
+        proof = getattr(self, "_" + fault.kind.replace("-", "_"))(fault, name)
         if proof:
-            self.fired.append((deed, proof))
+            self.fired.append((fault, proof))
 
-    def _inject_later(self, deed: Deed, name: str) -> None:
+    def _inject_later(self, fault: PlannedFault, name: str) -> None:
         """Inject a fault in a timer's thread, which nobody joins."""
         try:
-            self._inject(deed, name)
+            self._inject(fault, name)
         except Exception as error:
-            self.errors.append(f"{deed}: {type(error).__name__}: {error}")
+            self.errors.append(f"{fault}: {type(error).__name__}: {error}")
 
-    def _kill(self, deed: Deed, name: str) -> str:
-        return self._end(self._find_victims(deed.victim, name)[:1])
+    def _kill(self, fault: PlannedFault, name: str) -> str:
+        return self._end(self._find_victims(fault.victim, name)[:1])
 
-    def _kill_many(self, deed: Deed, name: str) -> str:
-        parts = [self._find_victims(part, name) for part in deed.victim.split("+")]
+    def _kill_many(self, fault: PlannedFault, name: str) -> str:
+        parts = [self._find_victims(part, name) for part in fault.victim.split("+")]
         count = 1 if len(parts) > 1 else None
         return self._end([victim for victims in parts for victim in victims[:count]])
 
@@ -403,24 +405,24 @@ class Injector:
         first = self.seed % len(found) if found else 0
         return found[first:] + found[:first]
 
-    def _freeze(self, deed: Deed, name: str) -> str:
-        for victim in self._find_victims(deed.victim, name)[:1]:
+    def _freeze(self, fault: PlannedFault, name: str) -> str:
+        for victim in self._find_victims(fault.victim, name)[:1]:
             process = self.ray.processes[victim]
             process.freeze()
-            _start_timer(deed.frozen_s, process.resume)
+            _start_timer(fault.frozen_s, process.resume)
             return f"{victim} is frozen"
         return ""
 
-    def _burst(self, deed: Deed, name: str) -> str:
+    def _burst(self, fault: PlannedFault, name: str) -> str:
         with self._changing:
-            self._bursts.append([BURST, Random(f"{self.seed} {deed}"), deed])
+            self._bursts.append([BURST, Random(f"{self.seed} {fault}"), fault])
         return ""  # fired by the first fault of a call
 
-    def _disk(self, deed: Deed, name: str) -> str:
-        self.fired.append((deed, f"the disk refused to {deed.moment.removeprefix('disk ')}"))
+    def _disk(self, fault: PlannedFault, name: str) -> str:
+        self.fired.append((fault, f"the disk refused to {fault.moment.removeprefix('disk ')}"))
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _damage(self, deed: Deed, name: str) -> str:
+    def _damage(self, fault: PlannedFault, name: str) -> str:
         found = sorted(self.storage.glob("*/checkpoints/step-" + "[0-9]" * 6))
         workers = self._find_victims("workers", name)
         if len(found) < 2 or not workers:
@@ -435,19 +437,19 @@ class Injector:
         self._end(workers)
         return f"{found[-1].name} is damaged"
 
-    def _scale(self, deed: Deed, name: str) -> str:
+    def _scale(self, fault: PlannedFault, name: str) -> str:
         with suppress(TransportError, DistplatError, KeyError):  # refused, or no controller
-            return f"{self.ray.call_actor('controller', 'scale', deed.workers)}"
+            return f"{self.ray.call_actor('controller', 'scale', fault.workers)}"
         return ""
 
-    def _driver(self, deed: Deed, name: str) -> str:
+    def _driver(self, fault: PlannedFault, name: str) -> str:
         with self.kill_lock:
-            if self.ray.kill_process(deed.victim):
+            if self.ray.kill_process(fault.victim):
                 self._copies += 1
                 self.disk_copy = snapshot(
                     self.storage, self.storage.with_name(f"kept-{self._copies}")
                 )
-                self.fired.append((deed, f"{deed.victim} was killed"))
+                self.fired.append((fault, f"{fault.victim} was killed"))
         return ""
 
     def on_disk(self, operation: str) -> Callable[..., Any]:
@@ -477,7 +479,7 @@ def role_of(name: str) -> str:
     return name.partition("/")[0]
 
 
-def _some_fault(draw: Random) -> Fault:
+def _random_call_fault(draw: Random) -> Fault:
     lose: Any = draw.choices(("", "request", "reply"), (1 - 2 * SHARE, SHARE, SHARE))[0]
     delay_s = draw.choice((0.0, 0.0, 0.02, 0.3))
     return Fault(delay_s, draw.choice((0.0, 0.0, 0.1)), lose, draw.random() < SHARE)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from chaos_injector import STARVE, Deed
+from chaos_injector import STARVE, PlannedFault
 
 STEPS, EVERY, BATCH = 24, 4, 12
 KILL, STOP = int(signal.SIGKILL), int(signal.SIGSTOP)
@@ -48,7 +48,7 @@ STORES_AT = {"hybrid": {"data_strategy": "ps-sync", "num_servers": 1}}
 class Plan:
     """One trial of a row."""
 
-    deeds: tuple[Deed, ...]
+    faults: tuple[PlannedFault, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the strategy, added to those of `STRATEGIES`."""
     width: int = 16
@@ -131,22 +131,22 @@ def inside(draw: Random) -> str:
 
 @row("F1-setup", "SIGKILL a worker while it builds the model or loads its data")
 def _(strategy: str, draw: Random) -> Plan:
-    return Plan((Deed(draw.choice(("model", "data")), rank_of(strategy, draw)),))
+    return Plan((PlannedFault(draw.choice(("model", "data")), rank_of(strategy, draw)),))
 
 
 @row("F1", "SIGKILL a worker in forward or backward")
 def _(strategy: str, draw: Random) -> Plan:
-    return Plan((Deed(inside(draw), rank_of(strategy, draw), some_step(draw)),))
+    return Plan((PlannedFault(inside(draw), rank_of(strategy, draw), some_step(draw)),))
 
 
 @row("F1-last", "SIGKILL a worker in the last step", SYNCHRONOUS)
 def _(strategy: str, draw: Random) -> Plan:
-    return Plan((Deed(inside(draw), rank_of(strategy, draw), STEPS - 1),))
+    return Plan((PlannedFault(inside(draw), rank_of(strategy, draw), STEPS - 1),))
 
 
 @row("F1-eval", "SIGKILL a worker in an evaluation")
 def _(strategy: str, draw: Random) -> Plan:
-    return Plan((Deed("evaluation", 0),))
+    return Plan((PlannedFault("evaluation", 0),))
 
 
 @row("F2", "SIGKILL a worker during its push", ("ps-sync", "ps-async", "hybrid"))
@@ -163,8 +163,8 @@ def _(strategy: str, draw: Random) -> Plan:
     """Hold a rank before its push, and kill a rank of another replica, which waits for it."""
     rank = draw.choice((0, WORLD[strategy] - 1))
     other = WORLD[strategy] - 1 - rank
-    deed = Deed("backward", rank, some_step(draw), f"worker-{other}", delay_s=0.5)
-    return Plan((deed,), STORES_AT.get(strategy, {}))
+    fault = PlannedFault("backward", rank, some_step(draw), f"worker-{other}", delay_s=0.5)
+    return Plan((fault,), STORES_AT.get(strategy, {}))
 
 
 @row("F4", "SIGKILL a rank other than 0 in an all-reduce", ("ring", "hybrid"))
@@ -181,8 +181,8 @@ def _in_exchange(strategy: str, rank: int, draw: Random, served: bool = True) ->
     """Kill a rank after its backward, at a random time within the duration of an exchange."""
     delay = draw.uniform(0, 0.03)
     options = STORES_AT.get(strategy, {}) if served else {}
-    deed = Deed("backward", rank, some_step(draw), hold=False, delay_s=delay)
-    return Plan((deed,), options, WIDE)
+    fault = PlannedFault("backward", rank, some_step(draw), hold=False, delay_s=delay)
+    return Plan((fault,), options, WIDE)
 
 
 @row(
@@ -192,7 +192,7 @@ def _in_exchange(strategy: str, rank: int, draw: Random, served: bool = True) ->
 )
 def _(strategy: str, draw: Random) -> Plan:
     forwards = MICRO_BATCHES * some_step(draw) + draw.randrange(MICRO_BATCHES)
-    return Plan((Deed("between", rank_of(strategy, draw), forwards),))
+    return Plan((PlannedFault("between", rank_of(strategy, draw), forwards),))
 
 
 @row("F7-worker", "SIGKILL a worker while a checkpoint is written")
@@ -211,28 +211,28 @@ def _(strategy: str, draw: Random) -> Plan:
 
 
 def _while_writing(victim: str, draw: Random, **more: Any) -> Plan:
-    saved = Deed("partial", victim=victim, delay_s=draw.uniform(0, 0.02), saved=True)
+    saved = PlannedFault("partial", victim=victim, delay_s=draw.uniform(0, 0.02), saved=True)
     return Plan((saved,), width=WIDE, **more)
 
 
 @row("F8", "SIGKILL the replacement of a lost worker while it builds the model")
 def _(strategy: str, draw: Random) -> Plan:
     rank = rank_of(strategy, draw)
-    return Plan((Deed(inside(draw), rank, some_step(draw)), Deed("renewed", rank)))
+    return Plan((PlannedFault(inside(draw), rank, some_step(draw)), PlannedFault("renewed", rank)))
 
 
 @row("F8-other", "SIGKILL another worker while a lost worker is replaced")
 def _(strategy: str, draw: Random) -> Plan:
     rank = rank_of(strategy, draw)
     other = (rank + draw.randrange(1, WORLD[strategy])) % WORLD[strategy]
-    first = Deed(inside(draw), rank, step_after_checkpoint(strategy, draw), saved=True)
-    return Plan((first, Deed("renewed", rank, victim=f"worker-{other}")))
+    first = PlannedFault(inside(draw), rank, step_after_checkpoint(strategy, draw), saved=True)
+    return Plan((first, PlannedFault("renewed", rank, victim=f"worker-{other}")))
 
 
 @row("F9", "SIGKILL all workers at once")
 def _(strategy: str, draw: Random) -> Plan:
     step = step_after_checkpoint(strategy, draw)
-    return Plan((Deed(inside(draw), 0, step, victim="workers", saved=True),))
+    return Plan((PlannedFault(inside(draw), 0, step, victim="workers", saved=True),))
 
 
 @row("F10", "SIGKILL a server without a backup", (*SERVED, "hybrid"))
@@ -249,8 +249,8 @@ def _servers(strategy: str, victim: str, draw: Random, **options: Any) -> Plan:
     options = {**STORES_AT.get(strategy, {}), **options}
     hold, delay = draw.choice(((True, 0.0), (False, draw.uniform(0, 0.03))))
     step = step_after_checkpoint(strategy, draw)
-    deed = Deed(inside(draw), 0, step, victim, hold=hold, delay_s=delay, saved=True)
-    return Plan((deed,), options, WIDE)
+    fault = PlannedFault(inside(draw), 0, step, victim, hold=hold, delay_s=delay, saved=True)
+    return Plan((fault,), options, WIDE)
 
 
 @row(
@@ -261,22 +261,22 @@ def _servers(strategy: str, victim: str, draw: Random, **options: Any) -> Plan:
 def _(strategy: str, draw: Random) -> Plan:
     options = {**STORES_AT.get(strategy, {}), "replication": 2}
     step = some_step(draw)
-    deeds = [Deed(inside(draw), 0, step, "primary")]
+    faults = [PlannedFault(inside(draw), 0, step, "primary")]
     if draw.random() < 0.5:
-        deeds.append(Deed("forward", 0, step + 2, "primary"))
-    return Plan(tuple(deeds), options, WIDE)
+        faults.append(PlannedFault("forward", 0, step + 2, "primary"))
+    return Plan(tuple(faults), options, WIDE)
 
 
 @row("F13", "SIGKILL the server manager", (*SERVED, "hybrid"))
 def _(strategy: str, draw: Random) -> Plan:
-    deed = Deed(inside(draw), 0, some_step(draw), "server-manager")
-    return Plan((deed,), STORES_AT.get(strategy, {}))
+    fault = PlannedFault(inside(draw), 0, some_step(draw), "server-manager")
+    return Plan((fault,), STORES_AT.get(strategy, {}))
 
 
 @row("F13-scheduler", "SIGKILL the task scheduler", (*SERVED, "hybrid"))
 def _(strategy: str, draw: Random) -> Plan:
-    deed = Deed(inside(draw), 0, some_step(draw), "task-scheduler")
-    return Plan((deed,), STORES_AT.get(strategy, {}))
+    fault = PlannedFault(inside(draw), 0, some_step(draw), "task-scheduler")
+    return Plan((fault,), STORES_AT.get(strategy, {}))
 
 
 @row("F13-controller", "SIGKILL the controller; resume")
@@ -304,33 +304,39 @@ def _(strategy: str, draw: Random) -> Plan:
 def _ended(strategy: str, victim: str, number: int, draw: Random, **more: Any) -> Plan:
     """End the run once a checkpoint exists; the rank of the moment waits until then."""
     step = step_after_checkpoint(strategy, draw)
-    deed = Deed(inside(draw), 0, step, victim, number, saved=True)
-    return Plan((deed,), resumes=True, **more)
+    fault = PlannedFault(inside(draw), 0, step, victim, number, saved=True)
+    return Plan((fault,), resumes=True, **more)
 
 
 @row("F18", "SIGTERM to a worker")
 def _(strategy: str, draw: Random) -> Plan:
     return Plan(
-        (Deed(inside(draw), rank_of(strategy, draw), some_step(draw), action=int(signal.SIGTERM)),)
+        (
+            PlannedFault(
+                inside(draw), rank_of(strategy, draw), some_step(draw), action=int(signal.SIGTERM)
+            ),
+        )
     )
 
 
 @row("F22", "SIGSTOP a worker permanently")
 def _(strategy: str, draw: Random) -> Plan:
-    return Plan((Deed(inside(draw), rank_of(strategy, draw), some_step(draw), action=STOP),))
+    return Plan(
+        (PlannedFault(inside(draw), rank_of(strategy, draw), some_step(draw), action=STOP),)
+    )
 
 
 @row("F22-back", "SIGSTOP a worker, SIGCONT after its deadline: its messages are rejected")
 def _(strategy: str, draw: Random) -> Plan:
     undo = HEARTBEAT_S + draw.uniform(0, 4)
     rank, step = rank_of(strategy, draw), some_step(draw)
-    return Plan((Deed(inside(draw), rank, step, action=STOP, undo_s=undo),))
+    return Plan((PlannedFault(inside(draw), rank, step, action=STOP, undo_s=undo),))
 
 
 @row("F23", "SIGSTOP a worker for 1.5 s, less than any deadline: no failure is reported")
 def _(strategy: str, draw: Random) -> Plan:
     rank, step = rank_of(strategy, draw), some_step(draw)
-    return Plan((Deed(inside(draw), rank, step, action=STOP, undo_s=1.5),), quiet=True)
+    return Plan((PlannedFault(inside(draw), rank, step, action=STOP, undo_s=1.5),), quiet=True)
 
 
 @row("F24", "SIGSTOP a server permanently, with a backup or without", (*SERVED, "hybrid"))
@@ -338,20 +344,22 @@ def _(strategy: str, draw: Random) -> Plan:
     replication = draw.choice((1, 2))
     options = {**STORES_AT.get(strategy, {}), "replication": replication}
     victim = "primary" if replication == 2 else "server"
-    deed = Deed(inside(draw), 0, step_after_checkpoint(strategy, draw), victim, STOP, saved=True)
-    return Plan((deed,), options)
+    fault = PlannedFault(
+        inside(draw), 0, step_after_checkpoint(strategy, draw), victim, STOP, saved=True
+    )
+    return Plan((fault,), options)
 
 
 @row("F24-manager", "SIGSTOP the server manager permanently", (*SERVED, "hybrid"))
 def _(strategy: str, draw: Random) -> Plan:
-    deed = Deed(inside(draw), 0, some_step(draw), "server-manager", STOP)
-    return Plan((deed,), STORES_AT.get(strategy, {}))
+    fault = PlannedFault(inside(draw), 0, some_step(draw), "server-manager", STOP)
+    return Plan((fault,), STORES_AT.get(strategy, {}))
 
 
 @row("F24-scheduler", "SIGSTOP the task scheduler permanently", (*SERVED, "hybrid"))
 def _(strategy: str, draw: Random) -> Plan:
-    deed = Deed(inside(draw), 0, some_step(draw), "task-scheduler", STOP)
-    return Plan((deed,), STORES_AT.get(strategy, {}))
+    fault = PlannedFault(inside(draw), 0, some_step(draw), "task-scheduler", STOP)
+    return Plan((fault,), STORES_AT.get(strategy, {}))
 
 
 @row("F24-controller", "SIGSTOP the controller permanently; resume")
@@ -362,20 +370,20 @@ def _(strategy: str, draw: Random) -> Plan:
 @row("F24-driver", "SIGSTOP the driver for longer than a deadline, then SIGCONT")
 def _(strategy: str, draw: Random) -> Plan:
     undo = HEARTBEAT_S + 2
-    deed = Deed(inside(draw), 0, some_step(draw), "driver", STOP, undo_s=undo)
-    return Plan((deed,), quiet=True)
+    fault = PlannedFault(inside(draw), 0, some_step(draw), "driver", STOP, undo_s=undo)
+    return Plan((fault,), quiet=True)
 
 
 @row("F28", "the disk is full for 0.1 s during a checkpoint")
 def _(strategy: str, draw: Random) -> Plan:
-    deed = Deed("forward", 0, some_step(draw), "disk", "fill", undo_s=0.1)
-    return Plan((deed,), width=WIDE, small_disk=True)
+    fault = PlannedFault("forward", 0, some_step(draw), "disk", "fill", undo_s=0.1)
+    return Plan((fault,), width=WIDE, small_disk=True)
 
 
 @row("F28-for-good", "the disk stays full: exit code 5")
 def _(strategy: str, draw: Random) -> Plan:
-    deed = Deed("forward", 0, some_step(draw), "disk", "fill")
-    return Plan((deed,), width=WIDE, small_disk=True, codes=(5,))
+    fault = PlannedFault("forward", 0, some_step(draw), "disk", "fill")
+    return Plan((fault,), width=WIDE, small_disk=True, codes=(5,))
 
 
 @row("F29", "the run directory is deleted: exit code 5")
@@ -396,15 +404,15 @@ def _(strategy: str, draw: Random) -> Plan:
 def _without_disk(strategy: str, action: str, draw: Random) -> Plan:
     saved = draw.random() < 0.5
     step = step_after_checkpoint(strategy, draw) if saved else some_step(draw)
-    deed = Deed(inside(draw), 0, step, "disk", action, saved=saved)
-    return Plan((deed,), small_disk=True, codes=(5,))
+    fault = PlannedFault(inside(draw), 0, step, "disk", action, saved=saved)
+    return Plan((fault,), small_disk=True, codes=(5,))
 
 
 @row("F30", "the newest checkpoint of a stopped run is damaged; resume from the previous one")
 def _(strategy: str, draw: Random) -> Plan:
-    deed = Deed("forward", 0, 3 * EVERY + 2, "driver", int(signal.SIGINT), saved=True)
+    fault = PlannedFault("forward", 0, 3 * EVERY + 2, "driver", int(signal.SIGINT), saved=True)
     damage = draw.choice(("flip", "cut"))
-    return Plan((deed,), resumes=True, codes=(130,), damage=damage, pause_s=0.1)
+    return Plan((fault,), resumes=True, codes=(130,), damage=damage, pause_s=0.1)
 
 
 @row("F32", "the kernel's OOM killer kills a server, or a worker if the strategy has no servers")
@@ -413,8 +421,8 @@ def _(strategy: str, draw: Random) -> Plan:
         step, victim = step_after_checkpoint(strategy, draw), "server"
     else:
         step, victim = some_step(draw), f"worker-{rank_of(strategy, draw)}"
-    deed = Deed("forward", 0, step, victim, STARVE, hold=False, saved=victim == "server")
-    return Plan((deed,))
+    fault = PlannedFault("forward", 0, step, victim, STARVE, hold=False, saved=victim == "server")
+    return Plan((fault,))
 
 
 @row("F34", "a task raises an exception: exit code 1 at once")
@@ -433,15 +441,15 @@ def _(strategy: str, draw: Random) -> Plan:
 
 
 def _user(strategy: str, action: str, draw: Random, **more: Any) -> Plan:
-    deed = Deed("forward", rank_of(strategy, draw), some_step(draw), action=action)
-    return Plan((deed,), **more)
+    fault = PlannedFault("forward", rank_of(strategy, draw), some_step(draw), action=action)
+    return Plan((fault,), **more)
 
 
 @row("F40", "a worker dies in the same step repeatedly: exit code 4", SYNCHRONOUS)
 def _(strategy: str, draw: Random) -> Plan:
     """Under `ps-async` other workers compute the lost task, which counts as progress."""
     rank, step = rank_of(strategy, draw), some_step(draw)
-    return Plan(tuple(Deed("forward", rank, step) for _ in range(3)), codes=(4,))
+    return Plan(tuple(PlannedFault("forward", rank, step) for _ in range(3)), codes=(4,))
 
 
 @row("F41", "the clock of a worker's process jumps by an hour: no failure is reported")
@@ -452,8 +460,8 @@ def _(strategy: str, draw: Random) -> Plan:
 @row("F9-two", "SIGKILL a worker and a server at the same moment", (*SERVED, "hybrid"))
 def _(strategy: str, draw: Random) -> Plan:
     rank, step = rank_of(strategy, draw), step_after_checkpoint(strategy, draw)
-    first = Deed(inside(draw), 0, step, "server", saved=True)
-    second = Deed(first.moment, 0, step, f"worker-{rank}", hold=False)
+    first = PlannedFault(inside(draw), 0, step, "server", saved=True)
+    second = PlannedFault(first.moment, 0, step, f"worker-{rank}", hold=False)
     return Plan((second, first), STORES_AT.get(strategy, {}))
 
 
@@ -477,14 +485,14 @@ def _node(strategy: str, draw: Random, **more: Any) -> Plan:
         step, pause_s = step_after_checkpoint(strategy, draw), 0.02
     else:
         step, pause_s = EVERY + draw.randrange(4), 1.5
-    return Plan((Deed(inside(draw), 0, step, "node", saved=True, **more),), pause_s=pause_s)
+    return Plan((PlannedFault(inside(draw), 0, step, "node", saved=True, **more),), pause_s=pause_s)
 
 
 @row("F21", "SIGKILL the head of the cluster; resume on a new one", separate_head=True)
 def _(strategy: str, draw: Random) -> Plan:
     """Workers survive: the remaining steps must take longer than the deadline of the loss."""
-    deed = Deed(inside(draw), 0, EVERY + draw.randrange(4), "head", KILL, saved=True)
-    return Plan((deed,), resumes=True, codes=(4,), pause_s=1.5)
+    fault = PlannedFault(inside(draw), 0, EVERY + draw.randrange(4), "head", KILL, saved=True)
+    return Plan((fault,), resumes=True, codes=(4,), pause_s=1.5)
 
 
 def _no_plan(strategy: str, draw: Random) -> Plan:

@@ -20,7 +20,7 @@ from random import Random
 from chaos_cluster import OneCluster, with_token
 from chaos_grid import line
 from chaos_hosts import ThreeHosts, can_create_hosts, isolate
-from chaos_injector import Deed
+from chaos_injector import PlannedFault
 from chaos_rows import (
     ALL,
     HEARTBEAT_S,
@@ -70,16 +70,16 @@ def main() -> int:
 
 def random_plan(strategy: str, draw: Random, hosts: bool) -> Plan:
     """Draw one to three faults in ascending steps, after the first checkpoint."""
-    step, deeds = first_checkpoint(strategy) + 1, list[Deed]()
+    step, faults = first_checkpoint(strategy) + 1, list[PlannedFault]()
     for _ in range(draw.randint(1, 3)):
         step += draw.randint(1, 4)
         moment = draw.choice(("forward", "backward"))
-        deeds.append(_draw_deed(strategy, draw, moment, min(step, STEPS - 1), hosts))
+        faults.append(_draw_fault(strategy, draw, moment, min(step, STEPS - 1), hosts))
     width = draw.choice((16, WIDE))
-    return Plan(tuple(deeds), width=width, max_failures=20)
+    return Plan(tuple(faults), width=width, max_failures=20)
 
 
-def _draw_deed(strategy: str, draw: Random, moment: str, step: int, hosts: bool) -> Deed:
+def _draw_fault(strategy: str, draw: Random, moment: str, step: int, hosts: bool) -> PlannedFault:
     rank = draw.randrange(WORLD[strategy])
     victims = ["self"] * 4 + [f"worker-{draw.randrange(WORLD[strategy])}", "node"]
     if strategy in SERVED:
@@ -88,12 +88,14 @@ def _draw_deed(strategy: str, draw: Random, moment: str, step: int, hosts: bool)
     if victim == "node" and hosts:
         action: int | str = draw.choice((KILL, STOP, "cut", "slow"))
         undo_s = draw.choice((1.0, 3.0, HEARTBEAT_S + 3))
-        return Deed(moment, rank, step, victim, action, saved=True, undo_s=undo_s)
+        return PlannedFault(moment, rank, step, victim, action, saved=True, undo_s=undo_s)
     action = draw.choice((KILL, KILL, STOP))
     undo_s = draw.choice((0.0, 1.0, HEARTBEAT_S + 3)) if action == signal.SIGSTOP else 0.0
     delay_s = draw.choice((0.0, draw.uniform(0, 0.03)))
     hold = delay_s == 0.0
-    return Deed(moment, rank, step, victim, action, hold, delay_s, saved=True, undo_s=undo_s)
+    return PlannedFault(
+        moment, rank, step, victim, action, hold, delay_s, saved=True, undo_s=undo_s
+    )
 
 
 def summary(outcomes: list[Outcome]) -> str:

@@ -31,7 +31,7 @@ class Watched(Task):
 
     Args:
         folder: for files exchanged by injector and task.
-        moments: name, rank, step, and whether to wait there; see `Deed.request`.
+        moments: name, rank, step, and whether to wait there; see `PlannedFault.request`.
         width: of the layers; a wide model has long exchanges and checkpoints.
         pause: minimum duration of each forward, in seconds.
         per_step: forwards of a rank in one step.
@@ -154,19 +154,19 @@ def wait_for_answer(path: Path) -> str:
     return path.read_text()
 
 
-def act(deed: str) -> None:
+def act(fault: str) -> None:
     """Simulate user code that fails."""
-    if deed == "raise":
+    if fault == "raise":
         raise KeyError("no such token: 17")
-    if deed == "exit":
+    if fault == "exit":
         sys.exit(0)
-    if deed == "quit":
+    if fault == "quit":
         os._exit(0)
-    if deed == "segfault":
+    if fault == "segfault":
         ctypes.string_at(0)
-    if deed == "loop":
+    if fault == "loop":
         time.sleep(3600)
-    if deed == "clock":
+    if fault == "clock":
         jump(3600.0)
 
 

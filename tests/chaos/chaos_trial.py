@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 from chaos_cluster import AnyCluster
-from chaos_injector import Deed, Disk, Fired, Injector, Scene, actors
+from chaos_injector import Disk, Fired, Injector, PlannedFault, Scene, actors
 from chaos_rows import (
     BATCH,
     EVERY,
@@ -61,7 +61,7 @@ class Outcome:
     row: str
     strategy: str
     seed: int
-    deeds: tuple[Deed, ...]
+    faults: tuple[PlannedFault, ...]
     fired: list[Fired]
     not_fired: list[str]
     problems: list[str]
@@ -131,15 +131,15 @@ class Runs:
             problems = run.make(expected)
         finally:
             run.end()
-        left = Counter(plan.deeds) - Counter(fired.deed for fired in run.fired)
-        not_fired = [str(deed) for deed in left.elements()]
+        left = Counter(plan.faults) - Counter(fired.fault for fired in run.fired)
+        not_fired = [str(fault) for fault in left.elements()]
         not_fired += [text for text in run.injector_problems if text not in not_fired]
         duration = time.monotonic() - start
         return Outcome(
             name,
             strategy,
             seed,
-            plan.deeds,
+            plan.faults,
             run.fired,
             not_fired,
             problems,
@@ -178,7 +178,7 @@ class OneRun:
         disk = self._mount() if plan.small_disk else None
         scene = Scene(folder / "talk", self._storage, disk, cluster)
         self._scene, self._disk = scene, disk
-        self._injector = Injector(scene, plan.deeds)
+        self._injector = Injector(scene, plan.faults)
         self._drivers = 0
         self._ended_at = 0.0
         self.found_s: float | None = None  #: see `Outcome`
@@ -214,7 +214,7 @@ class OneRun:
             if code != 0:
                 problems.append(f"resumed: exit code {code}: {self._log_tail()}")
         self._ended_at = time.time()
-        problems += found_late(self._plan.deeds, self.found_s, self._found_text)
+        problems += found_late(self._plan.faults, self.found_s, self._found_text)
         problems += self._leftovers()
         if code == 0 and not problems:
             problems += self._compare(expected)
@@ -251,7 +251,7 @@ class OneRun:
 
     def _job(self) -> dict[str, Any]:
         plan, name = self._plan, self._strategy
-        moments = [deed.request for deed in plan.deeds]
+        moments = [fault.request for fault in plan.faults]
         task = {"folder": str(self._scene.folder), "moments": moments, "width": plan.width}
         per_step = STRATEGIES[name].get("micro_batches", 1)
         clip = {} if name == "ps-async" else {"clip_norm": 1.0}
@@ -309,7 +309,7 @@ class OneRun:
 
     def _read_log(self, log: Path, read: int) -> int:
         """Record the detection of a frozen process; return the new position in the log."""
-        frozen = [fired.at for fired in self.fired if fired.deed.action == signal.SIGSTOP]
+        frozen = [fired.at for fired in self.fired if fired.fault.action == signal.SIGSTOP]
         with log.open("rb") as file:
             file.seek(read)
             new = file.read()
@@ -373,7 +373,7 @@ class OneRun:
             problems.append(f"reported steps: {steps}")
         if self._plan.quiet and failures:
             problems.append(f"reported as a failure: {failures[0]['cause']}")
-        if not failures and any(deed.action in LOSSES for deed in self._plan.deeds):
+        if not failures and any(fault.action in LOSSES for fault in self._plan.faults):
             problems.append("the task's fault was not reported as a failure")
         if expected is not None and self.model_hash() != expected:
             problems.append("the model has other bits than that of the run without a fault")
@@ -408,17 +408,17 @@ class OneRun:
         return [] if followed else [f"`distplat replay`: exit code {code} {stderr}"]
 
 
-def found_late(deeds: Sequence[Deed], found_s: float | None, text: str) -> list[str]:
+def found_late(faults: Sequence[PlannedFault], found_s: float | None, text: str) -> list[str]:
     """
     Return a problem if a permanently frozen process was detected too late.
 
     Args:
-        deeds: planned faults.
+        faults: planned faults.
         found_s: see `Outcome`; None: not reported, such as a frozen server with a backup.
         text: log message. After the last step there are no heartbeats: calls such as that for the
             log of updates have the deadline `step_timeout_s`.
     """
-    frozen = any(deed.action == signal.SIGSTOP and not deed.undo_s for deed in deeds)
+    frozen = any(fault.action == signal.SIGSTOP and not fault.undo_s for fault in faults)
     limit_s = DETECTION_DELAY_S + (STEP_S if "step_timeout_s" in text else HEARTBEAT_S)
     if not frozen or found_s is None or found_s <= limit_s:
         return []

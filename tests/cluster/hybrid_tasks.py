@@ -17,16 +17,16 @@ class Staged(Blobs):
     Four blocks with batch norm and dropout.
 
     Args:
-        folder: for the markers of deeds: each deed is done once.
-        deeds: `kill 1 forward 6` kills rank 1 in its seventh forward in training. Instead of
+        folder: for the markers of faults: each fault is injected once.
+        faults: `kill 1 forward 6` kills rank 1 in its seventh forward in training. Instead of
             `kill`: `stop` freezes the rank, `late` kills it after a delay for the write of
             checkpoints, `server` kills a server of the first part after the same delay, once
             backups are ready. `backward` is the backward of that forward. `all` instead of a
             rank: every rank.
     """
 
-    def __init__(self, folder: str, deeds: list[str]) -> None:
-        self.folder, self.deeds = folder, [deed.split() for deed in deeds]
+    def __init__(self, folder: str, faults: list[str]) -> None:
+        self.folder, self.faults = folder, [fault.split() for fault in faults]
         self.rank = str(ray.get_runtime_context().get_actor_name()).split("/")[1].split("-")[1]
 
     def model(self) -> nn.Module:
@@ -34,14 +34,14 @@ class Staged(Blobs):
         return nn.Sequential(nn.Linear(5, 16), *blocks, nn.Linear(16, 3))
 
     def act(self, moment: str, forwards: int) -> None:
-        """Do the deeds of this moment."""
-        for number, (deed, rank, when, at) in enumerate(self.deeds):
+        """Inject the faults of this moment."""
+        for number, (fault, rank, when, at) in enumerate(self.faults):
             mine = rank in ("all", self.rank) and (when, int(at)) == (moment, forwards)
             name = f"{number}-{self.rank}" if rank == "all" else str(number)
             if mine and create_marker(os.path.join(self.folder, name)):
-                time.sleep(CHECKPOINT_DELAY_S if deed in ("late", "server") else 0.0)
-                victim = server_of_first_part() if deed == "server" else os.getpid()
-                os.kill(victim, signal.SIGSTOP if deed == "stop" else signal.SIGKILL)
+                time.sleep(CHECKPOINT_DELAY_S if fault in ("late", "server") else 0.0)
+                victim = server_of_first_part() if fault == "server" else os.getpid()
+                os.kill(victim, signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
 
 
 def server_of_first_part() -> int:
@@ -61,7 +61,7 @@ def server_of_first_part() -> int:
 
 
 class CountingBlock(nn.Module):
-    """Counts its forwards in training in a buffer, and runs the task's deeds."""
+    """Counts its forwards in training in a buffer, and injects the task's faults."""
 
     def __init__(self, task: Staged, width: int) -> None:
         super().__init__()

@@ -12,9 +12,9 @@ from small_runs import BesideTraining, job
 LONG_STEPS = {"epochs": None, "steps": 100_000, "evaluation": {"every_epochs": 0}}
 
 
-def misbehaving_job(strategy: object, deed: str, tmp_path: Path, **more: Any) -> dict[str, Any]:
-    """Return a long job of two ranks; one of them runs `deed` in its sixth step."""
-    args = {"deed": deed, "marker": str(tmp_path / "done"), "at": 6}
+def misbehaving_job(strategy: object, fault: str, tmp_path: Path, **more: Any) -> dict[str, Any]:
+    """Return a long job of two ranks; one of them gets `fault` in its sixth step."""
+    args = {"fault": fault, "marker": str(tmp_path / "done"), "at": 6}
     fields: dict[str, Any] = {
         "task": "tasks_for_tests:Misbehaving",
         "task_args": args,

@@ -121,33 +121,33 @@ class SlowStart(Blobs):
 
 class Misbehaving(Blobs):
     """
-    Runs a deed in call number `at` of `loss`, in the first process that reaches it.
+    Injects a fault in call number `at` of `loss`, in the first process that reaches it.
 
     Args:
-        deed: `raise`, `exit`, `kill`, `stop` or `hang`; empty: none.
+        fault: `raise`, `exit`, `kill`, `stop` or `hang`; empty: none.
         marker: file that the first process creates: only one rank misbehaves.
         at: number of the call.
     """
 
-    def __init__(self, deed: str = "", marker: str = "", at: int = 5) -> None:
-        self.deed, self.marker, self.at = deed, marker, at
+    def __init__(self, fault: str = "", marker: str = "", at: int = 5) -> None:
+        self.fault, self.marker, self.at = fault, marker, at
         self.calls = 0
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         self.calls += 1
         time.sleep(0.05)  # the controller receives reports of some steps
-        if self.deed and self.calls == self.at and create_marker(self.marker):
+        if self.fault and self.calls == self.at and create_marker(self.marker):
             self._misbehave()
         return super().loss(outputs, targets)
 
     def _misbehave(self) -> None:
-        if self.deed == "raise":
+        if self.fault == "raise":
             raise KeyError("no such token: 17")
-        if self.deed == "exit":
+        if self.fault == "exit":
             raise SystemExit(0)
-        if self.deed == "hang":
+        if self.fault == "hang":
             time.sleep(3600)
-        os.kill(os.getpid(), signal.SIGKILL if self.deed == "kill" else signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGKILL if self.fault == "kill" else signal.SIGSTOP)
 
 
 class Rows(IterableDataset[Any]):
@@ -209,7 +209,7 @@ class OfTerms(Misbehaving):
         return {"first": first.sum(), "others": (~first).sum()}
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Any:
-        super().loss(outputs, targets)  # counts the call, and may run the deed
+        super().loss(outputs, targets)  # counts the call, and may inject the fault
         each = nn.functional.cross_entropy(outputs, targets, reduction="none")
         return {"first": each[targets == 0].sum(), "others": each[targets != 0].sum()}
 
@@ -237,16 +237,18 @@ class Elastic(Blobs):
     Kills or freezes processes in given steps. The model has batch norm and dropout.
 
     Args:
-        folder: for the markers of deeds: each deed is done once.
-        deeds: `kill 1 at 6` kills rank 1 in its seventh step; `stop` freezes it. `start` instead of
-            a step: while a replacement builds the model. An actor class instead of `kill`: that
+        folder: for the markers of faults: each fault is injected once.
+        faults: `kill 1 at 6` kills rank 1 in its seventh step; `stop` freezes it. `start` instead
+            of a step: while a replacement builds the model. An actor class instead of `kill`: that
             rank kills one of these actors.
         pause: minimum duration of each forward, in seconds.
-        saved: folder of runs; deeds wait for a checkpoint in it. Empty: deeds do not wait.
+        saved: folder of runs; faults wait for a checkpoint in it. Empty: faults do not wait.
     """
 
-    def __init__(self, folder: str, deeds: list[str], pause: float = 0.02, saved: str = "") -> None:
-        self.folder, self.deeds = folder, [deed.split() for deed in deeds]
+    def __init__(
+        self, folder: str, faults: list[str], pause: float = 0.02, saved: str = ""
+    ) -> None:
+        self.folder, self.faults = folder, [fault.split() for fault in faults]
         self.pause, self.saved = pause, saved
         self.rank = int(str(ray.get_runtime_context().get_actor_name()).split("/")[1].split("-")[1])
         self.is_replacement = "attempt" in str(ray.get_runtime_context().get_actor_name())
@@ -259,13 +261,13 @@ class Elastic(Blobs):
         return Counting(self, *parts)
 
     def _act(self) -> None:
-        for number, (deed, rank, _, step) in enumerate(self.deeds):
+        for number, (fault, rank, _, step) in enumerate(self.faults):
             mine = rank in ("all", str(self.rank)) and step == str(self.at)
             name = f"{number}-{self.rank}" if rank == "all" else str(number)
             if mine and create_marker(os.path.join(self.folder, name)):
                 self._wait_for_a_checkpoint()
-                victim = os.getpid() if deed in ("kill", "stop") else process_of(deed)
-                os.kill(victim, signal.SIGSTOP if deed == "stop" else signal.SIGKILL)
+                victim = os.getpid() if fault in ("kill", "stop") else process_of(fault)
+                os.kill(victim, signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
 
     def _wait_for_a_checkpoint(self) -> None:
         deadline = time.monotonic() + 15

@@ -18,7 +18,7 @@ RING = {"name": "ring", "timeout_s": 4}
 
 
 def run(
-    tmp_path: Path, deeds: list[str], strategy: object, *, loaders: int = 0, **failure: Any
+    tmp_path: Path, faults: list[str], strategy: object, *, loaders: int = 0, **failure: Any
 ) -> tuple[Result, FailureRecorder]:
     folder = tmp_path / f"marks-{len(list(tmp_path.iterdir()))}"
     folder.mkdir()
@@ -26,7 +26,7 @@ def run(
         strategy,
         3,
         task="tasks_for_tests:Elastic",
-        task_args={"folder": str(folder), "deeds": deeds},
+        task_args={"folder": str(folder), "faults": faults},
         optimizer={"name": "AdamW", "lr": 0.02},
         epochs=None,
         steps=STEPS,
@@ -66,9 +66,9 @@ def assert_matches_unfailed(result: Result, tmp_path: Path, strategy: object) ->
 @pytest.mark.slow
 def test_lost_workers_are_replaced_in_any_step(tmp_path: Path) -> None:
     """First and last step, evaluation, a frozen worker, a replacement, two workers at once."""
-    deeds = ["kill 1 at 0", "kill 0 at 7", "kill 0 at start", "stop 2 at 12", "kill 0 at 20"]
-    deeds += ["kill 1 at 20", "kill 1 at 29", "kill 1 at evaluation"]
-    result, recorder = run(tmp_path, deeds, RING, max_failures=10)
+    faults = ["kill 1 at 0", "kill 0 at 7", "kill 0 at start", "stop 2 at 12", "kill 0 at 20"]
+    faults += ["kill 1 at 20", "kill 1 at 29", "kill 1 at evaluation"]
+    result, recorder = run(tmp_path, faults, RING, max_failures=10)
     assert_matches_unfailed(result, tmp_path, RING)
     lost = [(s.step, rank) for s in recorder.failures for rank in s.replaced]
     # Only the current step is repeated.
@@ -113,9 +113,9 @@ def test_loss_of_sharded_state_restarts_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_crash_loop_ends_the_run_and_lists_failures(tmp_path: Path) -> None:
-    deeds = ["kill 1 at 7"] * 5
+    faults = ["kill 1 at 7"] * 5
     with pytest.raises(RestartsExhausted) as caught:
-        run(tmp_path, deeds, RING, max_failures=10)
+        run(tmp_path, faults, RING, max_failures=10)
     assert caught.value.exit_code == 4
     assert len(caught.value.failures) == 3
     messages = caught.value.failures

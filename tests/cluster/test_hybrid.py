@@ -26,7 +26,7 @@ SERVED = {**GRID, "data_strategy": "ps-sync", "timeout_s": 60}
 
 def run(
     tmp_path: Path,
-    deeds: list[str],
+    faults: list[str],
     strategy: dict[str, Any] = GRID,
     recorder: FailureRecorder | None = None,
     **more: Any,
@@ -38,7 +38,7 @@ def run(
         {"timeout_s": 6, **strategy},
         workers,
         task="hybrid_tasks:Staged",
-        task_args={"folder": str(folder), "deeds": deeds},
+        task_args={"folder": str(folder), "faults": faults},
         optimizer={"name": "AdamW", "lr": 0.02},
         epochs=None,
         steps=STEPS,
@@ -50,7 +50,7 @@ def run(
     )
     recorder = recorder or FailureRecorder()
     result = train(spec, tmp_path, callbacks=(recorder,))
-    assert {path.name for path in folder.iterdir()} == {str(at) for at in range(len(deeds))}
+    assert {path.name for path in folder.iterdir()} == {str(at) for at in range(len(faults))}
     return result, recorder
 
 
@@ -127,7 +127,7 @@ def test_lost_stage_is_restored_from_its_peer(tmp_path: Path) -> None:
         (f"worker-{rank}",) for rank in lost.values()
     ]
     # Only the current step is repeated.
-    assert [s.step for s in recorder.failures] == [int(deed.split()[-1]) // 3 for deed in lost]
+    assert [s.step for s in recorder.failures] == [int(fault.split()[-1]) // 3 for fault in lost]
     assert "0" in recorder.failures[-1].cause
 
 
@@ -137,8 +137,8 @@ def test_lost_servers_of_stages_are_replaced(tmp_path: Path) -> None:
     backed, recorder = run(tmp_path, ["server 1 forward 30"], {**SERVED, "replication": 2})
     assert not recorder.failures, "no worker is replaced, and no step is repeated"
     _unfailed[repr(SERVED)] = weights(backed), backed
-    deeds = ["kill 1 backward 20", "server 1 backward 56"]
-    result, recorder = run(tmp_path, deeds, SERVED, checkpoint={"every_steps": 5})
+    faults = ["kill 1 backward 20", "server 1 backward 56"]
+    result, recorder = run(tmp_path, faults, SERVED, checkpoint={"every_steps": 5})
     assert_matches_unfailed(result, tmp_path, SERVED)
     first, second = recorder.failures
     assert (first.replaced, first.step) == (("worker-1",), 6), "the current step is repeated"
@@ -158,7 +158,7 @@ def test_replica_without_placement_group_is_replaced(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_loss_of_both_peers_restores_checkpoint(tmp_path: Path) -> None:
-    deeds = ["late 1 forward 57", "late 3 forward 57"]
-    result, recorder = run(tmp_path, deeds, checkpoint={"every_steps": 5})
+    faults = ["late 1 forward 57", "late 3 forward 57"]
+    result, recorder = run(tmp_path, faults, checkpoint={"every_steps": 5})
     assert_matches_unfailed(result, tmp_path)
     assert recorder.failures[-1].step in WRITTEN and len(recorder.failures[-1].replaced) == 4

@@ -32,9 +32,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.usefixtures("local_ray"), pytest.
 STEPS = 40
 
 
-def losing_job(strategy: Any, deed: str, tmp_path: Path, **more: Any) -> dict[str, Any]:
-    """Return a job of two ranks; one of them runs `deed` in its sixth step."""
-    args = {"deed": deed, "marker": str(tmp_path / "done"), "at": 6}
+def losing_job(strategy: Any, fault: str, tmp_path: Path, **more: Any) -> dict[str, Any]:
+    """Return a job of two ranks; one of them gets `fault` in its sixth step."""
+    args = {"fault": fault, "marker": str(tmp_path / "done"), "at": 6}
     fields = {"task": "tasks_for_tests:Misbehaving", "evaluation": {"every_epochs": 0}, **more}
     return job(strategy, 2, task_args=args, epochs=None, steps=STEPS, **fields)
 

@@ -20,16 +20,16 @@ SERVERS: dict[str, Any] = {"name": "ps-sync", "num_servers": 2}
 
 
 def spec(
-    tmp_path: Path, strategy: object, deeds: list[str], *, saved: bool = False, **more: Any
+    tmp_path: Path, strategy: object, faults: list[str], *, saved: bool = False, **more: Any
 ) -> dict[str, Any]:
-    """Return the fields of a job; `saved`: deeds wait until a checkpoint is on the disk."""
+    """Return the fields of a job; `saved`: faults wait until a checkpoint is on the disk."""
     folder = tmp_path / f"marks-{len(list(tmp_path.iterdir()))}"
     folder.mkdir()
     fields: dict[str, Any] = {
         "task": "tasks_for_tests:Elastic",
         "task_args": {
             "folder": str(folder),
-            "deeds": deeds,
+            "faults": faults,
             "pause": 0.04,
             "saved": str(tmp_path) if saved else "",
         },

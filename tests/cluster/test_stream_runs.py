@@ -34,7 +34,7 @@ def test_killed_worker_loses_no_sample(tmp_path: Path) -> None:
         "ring",
         2,
         task="tasks_for_tests:Streamed",
-        task_args={"deed": "kill", "marker": str(tmp_path / "killed"), "at": 9},
+        task_args={"fault": "kill", "marker": str(tmp_path / "killed"), "at": 9},
         data={"num_workers": 1},
         checkpoint={"every_steps": 4},
     )

@@ -57,7 +57,7 @@ class Evaluator(BesideTraining):
 )
 def test_snapshot_matches_a_shorter_run(strategy: object, tmp_path: Path) -> None:
     evaluator = Evaluator(3)
-    args = {"marker": str(tmp_path / "never"), "deed": "none", "at": 0}
+    args = {"marker": str(tmp_path / "never"), "fault": "none", "at": 0}
     fields: dict[str, Any] = {
         "task": "tasks_for_tests:Misbehaving",  # sleeps in each step
         "task_args": args,

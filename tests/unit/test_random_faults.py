@@ -63,5 +63,5 @@ def test_frozen_process_must_be_detected_within_the_deadline(
 ) -> None:
     monkeypatch.syspath_prepend(str(CHAOS))
     trial: Any = importlib.import_module("chaos_trial")
-    deeds = [SimpleNamespace(action=int(action), undo_s=undo_s)]
-    assert bool(trial.found_late(deeds, found_s, text)) == late
+    faults = [SimpleNamespace(action=int(action), undo_s=undo_s)]
+    assert bool(trial.found_late(faults, found_s, text)) == late
