@@ -12,6 +12,9 @@ PIP := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
 DRAWN := $(addprefix tests/unit/test_,\
 	property_training.py leased_tables.py embedding_losses.py async_shard.py)
 
+# Ray's memory monitor counts the memory of all processes, so no other test may run.
+OUT_OF_MEMORY := tests/cluster/test_out_of_memory.py
+
 # Three, for two cores: tests in memory wait for each other's threads a third of their time.
 IN_MEMORY := -n 3 --dist loadfile --max-worker-restart 1
 NEW_EXAMPLES := --hypothesis-profile "new examples"
@@ -31,7 +34,8 @@ test: check
 
 test-all: test $(VENV)/.installed-all
 	$(BIN)/python -m pytest $(IN_MEMORY) -m slow tests/unit
-	$(BIN)/python -m pytest $(ON_RAY) -m slow tests/cluster
+	$(BIN)/python -m pytest $(ON_RAY) -m slow tests/cluster --ignore $(OUT_OF_MEMORY)
+	$(BIN)/python -m pytest $(OUT_OF_MEMORY)
 	$(BIN)/python -m pytest tests/unit/test_from_pages.py tests/unit/test_trackers.py tests/unit/test_gcs.py
 	$(BIN)/python -m pytest $(IN_MEMORY) $(NEW_EXAMPLES) -m hypothesis tests/unit
 	DISTPLAT_DRAWN_RUNS=1000 $(BIN)/python -m pytest --timeout 3000 $(NEW_EXAMPLES) $(DRAWN)

@@ -166,6 +166,7 @@ def run_head(mode: str) -> Iterator[Head]:
     try:
         wait_for_head(url, home / "ray" / "ray_current_cluster", process, log)
         yield Head(home, environ, url)
+        assert process.poll() is None, f"the head has ended: {log.read_text()[-3000:]}"
     finally:
         kill_tree(process)
         shutil.rmtree(home, ignore_errors=True)
@@ -173,7 +174,9 @@ def run_head(mode: str) -> Iterator[Head]:
 
 def kill_tree(process: "subprocess.Popen[bytes]") -> None:
     """End a head and its child processes only: other clusters may run on this machine."""
-    family = psutil.Process(process.pid).children(recursive=True)
+    family: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
     process.kill()  # SIGTERM would drain the node first, for seconds
     process.wait(30)
     for child in family:

@@ -38,7 +38,7 @@ class Disruption(Callback, threading.Thread):
         super().__init__(daemon=True)
         self.done, self.do, self.finished = done, do, False
         self.training, self.recovered = threading.Event(), threading.Event()
-        self.on_step_hook: Callable[[Any], None] = lambda summary: None
+        self.after_step: Callable[[Any], None] = lambda summary: None
 
     def on_start(self, job: Any, run: str, path: Path) -> None:
         self.run_name = run
@@ -46,7 +46,7 @@ class Disruption(Callback, threading.Thread):
 
     def on_step(self, step: StepSummary) -> None:
         self.training.set()
-        self.on_step_hook(step)
+        self.after_step(step)
 
     def on_recovery(self, recovery: Recovery) -> None:
         self.recovered.set()
@@ -128,7 +128,7 @@ def test_new_manager_promotes_backups(tmp_path: Path) -> None:
         killer.lose("small/server-manager/attempt-1")
 
     disruption = Disruption(tmp_path / "done", do)
-    disruption.on_step_hook = killer.on_step
+    disruption.after_step = killer.on_step
     fields = spec({"name": "ps-sync", "num_servers": 2, "replication": 2}, disruption.done)
     result = train(fields, tmp_path, callbacks=(disruption,))
     assert disruption.finished
