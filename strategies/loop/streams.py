@@ -424,6 +424,7 @@ class StreamSamples(Dataset[Any]):
 
     def _with_hashes(self, mark: StreamPosition, following: list[Any]) -> StreamPosition:
         """Return a mark with hashes of the next samples; without any, a state is unverifiable."""
+        following = [*following, *self._ahead]  # read ahead for an earlier mark of this pass
         while mark.turn == self._turn and len(following) < _AFTER and self._samples is not None:
             place = self._place + len(self._ahead)
             if place == self._size:

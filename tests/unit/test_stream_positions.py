@@ -100,6 +100,19 @@ def test_position_counts_passes() -> None:
     assert position["state"] == ""
 
 
+@pytest.mark.parametrize("task", [Stateful, Stateless])
+@pytest.mark.parametrize(("strategy", "workers"), [("ring", 2), ("ps-async", 1)])
+def test_positions_may_be_a_few_samples_apart(
+    strategy: str, workers: int, task: type[Task]
+) -> None:
+    """The samples after a position were read ahead for the position before it."""
+    fields = {"checkpoint": {"every_steps": 1, "num_to_keep": 99}, "global_batch_size": 2}
+    spec = job(strategy, workers, steps=12, **fields)
+    unfailed = train(spec, task)
+    for version in (2, 3, 11):
+        assert same_bits(train(spec, task, saved=unfailed.checkpoints[version]), unfailed)
+
+
 class InaccurateState(CountedStream):
     """Stream whose state leads to another sample, like a refilled shuffle buffer."""
 
