@@ -123,6 +123,21 @@ def test_rejects_changes_after_the_first_step(
     assert re.search(text, message), message
 
 
+@pytest.mark.parametrize("name", ["lightning.fabric", "lightning_fabric"])
+def test_lightning_may_move_the_state(name: str) -> None:
+    """Its Trainer moves the state of all optimizers to the CPU at its end, with this loop."""
+    module: dict[str, Any] = {"__name__": f"{name}.utilities.optimizer"}
+    exec("def move(optimizer):\n    for _ in optimizer.state.items():\n        1 / 0", module)
+
+    def train(config: Any) -> None:
+        model, optimizer = distplat.prepare(model := model_of(), momentum(model.parameters()))
+        train_steps(model, optimizer, 1)
+        module["move"](optimizer)
+        train_steps(model, optimizer, 1)
+
+    run_under(ASYNC, train, 1)
+
+
 class CustomSGD(torch.optim.SGD):
     """A user-defined optimizer."""
 
