@@ -66,8 +66,8 @@ def count_samples(batch: Any, samples: Sequence[Any]) -> int:
     Return the number of samples in a batch, because a `collate` may drop samples.
 
     Dropped samples are those that are None, and others if each remaining one has a row in the
-    batch. A `collate` may also replace samples, or build a batch of None only: then all samples
-    count.
+    batch. A batch without rows has no samples. A `collate` may also replace samples, or build a
+    batch of None only: then all samples count.
 
     Args:
         batch: return value of `collate`.
@@ -75,8 +75,9 @@ def count_samples(batch: Any, samples: Sequence[Any]) -> int:
     """
     present = [sample for sample in samples if sample is not None]
     lengths = {len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.dim()}
-    if present and len(lengths) == 1 and 0 < min(lengths) < len(present):
-        rows = min(lengths)
+    if not present and lengths == {0} and all(isinstance(t, Tensor) for t in tree_leaves(batch)):
+        return 0
+    if present and len(lengths) == 1 and (rows := min(lengths)) < len(present):
         return rows if _are_rows(batch, rows, present) else len(present)
     replaced = len(samples) in lengths and len(present) not in lengths
     return len(samples) if replaced or not present else len(present)

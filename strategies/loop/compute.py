@@ -100,7 +100,7 @@ class Share:
 
     def plus(self, term: LossTerm, samples: int) -> Share:
         """Add a micro-batch."""
-        loss = term.value.item() * term.factor
+        loss = term.total()
         weighted = self.weighted or term.weighted
         weight = self.weight + term.weight
         return Share(self.loss_sum + loss, self.samples + samples, weight, weighted, self.batch)

@@ -134,7 +134,7 @@ class MeanCheck:
             self._state_checked, names, self._new_state = True, state.changed(), state.begun()
         if (warning := state_warning(names)) is not None:
             logger.warning("%s", warning)
-        if step >= _FIRST_STEPS or step in self._checked_steps:
+        if not samples or step >= _FIRST_STEPS or step in self._checked_steps:
             return
         self._checked_steps.add(step)
         text = labels_warning(result, samples)
@@ -163,6 +163,8 @@ class MeanCheck:
             metrics: loss and metrics of the batch.
             samples: number of samples in the batch.
         """
+        if not samples:
+            return
         means = {n: total / weight for n, (total, weight) in metrics.figures.items() if n != "loss"}
         if (
             self._checked_batches >= _FIRST_STEPS

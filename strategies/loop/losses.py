@@ -135,6 +135,10 @@ class LossTerm:
     weighted: bool = False
     """Whether loss() or step() returned the weight."""
 
+    def total(self) -> float:
+        """Return the summand of the step's loss; 0 without samples, whose mean is NaN."""
+        return self.value.item() * self.factor if self.factor else 0.0
+
 
 class BatchResult(NamedTuple):
     """Outputs, targets and loss of a batch."""
@@ -235,10 +239,10 @@ def evaluate_batch(task: Task, result: BatchResult, samples: int) -> EvalBatch:
         ValueError: a metric is not a number; names the metric.
     """
     term = result.term
-    figures = {"loss": (float(term.value) * term.factor, term.weight)}
+    figures = {"loss": (term.total(), term.weight)}
     means, kept = checked_metrics(task, result.outputs, result.targets)
     for name, mean in means.items():
-        figures[name] = mean * samples, float(samples)
+        figures[name] = mean * samples if samples else 0.0, float(samples)
     return EvalBatch(figures, kept)
 
 

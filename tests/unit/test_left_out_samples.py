@@ -163,6 +163,10 @@ COUNTED: dict[str, tuple[Any, list[Any], int]] = {
     "other rows": (torch.zeros(2, 7), FOUR, 4),
     "with text": ([TWO, "ab"], FOUR, 4),
     "more rows": (torch.zeros(6, 3), FOUR, 4),
+    "all dropped": ([torch.zeros(0, 3), torch.zeros(0, 1)], FOUR, 0),
+    "all None, dropped": ([torch.zeros(0, 3), torch.zeros(0, 1)], [None] * 4, 0),
+    "all None, with text": ([torch.zeros(0, 3), "ab"], [None] * 4, 4),
+    "without boxes": (torch.zeros(0, 7), FOUR, 4),
 }
 
 
@@ -199,6 +203,53 @@ def test_samples_count_if_all_are_none() -> None:
         optimizer.step()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(run.trained[0][name], value, rtol=1e-9, atol=1e-9)
+
+
+class RareSamples(UnreadableSamples):
+    """A third of each batch is left, so that a worker's part may have no samples."""
+
+    def __getitem__(self, index: int) -> Any:
+        return None if index % BATCH >= BATCH // 3 else (self.x[index], self.y[index])
+
+
+class DropsPart(DropsNone):
+    """Returns a batch without rows if all samples of a part are None: its mean loss is NaN."""
+
+    data = RareSamples
+
+    def collate(self, samples: list[Any]) -> Any:
+        remaining = [sample for sample in samples if sample is not None]
+        empty = torch.zeros(0, 3).double(), torch.zeros(0, 1).double()
+        return default_collate(remaining) if remaining else empty
+
+
+class FlaggedRareSamples(FlaggedSamples):
+    def __getitem__(self, index: int) -> Any:
+        return {**super().__getitem__(index), "bad": RareSamples()[index] is None}
+
+
+class DropsFlaggedPart(DropsPart):
+    data = FlaggedRareSamples
+
+    def collate(self, samples: list[Any]) -> Any:
+        return super().collate([None if s["bad"] else (s["x"], s["y"]) for s in samples])
+
+
+@pytest.mark.parametrize("task_type", [DropsPart, DropsFlaggedPart])
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync", PIPELINE], ids=str)
+def test_part_without_samples_does_not_count(strategy: Any, task_type: type[Task]) -> None:
+    fields: dict[str, Any] = {
+        "steps": STEPS,
+        "global_batch_size": BATCH,
+        "data": {"shuffle": False},
+    }
+    single = train(job_of("ring", 1, **fields), task_type)
+    several = train(job_of(strategy, 2, **fields), task_type)
+    found = merge_parts(several)
+    for name, value in single.parameters().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+    (expected,), (last,) = evaluations(single)[-1:], evaluations(several)[-1:]
+    assert dict(last.metrics) == pytest.approx(dict(expected.metrics), rel=1e-9)
 
 
 class FillsNone(DropsNone):
