@@ -122,7 +122,7 @@ def compute(
         gradient, tensor.grad = tensor.grad, None
         if gradient is not None:
             gradients[name] = gradient if name.startswith(recipes.ROWS) else gradient.to_dense()
-    return gradients, float(loss.detach()), float(weight)
+    return gradients, float(loss.detach()) if samples else 0.0, float(weight)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from hybrid_models import merge_parts
+from in_memory_engine import task_factory, to_trained
 from jobs import job_of
 from local_run import evaluations, train
 from torch import Tensor, nn
@@ -12,6 +13,9 @@ from torch.utils.data import Dataset, IterableDataset, default_collate
 
 from distplat import Task
 from distplat.strategies.loop.batches import count_samples
+from distplat.strategies.verification.recipes import ReferenceSamples, recipe_of, split_batches
+from distplat.strategies.verification.reference import train as train_reference
+from distplat.strategies.verification.switched import Switches
 
 SAMPLES, BATCH, STEPS = 22, 12, 4
 
@@ -215,7 +219,7 @@ class RareSamples(UnreadableSamples):
 class DropsPart(DropsNone):
     """Returns a batch without rows if all samples of a part are None: its mean loss is NaN."""
 
-    data = RareSamples
+    data: type[Dataset[Any]] = RareSamples
 
     def collate(self, samples: list[Any]) -> Any:
         remaining = [sample for sample in samples if sample is not None]
@@ -250,6 +254,16 @@ def test_part_without_samples_does_not_count(strategy: Any, task_type: type[Task
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
     (expected,), (last,) = evaluations(single)[-1:], evaluations(several)[-1:]
     assert dict(last.metrics) == pytest.approx(dict(expected.metrics), rel=1e-9)
+
+
+def test_verification_reference_omits_part_without_samples() -> None:
+    fields: dict[str, Any] = {"steps": STEPS, "global_batch_size": BATCH}
+    checkpoint = {"every_steps": 1, "num_to_keep": STEPS}
+    job = job_of("ring", 2, **fields, data={"shuffle": False}, checkpoint=checkpoint)
+    schedule, new_task = split_batches(job, ReferenceSamples(SAMPLES)), task_factory(DropsPart)
+    recipe = recipe_of(job, new_task(Switches()))
+    reference = train_reference(lambda: new_task(Switches()), schedule, recipe)
+    assert reference.losses == pytest.approx(to_trained(job, train(job, DropsPart)).losses)
 
 
 class FillsNone(DropsNone):
