@@ -183,15 +183,30 @@ def _state_of(metric: Any, name: str, path: str) -> MetricState:
 
 def _merge(metric: Any, states: Sequence[Mapping[str, Any]]) -> None:
     """Merge the states of all ranks into a metric by its `merge`."""
+    examples = {key: copy.copy(v) for key, v in vars(metric).items() if isinstance(v, dict)}
     metric.reset()
     parts = []
     for state in states:
         part = copy.copy(metric)
-        vars(part).update(state)
+        values = {key: _like(value, examples.get(key)) for key, value in state.items()}
+        vars(part).update(values)
         parts.append(part)
     vars(metric).update(vars(parts[0]))
     for part in parts[1:]:
         metric.merge(part)
+
+
+def _like(value: Any, example: Any) -> Any:
+    """Convert received dicts to the classes of an example, such as `Counter` or `defaultdict`."""
+    if type(value) is not dict or not isinstance(example, dict):
+        return value
+    restored = copy.copy(example)
+    restored.clear()
+    make = getattr(example, "default_factory", None)
+    other = make() if make is not None else next(iter(example.values()), None)
+    for key, item in value.items():
+        restored[key] = _like(item, example.get(key, other))
+    return restored
 
 
 def _is_torchmetric(metric: object) -> bool:

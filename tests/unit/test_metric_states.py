@@ -1,5 +1,6 @@
 """Metrics with state: any number of ranks matches one process on all data."""
 
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,36 @@ class Sums:
         return {"mean": mean, "variance": square - mean**2}
 
 
+class Counts:
+    """Counts in dictionaries of several classes; ranks have different keys."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.signs: Counter[str] = Counter()
+        self.tens: defaultdict[int, int] = defaultdict(int)
+        self.nested: defaultdict[str, Counter[int]] = defaultdict(Counter)
+
+    def update(self, values: Tensor) -> None:
+        tenths = (values * 10).int().tolist()
+        self.signs.update("plus" if value > 0 else "minus" for value in tenths)
+        for value in tenths:
+            self.tens[value] += 1
+            self.nested["even" if value % 2 == 0 else "odd"][value] += 1
+
+    def merge(self, other: "Counts") -> None:
+        self.signs.update(other.signs)  # a Counter adds, a dict replaces
+        for key, count in other.tens.items():
+            self.tens[key] += count
+        for name, counter in other.nested.items():
+            self.nested[name] += counter
+
+    def compute(self) -> dict[str, float]:
+        odd = {f"odd{value}": count for value, count in self.nested["odd"].items()}
+        return {**self.signs, **odd, "distinct": len(self.tens), "all": self.signs.total()}
+
+
 class Scored(Task):
     """Rare labels: the parts of ranks and batches differ."""
 
@@ -94,6 +125,15 @@ class Scored(Task):
         self.several["sums"].update(outputs[:, 0])
         accuracy = ((outputs > 0) == (targets > 0.5)).float().mean()
         return {"auc": self.auc, "score": self.several["sums"], "accuracy": accuracy}
+
+
+class Counted(Scored):
+    def __init__(self) -> None:
+        self.counts = Counts()
+
+    def metrics(self, outputs: Tensor, targets: Tensor) -> Any:
+        self.counts.update(outputs[:, 0])
+        return {"counts": self.counts}
 
 
 def trained(run: LocalRun) -> nn.Module:
@@ -131,6 +171,16 @@ def test_matches_one_process_on_all_data(strategy: Any, workers: int) -> None:
     assert found[4]["score_mean"] == pytest.approx(sums["mean"], abs=1e-6)
     assert found[4]["score_variance"] == pytest.approx(sums["variance"], abs=1e-6)
     assert found[4]["accuracy"] == pytest.approx(float(plain["accuracy"]))
+
+
+@pytest.mark.parametrize(("strategy", "workers"), STRATEGIES)
+def test_dictionaries_keep_their_classes(strategy: Any, workers: int) -> None:
+    job = job_of(strategy, workers, global_batch_size=5, evaluation={"every_steps": 2})
+    run = train(job, Counted)
+    expected = single_process_metrics(Counted, trained(run))["counts"].compute()
+    found = dict(evaluations(run)[-1].metrics)
+    found.pop("loss")
+    assert found == {f"counts_{name}": value for name, value in expected.items()}
 
 
 def test_ranks_without_samples_are_excluded() -> None:
