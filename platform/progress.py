@@ -435,12 +435,13 @@ def join_evals(reports: Sequence[EvalReport]) -> EvalSummary:
     """
     Merge the reports of one evaluation, given in rank order.
 
-    The mean of a metric is over the samples of the batches that returned it, on all ranks.
+    The mean of a metric is over the samples of the batches that returned it, on all ranks; NaN if
+    their weights are 0.
     """
     names = dict.fromkeys(name for r in reports for name in r.sums)
     means = {}
     for name in names:
         reporting = [r for r in reports if name in r.sums]
         count = sum(r.counts.get(name, r.samples) for r in reporting)
-        means[name] = sum(r.sums[name] for r in reporting) / (count or 1.0)
+        means[name] = sum(r.sums[name] for r in reporting) / count if count else math.nan
     return EvalSummary(reports[0].step, sum(r.samples for r in reports), means)

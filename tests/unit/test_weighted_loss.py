@@ -5,13 +5,14 @@ Sequences have different lengths, so the mean over tokens is no mean over sample
 of each micro-batch by its own tokens gives another model (see the test of `OwnMean`).
 """
 
+import math
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from jobs import job_of
-from local_run import LocalRun, train
+from local_run import LocalRun, evaluations, train
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset, default_collate
 
@@ -177,13 +178,26 @@ def test_mean_over_tokens_has_a_warning(
 @pytest.mark.parametrize("name", ["ring", "ps-sync"])
 def test_evaluation_is_the_weighted_mean(name: str) -> None:
     run = train(make_job({"name": name}, 2, 1), Tokens)
-    evaluations = {
-        r.rank: r for reports in run.reports for r in reports if isinstance(r, EvalReport)
-    }
-    loss_sum = sum(r.sums["loss"] for r in evaluations.values())
-    assert loss_sum / sum(r.counts["loss"] for r in evaluations.values()) == pytest.approx(
+    by_rank = {r.rank: r for reports in run.reports for r in reports if isinstance(r, EvalReport)}
+    loss_sum = sum(r.sums["loss"] for r in by_rank.values())
+    assert loss_sum / sum(r.counts["loss"] for r in by_rank.values()) == pytest.approx(
         train_plain(None)[2], abs=1e-10
     )
+
+
+class NothingToEvaluate(Tokens):
+    """Evaluation data of padding only."""
+
+    def eval_data(self) -> Dataset[Any]:
+        return TensorDataset(*(torch.zeros(5, LONGEST).long() for _ in range(2)))
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-async"])
+def test_evaluation_without_weight_is_nan(strategy: str) -> None:
+    """It is not 0, which would be the best loss."""
+    run = train(make_job({"name": strategy}, 2, 1), NothingToEvaluate)
+    (last,) = evaluations(run)
+    assert math.isnan(last.metrics["loss"])
 
 
 def test_mean_of_means_trains_another_model() -> None:
