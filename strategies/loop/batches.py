@@ -1,5 +1,6 @@
 """Batches of a worker: torch's DataLoader over the sampler's plan of the whole run."""
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
@@ -251,14 +252,31 @@ class Loader:
             persistent_workers=persistent and count > 0,
             generator=torch.Generator(),  # torch would draw a seed from the global generator
         )
+        self._hold: weakref.finalize[[Iterator[Any]], Loader] | None = None
 
     def batches(self, plan: Iterable[SampleRun]) -> Iterator[Any]:
         """Start reading a plan and return its batches in order; the previous plan is exhausted."""
         self._plan.runs = plan
         batches = iter(self._loader)
-        if self._context is not None:
-            self._context.unlink_semaphores(self._timeout_s)
-        return batches
+        if self._context is None:
+            return batches
+        self._context.unlink_semaphores(self._timeout_s)
+        if self._hold is not None:
+            self._hold.detach()
+        # An exception's traceback can put this loader into a reference cycle. If torch's iterator
+        # were part of the cycle, its queues would be finalized before it: it would wait 5 s for
+        # its processes, and kill them.
+        self._hold = weakref.finalize(self, _release, batches)
+        self._hold.atexit = False
+        return self._read(batches)
+
+    def _read(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield the batches; the loader lives as long as the returned iterator."""
+        yield from batches
+
+
+def _release(batches: Iterator[Any]) -> None:
+    """Do nothing; `weakref.finalize` drops its reference to the batches after this call."""
 
 
 def _pins(job: Job) -> bool:

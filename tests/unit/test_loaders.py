@@ -1,5 +1,6 @@
 """Loader processes: fast start, classes of scripts, and cleanup."""
 
+import gc
 import itertools
 import json
 import os
@@ -147,6 +148,34 @@ class Pids(Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         return os.getpid()
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_loader_in_a_reference_cycle_ends_its_processes(
+    persistent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """
+    The garbage collector finalizes the queues of a cycle first.
+
+    torch's iterator then waits 5 s for its processes and kills them.
+    """
+    processes: list[Any] = []
+    start = LoaderContext.Process
+
+    def record(self: LoaderContext, *args: Any, **named: Any) -> Any:
+        processes.append(start(self, *args, **named))
+        return processes[-1]
+
+    monkeypatch.setattr(LoaderContext, "Process", record)
+    loader = Loader(job(data={"num_workers": 2}), Pids(), persistent=persistent)
+    cycle: list[Any] = [loader, loader.batches([SampleRun(0, 0, [n]) for n in range(9)])]
+    next(cycle[1])
+    cycle.append(cycle)
+    del loader, cycle
+    gc.collect()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 @pytest.mark.parametrize("persistent", [False, True])
