@@ -38,7 +38,7 @@ test-all: test $(VENV)/.installed-all
 	$(BIN)/python -m pytest $(OUT_OF_MEMORY)
 	$(BIN)/python -m pytest tests/unit/test_from_pages.py tests/unit/test_trackers.py tests/unit/test_gcs.py
 	$(BIN)/python -m pytest $(IN_MEMORY) $(NEW_EXAMPLES) -m hypothesis tests/unit
-	DISTPLAT_DRAWN_RUNS=1000 $(BIN)/python -m pytest --timeout 3000 $(NEW_EXAMPLES) $(DRAWN)
+	DISTPLAT_DRAWN_RUNS=1000 $(BIN)/python -m pytest --timeout 3000 -o faulthandler_timeout=3300 $(NEW_EXAMPLES) $(DRAWN)
 	DISTPLAT_KILLS=20 $(BIN)/python -m pytest tests/cluster/test_kill_inside.py
 
 chaos: $(VENV)/.installed
