@@ -109,8 +109,10 @@ def test_positions_may_be_a_few_samples_apart(
     fields = {"checkpoint": {"every_steps": 1, "num_to_keep": 99}, "global_batch_size": 2}
     spec = job(strategy, workers, steps=12, **fields)
     unfailed = train(spec, task)
-    for version in (2, 3, 11):
-        assert same_bits(train(spec, task, saved=unfailed.checkpoints[version]), unfailed)
+    saved = unfailed.checkpoints
+    assert strategy == "ps-async" or len(saved) == 12  # ps-async may skip a checkpoint
+    for version in sorted(saved)[:-1]:
+        assert same_bits(train(spec, task, saved=saved[version]), unfailed)
 
 
 class InaccurateState(CountedStream):
