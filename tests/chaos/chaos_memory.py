@@ -124,7 +124,8 @@ class Soak:
         start = time.monotonic()
         setting = setting_of(seed // PER_JOB)
         expected = self.unfailed(setting)
-        faults = draw_faults(setting, Random(f"faults {seed}"), expected.seen)
+        # docs/faults.md has seeds of this text
+        faults = draw_faults(setting, Random(f"deeds {seed}"), expected.seen)
         run = OneRun(setting, self.folder / f"seed-{seed}", faults, seed)
         run.run_to_end()
         if not run.problems:
