@@ -132,12 +132,33 @@ class Sums:
             self.counts[name] = self.counts.get(name, 0.0) + weight
 
     def put(self, figures: Mapping[str, float]) -> None:
-        """Set metrics that are means over all samples already."""
+        """
+        Set metrics that are means over all samples already.
+
+        Raises:
+            ValueError: a number has one of the names; names it.
+        """
+        if taken := sorted(self.sums.keys() & figures):
+            raise ValueError(
+                f"metrics() gives {taken[0]!r} twice, as a number and as a result of compute(): "
+                "give one of them another name"
+            )
         self.sums |= figures
         self.counts |= dict.fromkeys(figures, 1.0)
 
     def merge(self, other: Sums, prefix: str) -> None:
-        """Add metrics of the same samples, with a prefix to their names."""
+        """
+        Add metrics of the same samples, with a prefix to their names.
+
+        Raises:
+            ValueError: a metric here has that name already; names it.
+        """
+        names = {prefix + name for name in (*other.sums, *other.states)}
+        if taken := sorted(names & {*self.sums, *self.states}):
+            raise ValueError(
+                f"metrics() gives {taken[0]!r}, the name of {taken[0].removeprefix(prefix)!r} with "
+                "the averaged weights: give it another name"
+            )
         self.sums |= {prefix + name: value for name, value in other.sums.items()}
         self.counts |= {prefix + name: weight for name, weight in other.counts.items()}
         self.states |= {prefix + name: state for name, state in other.states.items()}

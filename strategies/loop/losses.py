@@ -243,6 +243,8 @@ def evaluate_batch(task: Task, result: BatchResult, samples: int) -> EvalBatch:
     means, kept = checked_metrics(task, result.outputs, result.targets)
     for name, mean in means.items():
         figures[name] = mean * samples if samples else 0.0, float(samples)
+    for name in kept.keys() & figures:  # "loss": a metric of that name replaces the loss
+        del figures[name]
     return EvalBatch(figures, kept)
 
 

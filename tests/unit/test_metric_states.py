@@ -226,6 +226,36 @@ def test_ema_weights_have_their_own_metrics() -> None:
     assert {"auc", "ema_auc", "ema_score_variance", "ema_accuracy"} <= found.metrics.keys()
 
 
+def test_metrics_named_as_those_of_ema_weights_are_refused() -> None:
+    class Named(Scored):
+        def metrics(self, outputs: Tensor, targets: Tensor) -> Any:
+            return {"accuracy": 1.0, "ema_accuracy": 0.5}
+
+    with pytest.raises(ValueError, match="gives 'ema_accuracy', the name of 'accuracy' with"):
+        train(job_of("ring", 2, ema={"decay": 0.5}), Named)
+    (found,) = evaluations(train(job_of("ring", 2), Named))
+    assert found.metrics["ema_accuracy"] == 0.5
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_metric_named_loss_replaces_the_loss(workers: int) -> None:
+    class Named(Scored):
+        def metrics(self, outputs: Tensor, targets: Tensor) -> Any:
+            return {**super().metrics(outputs, targets), "loss": self.auc}
+
+    (found,) = evaluations(train(job_of("ring", workers), Named))
+    assert found.metrics["loss"] == found.metrics["auc"]
+
+
+def test_number_named_as_a_result_with_state_is_refused() -> None:
+    class Named(Scored):
+        def metrics(self, outputs: Tensor, targets: Tensor) -> Any:
+            return {**super().metrics(outputs, targets), "score_mean": 0.5}
+
+    with pytest.raises(ValueError, match="gives 'score_mean' twice, as a number and as a result"):
+        train(job_of("ring", 2), Named)
+
+
 def test_updates_outside_of_an_evaluation_are_discarded() -> None:
     class UpdatesInLoss(Scored):
         def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

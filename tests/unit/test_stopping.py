@@ -79,7 +79,9 @@ def test_signal_ends_command_without_run(name: str, code: int, tmp_path: Path) -
     (tmp_path / "job.yaml").write_text("name: slow\nstrategy: ring\ntask: slow:train\n")
     command = [sys.executable, "-m", "distplat.cli.main", "validate", "job.yaml"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
     while not (tmp_path / "pid").exists() and process.poll() is None:
+        assert time.monotonic() < deadline, "the task is not imported"
         time.sleep(0.05)
     process.send_signal(getattr(signal, name))
     _, stderr = process.communicate(timeout=100)
