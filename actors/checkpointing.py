@@ -333,9 +333,12 @@ class Checkpoints:
         return saved
 
     def _work(self) -> None:
+        """Write the waiting checkpoints; the thread ends with them and releases their arrays."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: bool(self._waiting))
+                if not self._waiting:
+                    self._thread = None
+                    return
                 parts, start = self._waiting.popleft()
                 self._writing, self._skipped = parts[0].version, []
                 self._moved()

@@ -298,6 +298,10 @@ CLOSE_S = 10.0
 Record = TypeVar("Record")
 
 
+class _End:
+    """Marks the end of a writer's queue."""
+
+
 class BackgroundWriter(Generic[Record]):
     """
     Write records in a thread, in order.
@@ -324,7 +328,7 @@ class BackgroundWriter(Generic[Record]):
         patience_s: float = 0.0,
     ) -> None:
         self._write, self._warn, self._what, self._where = write, warn, what, where
-        self._queue: queue.Queue[Record] = queue.Queue(most)
+        self._queue: queue.Queue[Record | _End] = queue.Queue(most)
         self._patience_s, self._waited_s = patience_s, 0.0
         self._lost = 0
         self._closed = False
@@ -332,7 +336,9 @@ class BackgroundWriter(Generic[Record]):
         self._thread.start()
 
     def put(self, record: Record) -> None:
-        """Queue a record."""
+        """Queue a record; after `close` it is dropped."""
+        if self._closed:
+            return
         if self._queue.empty():
             self._waited_s = 0.0
         try:
@@ -358,16 +364,21 @@ class BackgroundWriter(Generic[Record]):
 
     def close(self, limit_s: float = CLOSE_S) -> bool:
         """
-        Wait for queued records up to `limit_s`, and warn once about lost records.
+        Wait for queued records up to `limit_s`, end the thread, and warn once about lost records.
+
+        A thread that still writes a record ends after it.
 
         Returns:
             Whether all records are written or dropped: the disk responds.
         """
         idle = self.wait(limit_s)
         lost = self._lost + self._queue.unfinished_tasks
-        if lost and not self._closed:
-            self._warn(f"{lost} records of {self._what} were not written")
-        self._closed = True
+        if not self._closed:
+            if lost:
+                self._warn(f"{lost} records of {self._what} were not written")
+            with contextlib.suppress(queue.Full):  # then the thread ends with the last record
+                self._queue.put_nowait(_End())
+            self._closed = True
         return idle
 
     def _drop(self, why: str) -> None:
@@ -376,12 +387,14 @@ class BackgroundWriter(Generic[Record]):
         self._lost += 1
 
     def _work(self) -> None:
-        while True:  # a daemon thread: only `close` waits for it
+        ended = False
+        while not ended:  # a daemon thread: only `close` waits for it
             record = self._queue.get()
             try:
-                if not self._closed:
+                if not (self._closed or isinstance(record, _End)):
                     self._write(record)
             except BaseException as error:  # sys.exit() in a library would end the thread
                 self._drop(str(error) or repr(error))
             finally:
                 self._queue.task_done()
+            ended = isinstance(record, _End) or (self._closed and self._queue.empty())

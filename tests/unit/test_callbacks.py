@@ -343,6 +343,10 @@ def test_hanging_disk_does_not_block_put() -> None:
     writer.close(0.05)
     assert warnings[1] == "6 records of metrics were not written"
     release.set()
+    writer.put(6)
+    writer._thread.join(30)
+    assert not writer._thread.is_alive() and writer.close(0.0)
+    assert len(warnings) == 2
 
 
 def test_burst_of_records_is_written_completely() -> None:
@@ -386,6 +390,8 @@ def test_writes_records_in_order_before_close_returns() -> None:
         writer.put(record)
     writer.close()
     assert written == list(range(500))
+    writer._thread.join(30)
+    assert not writer._thread.is_alive() and writer.close()
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), MemoryError()])

@@ -1,6 +1,8 @@
 """Complete runs that save checkpoints and resume from them."""
 
 import logging
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,17 @@ def test_local_run_resumes(strategy: object, tmp_path: Path) -> None:
     assert [s.step for s in resumed.history] == list(range(16, 21))
     longer = fit(tmp_path, first.path, epochs=5, strategy=strategy)
     assert [s.step for s in longer.history] == list(range(21, 26))
+
+
+@pytest.mark.parametrize("strategy", ["ring", {"name": "ps-sync", "num_servers": 2}, "ps-async"])
+def test_run_leaves_no_thread(strategy: object, tmp_path: Path) -> None:
+    """A notebook or a search for hyperparameters makes many runs in one process."""
+    before = {*threading.enumerate()}
+    fit(tmp_path, strategy=strategy)
+    deadline = time.monotonic() + 30
+    while (left := {*threading.enumerate()} - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left
 
 
 def test_damaged_checkpoint_falls_back_to_the_previous_one(

@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +69,21 @@ def test_writes_parts_to_files(launch: Launch) -> None:
     assert load_file(checkpoint.path / "model.safetensors")["w"].tolist() == [30, 31]
     assert load_file(checkpoint.path / "optimizer.safetensors") == {}
     assert Catalogue(launch.folder / "checkpoints").steps() == [2, 3]
+
+
+def test_written_parts_are_released(launch: Launch) -> None:
+    """Until the next checkpoint they would occupy Ray's object store."""
+    checkpoints = Checkpoints(launch, 2, lambda ref: ref)
+    parts = [delivery(rank, 1) for rank in range(2)]
+    arrays = [weakref.ref(array) for part in parts for (array,) in part.refs]
+    while parts:
+        checkpoints.take(parts.pop())
+    checkpoints.drain()
+    deadline = time.monotonic() + 30
+    while any(array() is not None for array in arrays) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [array() for array in arrays] == [None, None]
+    assert [saved.step for saved in checkpoints.take_finished()] == [1]
 
 
 def test_full_disk_warns_first_and_then_ends_the_run(
