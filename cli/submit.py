@@ -185,7 +185,7 @@ def submit(request: SubmitRequest) -> None:
     if target.kind == "jobs":
         _submit_remote(request, job, target)
         return
-    request.say(f"running on {_describe(target, job)}")
+    request.say(f"running {_place(target, job)}")
     view = View(quiet=request.quiet)
     user_env = request.runtime_env, request.runtime_env_json
     with connection(target, request.source.folder, *user_env, partial(request.shipping, job.task)):
@@ -223,7 +223,7 @@ def dry_run(request: SubmitRequest) -> None:
     print(printable(render_job(job)), end="")
     request.say(
         f"would start {job.scaling.num_workers} workers and {roles.servers} server nodes "
-        f"({job.strategy.name}) on {_describe(target, job)}"
+        f"({job.strategy.name}) {_place(target, job)}"
     )
     if start is not None:
         request.say(f"would resume after step {start}, from {request.resume}")
@@ -271,6 +271,10 @@ def choose_target(address: str | None, say: Callable[[str], None], *, with_ray: 
 
 def _describe(target: Target, job: Job) -> str:
     return describe_target(target) if job.scaling.num_workers else "this process, without Ray"
+
+
+def _place(target: Target, job: Job) -> str:
+    return f"{'on' if job.scaling.num_workers else 'in'} {_describe(target, job)}"
 
 
 def describe_target(target: Target) -> str:

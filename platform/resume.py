@@ -243,6 +243,6 @@ def _length_mismatch(state: Mapping[str, Any], job: Job) -> list[Problem]:
     steps = job.steps if job.steps is not None else (job.epochs or 0) * per_epoch
     if steps > state["step"]:
         return []
-    text = f"the checkpoint has {state['step']} steps behind it, the job asks for {steps} in all"
+    text = f"the checkpoint is of step {state['step']}, the job has {steps} steps"
     hint = "nothing is left to train: the checkpoint's model.safetensors is the trained model; "
     return [Problem((field,), text, hint + f"to train on, raise `{field}`")]
