@@ -129,8 +129,11 @@ class Exchange(ABC):
         """Release the models."""
 
 
-_COMPARE_AT = (3, 30, 300)
-"""Numbers of backwards after which ranks compare their parameters, in addition to the end."""
+def compares_after(backwards: int) -> bool:
+    """Return whether ranks compare their parameters: after 3, 30, 300, ... backwards."""
+    while backwards >= 10 and backwards % 10 == 0:
+        backwards //= 10
+    return backwards == 3
 
 
 @dataclass(frozen=True)
@@ -274,11 +277,12 @@ class GradientAverage(ABC):
         """Synchronize buffers and run periodic checks, after all means are written."""
         broadcast_from_rank0(self._buffers(), self._group)
         self._backwards += 1
-        if self._backwards in (1, *_COMPARE_AT):
+        compares = compares_after(self._backwards)
+        if compares or self._backwards == 1:
             self._refuse_later_norms()
         if self._backwards == 1 and self._group.world > 1 and self._group.rank == 0:
             self._warn_of_hooks()
-        if self._backwards in _COMPARE_AT:
+        if compares:
             self.check_same_parameters(f"at backward {self._backwards}")
         self.context.on_exchange()
 
@@ -301,7 +305,7 @@ class GradientAverage(ABC):
     def before_step(self) -> None:
         """Called before an optimizer of this model steps without any averaging backward so far."""
         self._steps += 1
-        if self._steps in _COMPARE_AT:
+        if compares_after(self._steps):
             self.check_same_parameters(f"at step {self._steps}, and no backward() before it,")
 
     @property

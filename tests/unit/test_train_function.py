@@ -32,6 +32,7 @@ from torch.utils.data import (
 import distplat
 from distplat.platform.errors import NonFiniteError, SpecError
 from distplat.platform.progress import StepReport
+from distplat.strategies.function.gradient_average import compares_after
 
 
 @pytest.mark.sweep(3)
@@ -224,6 +225,27 @@ def test_diverging_updates_are_rejected(variant: str, text: str) -> None:
     call_on_ranks(diverging_updates(variant), 1)  # valid on one rank
     with pytest.raises((SpecError, ValueError), match=text):
         call_on_ranks(diverging_updates(variant), 2)
+
+
+def test_parameters_are_compared_in_long_loops_too() -> None:
+    compared = [count for count in range(100_000) if compares_after(count)]
+    assert compared == [3, 30, 300, 3_000, 30_000]
+
+
+@pytest.mark.slow
+def test_late_divergence_is_found_before_the_end() -> None:
+    def train(config: Any) -> None:
+        model = distplat.prepare(model_of())
+        rank = distplat.get_context().rank
+        for number in range(4_000):
+            backward(model(torch.ones(1, 4).double()).sum())
+            model.zero_grad()
+            if number == 1_000:
+                with torch.no_grad():
+                    model[0].weight += rank
+
+    with pytest.raises(ValueError, match=r"at backward 3000 '0\.weight' of rank 1 is not that"):
+        call_on_ranks(train, 2)
 
 
 def test_optimizers_of_other_threads_are_ignored() -> None:
