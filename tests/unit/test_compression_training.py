@@ -105,6 +105,7 @@ def test_accuracy_drops_without_the_residual(
     assert accuracy < plain_accuracy - 0.05
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("method", ["topk", "powersgd"])
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_agree_and_runs_are_bit_identical(method: str, world: int) -> None:

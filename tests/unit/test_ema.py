@@ -179,7 +179,7 @@ def test_ema_does_not_change_the_weights() -> None:
     assert torch.equal(average["3.weight"], without.trained[0]["3.weight"])
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("resumed", ["ring", SHARDED, THREE], ids=str)
 @pytest.mark.parametrize("strategy", ["ring", SHARDED, THREE], ids=str)

@@ -124,7 +124,7 @@ def test_resizes_keep_the_result() -> None:
         np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("tables", [0, 1, 2])
 @pytest.mark.parametrize(
     ("strategy", "shards"),

@@ -83,6 +83,7 @@ def test_primary_lost_while_a_worker_connects(method: str, remote_servers: bool)
         assert torch.equal(run.parameters()[name], value), name
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("node", [HERE, ELSEWHERE])
 @pytest.mark.parametrize("method", ["seen", "left_out", "average"])
 @pytest.mark.parametrize("strategy", ["ps-sync", "ps-async"])

@@ -81,7 +81,7 @@ def plain_loop(world: int, drop_last: bool) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize(("strategy", "world"), [("ring", 2), ("ring", 3), ("ps-sync", 3)])
 def test_step_averages_the_mean_losses_of_ranks(strategy: str, world: int, drop_last: bool) -> None:

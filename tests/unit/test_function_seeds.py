@@ -77,7 +77,7 @@ def draw(count: int) -> dict[str, list[float]]:
     return {"torch": torch.rand(count).tolist(), "numpy": numpy, "python": python}
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("seeds", [(), ("numpy",), ("python",), ("numpy", "python"), ("torch",)])
 @pytest.mark.parametrize("drawn", [0, 5, 4000])
 def test_generators_seeded_by_the_loop_are_kept(seeds: tuple[str, ...], drawn: int) -> None:

@@ -95,7 +95,7 @@ WORLDS += [({**REPLICAS, "bucket_mb": 1e-4}, 3), ({**REPLICAS, "data_strategy": 
 WORLDS += [({**REPLICAS, "recompute": True}, 2), ({**RING, "overlap": False}, 3)]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("task_cls", [Pairs, BothDirections, WithoutGather])
 @pytest.mark.parametrize(("strategy", "workers"), WORLDS)
 def test_matches_plain_loop(strategy: Any, workers: int, task_cls: type[Task]) -> None:

@@ -73,6 +73,7 @@ def received_bytes_of_all_reduces(groups: dict[int, Any], times: int) -> int:
     return received_bytes() - before
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("world", range(2, 9))
 def test_all_reduce_has_the_traffic_of_a_ring(world: int) -> None:
     groups = connect_groups(world)

@@ -56,7 +56,7 @@ def model_of(run: LocalRun) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in merge_parts(run).items()}
 
 
-@pytest.mark.sweep(8)
+@pytest.mark.sweep(16)
 @pytest.mark.parametrize("to", GRIDS)
 @pytest.mark.parametrize("origin", ["1x2x2", "2x2x1", "1x2x2 ps-sync", "2x1x2 ps-sync"])
 def test_any_grid_resumes_from_any_other(origin: str, to: str) -> None:

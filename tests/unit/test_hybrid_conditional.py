@@ -50,7 +50,7 @@ def test_skipped_layers_match_plain_loop(options: dict[str, Any], micro_batches:
     assert_matches_plain_loop(*grid_of(2, 1, 1, micro_batches=micro_batches, **options))
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("data_strategy", ["ring", "ps-sync"])
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved", "zb-h1"])
 def test_skipped_layers_match_plain_loop_with_replicas(schedule: str, data_strategy: str) -> None:

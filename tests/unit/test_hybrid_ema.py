@@ -105,7 +105,7 @@ def metric_values(run: LocalRun, name: str) -> list[float]:
     return [evaluation.metrics[name] for evaluation in evaluations(run)]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("grid", [name for name in GRIDS if name != "one process"])
 def test_ema_matches_one_process(grid: str) -> None:
     run, expected = uninterrupted(grid), train_in_one_process(GRIDS[grid][0])

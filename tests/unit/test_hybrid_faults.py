@@ -28,7 +28,7 @@ def uninterrupted() -> dict[str, Tensor]:
     return model
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("victim", [0, slow(1), slow(2), 3])  # of each stage, of each replica
 @pytest.mark.parametrize(
     ("group", "after"),
@@ -58,7 +58,7 @@ def test_rank_lost_at_any_operation(
     assert samples_per_step(workers, workers.job) == [16, 16, 13] * 2
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("behind", [{0}, {1, 2}, {0, 1, 3}, {2, 3}, {0, 2, 3}])
 @pytest.mark.parametrize("victim", [0, 3])
 def test_ranks_behind_apply_the_missing_update(
@@ -86,7 +86,7 @@ class NonFinite(Normed):
         return TensorDataset(inputs, targets)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("options", [{}, {"data_strategy": "ps-sync"}], ids=str)
 @pytest.mark.parametrize("behind", [{0, 1}, {0, 2, 3}])
@@ -163,7 +163,7 @@ def uninterrupted_single_replica() -> dict[str, Tensor]:
     return model
 
 
-@pytest.mark.sweep(8)
+@pytest.mark.sweep(16)
 @pytest.mark.parametrize("number", range(5, 10))
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize("phase", ["forward", "backward"])

@@ -45,7 +45,7 @@ def plain_loop(name: str) -> dict[str, Tensor]:
     return {key: value.detach() for key, value in model.state_dict().items()}
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("optimizer", [ADAM, SGD], ids=lambda optimizer: optimizer["name"])
 @pytest.mark.parametrize("data_strategy", ["ring", "ps-sync"])
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "interleaved"])

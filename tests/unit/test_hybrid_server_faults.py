@@ -50,7 +50,7 @@ def recover_and_compare(
     assert sum(samples_by_step) >= 90 - unreported, "each step is reported"
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("victim", [0, 3])
 @pytest.mark.parametrize(
     ("group", "after", "clip"),
@@ -75,7 +75,7 @@ def test_rank_lost_at_any_operation(
     assert workers.starts[0] > 0, "survivors keep their state"
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("victim", [0, 3])
 @pytest.mark.parametrize("after", [13, 16])

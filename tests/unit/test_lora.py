@@ -81,6 +81,7 @@ def plain_loop(task_type: type[Task], base: dict[str, Tensor]) -> dict[str, Tens
     return {name: p.detach().clone() for name, p in trainable.items()}
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 @pytest.mark.parametrize("gpt2", [False, True])
 def test_adapters_match_plain_loop_from_the_base_file(

@@ -83,7 +83,7 @@ def options_job(strategy: str = "ring", **fields: Any) -> Job:
     return job_of(strategy, 1, optimizer=optimizer, steps=4, global_batch_size=6, seed=2, **fields)
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync", "ps-async"])
 @pytest.mark.parametrize("patterns", ["1", "1,2", "*.inner", "1,*.inner"])
 @pytest.mark.parametrize("accumulation", [1, 2])

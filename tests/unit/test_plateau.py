@@ -192,7 +192,7 @@ class Disturbed(StopOnLostRank):
         return StopOrder.NONE
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("step", [11, 12])
 @pytest.mark.parametrize(
     ("strategy", "ranks"),

@@ -276,7 +276,7 @@ def replay_of(run: LocalRun, config: Job, task: type[Classify]) -> torch.nn.Modu
     return replay(plan, logs_of(run), lambda: prepare(config, task()), 1)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     ("options", "fields"),
     [

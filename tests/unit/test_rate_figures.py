@@ -61,6 +61,7 @@ class Chain(Small):
         return nn.Sequential(net.body, net.norm, nn.Tanh(), net.head)
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", [*STRATEGIES, *PIPELINES])
 def test_each_step_reports_lr_and_grad_norm(name: str) -> None:
     strategy = (STRATEGIES | PIPELINES)[name]

@@ -84,7 +84,7 @@ def losses(run: LocalRun) -> dict[int, float]:
     return {r.step: r.loss for r in run.reports[0] if hasattr(r, "loss")}
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=id_of)
 @pytest.mark.parametrize("clip", [None, 0.3])
@@ -147,7 +147,7 @@ FEATURE_RUNS: list[tuple[str, dict[str, Any], int]] = [
 ]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(("name", "strategy", "world"), FEATURE_RUNS)
 def test_resume_keeps_loss_scale_ema_and_scheduler(
     name: str, strategy: dict[str, Any], world: int
@@ -239,7 +239,7 @@ def test_resume_warns_if_another_length_changes_the_lr_curve(
     assert warning in caplog.text and caplog.text.count("length of the run") == bool(warning)
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("after", STRATEGIES, ids=id_of)
 @pytest.mark.parametrize("before", STRATEGIES, ids=id_of)
 def test_resume_under_another_strategy(before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -252,7 +252,7 @@ def test_resume_under_another_strategy(before: dict[str, Any], after: dict[str, 
         assert torch.allclose(resumed[name], value, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize(
     "name",
     ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam"],

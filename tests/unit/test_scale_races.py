@@ -102,7 +102,7 @@ RACES: dict[str, tuple[int, tuple[Action, ...]]] = {
 
 
 @pytest.mark.timeout(90)
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("strategy", ["ps-sync", "ps-async"])
 @pytest.mark.parametrize("race", RACES)
 def test_each_step_runs_once_if_scale_requests_race(

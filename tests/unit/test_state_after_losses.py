@@ -53,7 +53,7 @@ def train_with_loss(strategy: str | dict[str, Any], after: int, victim: int) -> 
     return run
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("victim", [0, 2])
 @pytest.mark.parametrize("after", range(11, 41, 5))
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
@@ -109,7 +109,7 @@ CUT_OFF_STRATEGIES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("informed", [None, 1])
 @pytest.mark.parametrize("strategy", CUT_OFF_STRATEGIES, ids=str)
 def test_buffers_of_skipped_step_are_restored_if_a_rank_is_abandoned(

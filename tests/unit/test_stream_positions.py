@@ -100,6 +100,7 @@ def test_position_counts_passes() -> None:
     assert position["state"] == ""
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("task", [Stateful, Stateless])
 @pytest.mark.parametrize(("strategy", "workers"), [("ring", 2), ("ps-async", 1)])
 def test_positions_may_be_a_few_samples_apart(

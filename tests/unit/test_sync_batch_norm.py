@@ -101,7 +101,7 @@ RING = {"name": "ring", "bucket_mb": 1e-4}
 """About one bucket per parameter."""
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("strategy", [RING, {**RING, "overlap": False}, "ps-sync"])
 def test_matches_one_process_for_any_world(strategy: Any, world: int) -> None:

@@ -219,7 +219,7 @@ def pull_and_push(tables: RemoteTables, table_plan: TablePlan, rank: int) -> lis
     return pulled
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("method", ["update", "pull", "push", "begin"])
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("asynchronous", [False, True])

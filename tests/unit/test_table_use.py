@@ -166,7 +166,7 @@ def assert_equal(run: LocalRun, net: nn.Module) -> None:
         assert torch.equal(expected_rows[~has_row], first[~has_row])
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize(
     "optimizer_config", OPTIMIZERS, ids=lambda optimizer_config: str(optimizer_config["name"])
@@ -195,7 +195,7 @@ def test_tables_match_sparse_embeddings_of_torch(
     assert counts == [[STEPS, sometimes, rarely, 0]] * len(counts)
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 @pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
 @pytest.mark.parametrize("how", FROZEN)

@@ -146,7 +146,7 @@ def state_of(run: LocalRun, rank: int = 0) -> dict[str, Tensor]:
     return {n: p.clone() for n, p in run.ranks[rank].prepared.flat.state_dict().items()}
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize(("world", "parts"), [(1, 1), (3, 1), (2, 2)])
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def train_task(cls: type[Task], strategy: Any, workers: int, **fields: Any) -> L
     return train(job_of(strategy, workers, **options), cls)
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("cls", TASK_CLASSES)
 @pytest.mark.parametrize(
     ("strategy", "workers", "fields"),

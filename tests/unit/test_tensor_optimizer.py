@@ -60,7 +60,7 @@ CONFIGS: dict[str, tuple[Any, int]] = {
 }
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_run_matches_plain_loop(name: str, clip_norm: float | None) -> None:
@@ -106,7 +106,7 @@ def test_pipeline_matches_one_worker(pipeline: int) -> None:
 CHECKPOINTED = ["ring-2", "sharded", "ps-sync-3-servers", "ps-sync-kept-twice", "hybrid-servers"]
 
 
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 @pytest.mark.parametrize("target", CHECKPOINTED)
 @pytest.mark.parametrize("name", CHECKPOINTED)
 def test_checkpoint_resumes_under_any_strategy(name: str, target: str) -> None:

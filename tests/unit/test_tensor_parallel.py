@@ -19,7 +19,7 @@ def assert_same_state(actual: Outcome, expected: Outcome) -> None:
     assert actual.state.keys() == expected.state.keys()
 
 
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 @pytest.mark.parametrize(
     ("name", "world"),
     [(name, world) for name in CASES for world in (1, 2, 3, 4) if name != "bypass" or world <= 2],
