@@ -10,7 +10,7 @@ def has_exited(pid: int, limit_s: float = 30.0) -> bool:
     while time.monotonic() < deadline:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):  # the latter if it ends during the read
             return True
         if state == "Z":
             return True

@@ -126,7 +126,7 @@ def is_running(pid: str) -> bool:
     """Return whether a process runs; a zombie does not."""
     try:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it ends during the read
         return False
 
 
