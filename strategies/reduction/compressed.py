@@ -16,7 +16,7 @@ from distplat.strategies.algorithms.reduce import squared_norm, traffic_elements
 from distplat.strategies.collective import Collective
 from distplat.strategies.loop.control import StepControl
 from distplat.strategies.model.flat import FlatModel
-from distplat.strategies.model.parameter_layout import Slot
+from distplat.strategies.model.parameter_layout import Slot, scale_in_place
 from distplat.strategies.reduction.base import (
     ControlSum,
     Meter,
@@ -50,7 +50,8 @@ class CompressedReducer(Reducer):
         self._control = ControlSum(collective, len(flat.slots), flat.grads.device)
         self._grads = flat.grads[: flat.layout.tail]
         self.residual = torch.zeros_like(self._grads)
-        """Error feedback: the part of the gradients that this rank has not sent yet, shape [n]."""
+        """Error feedback: the part of the gradients that this rank has not sent yet, in the scale
+        of applied gradients; shape [n]."""
         self._target = torch.zeros_like(self._grads)
         self._alone = collective.world == 1
         sent, _ = traffic_elements(self._grads.numel(), collective.rank, collective.world)
@@ -87,7 +88,7 @@ class CompressedReducer(Reducer):
             return total
         self._sending.lap()
         self._exchange_s, began = 0.0, time.perf_counter()
-        error_norm = self._exchange()
+        error_norm = self._exchange(total)
         seconds = time.perf_counter() - began
         lap = self._sending.lap()
         self._figures = {
@@ -112,11 +113,28 @@ class CompressedReducer(Reducer):
         """
         self.residual.copy_(old.residual)
 
-    def _exchange(self) -> float:
-        """Exchange with error feedback; return |residual| / |target|, 2-norms."""
-        torch.add(self.residual, self._grads, out=self._target)
-        sent = self._send(self._target)
-        self.residual, self._target = self._target, self.residual
+    def _exchange(self, total: StepControl) -> float:
+        """
+        Exchange with error feedback; return |residual| / |target|, 2-norms.
+
+        The residual is kept in the scale of the applied gradient, which differs from that of
+        `flat.grads` by a factor that may change with each step. A parameter without a gradient on
+        any rank is not updated in this step, so nothing of its residual is sent.
+
+        Args:
+            total: sum of all ranks' control records.
+        """
+        target, residual, scale = self._target, self.residual, total.scale
+        torch.add(self._grads, residual, alpha=1.0 / scale, out=target)
+        pairs = zip(self._flat.trained_slots, total.present, strict=False)
+        absent = [slot for slot, is_present in pairs if not is_present]
+        for slot in absent:
+            _part(target, slot).zero_()
+        sent = self._send(target) * scale**2
+        scale_in_place([target], scale)
+        for slot in absent:
+            _part(target, slot).copy_(_part(residual, slot))
+        self.residual, self._target = target, residual
         left = squared_norm(self.residual)
         # Both schemes send a part that is orthogonal to the residual, so the squares add up.
         return float((left / (left + sent)) ** 0.5) if left else 0.0
