@@ -18,6 +18,7 @@ from distplat.platform.spec import Job
 from distplat.platform.stop_order import StopOrder
 from distplat.platform.task_scheduler import Lease, TaskPlan
 from distplat.strategies.collective import Collective, gather_values
+from distplat.strategies.loop.batches import collate_of
 from distplat.strategies.loop.compute import Compute, Share, Stopwatch, Sums, TaskModel
 from distplat.strategies.loop.control import NonFiniteSteps, StepControl
 from distplat.strategies.loop.gathering import Gathering
@@ -43,7 +44,14 @@ class StepExchange:
     def __init__(self, prepared: Prepared, strategy: WorkerStrategy[Any], rank: int) -> None:
         self._job, self._flat, self._lookups = prepared.job, prepared.flat, prepared.lookups
         self._strategy, self._rank = strategy, rank
+        self._may_drop = collate_of(prepared.task) is not None
         self._steps, self._scale = NonFiniteSteps.of(prepared.job), prepared.loss_scale
+
+    def begin(self) -> None:
+        """Start a step: discard all gradients, also those of a backward in an evaluation."""
+        self._flat.begin_step()
+        if self._lookups is not None:
+            self._lookups.clear()
 
     def exchange(
         self,
@@ -77,7 +85,8 @@ class StepExchange:
             total = self._exchange_scaled(index, step, local)
         else:
             flat, slots = self._flat, len(self._flat.slots)
-            rows = RowPush(self._lookups, self._steps, local, number, task, share.weighted, slots)
+            rescales = share.weighted or self._may_drop
+            rows = RowPush(self._lookups, self._steps, local, number, task, rescales, slots)
             rows.before(waits=task is None and rows_before_gradients(self._job))
             total = self._strategy.exchange(index, rows.local)
             name = lambda slot: flat.name(slot) if slot < slots else rows.name(slot)  # noqa: E731
@@ -281,7 +290,7 @@ class Loop(_LoopBase):
             self.checkpoint_step = steps
 
     def _step(self, step: int, stop_order: StopOrder) -> None:
-        self.flat.begin_step()
+        self._exchange.begin()
         clock = Stopwatch()
         with self.gathering.begin(step), self.state.compute_on_copy(), self.flat.process:
             share = self.compute.gradients(step, clock)
@@ -413,7 +422,7 @@ class LeasedLoop(_LoopBase):
         return lease
 
     def _train_task(self, task: int) -> None:
-        self.flat.begin_step()
+        self._exchange.begin()
         clock = Stopwatch()
         with self.gathering, self.state.compute_on_copy(), self.flat.process:
             share = self.compute.gradients(task, clock)

@@ -80,9 +80,15 @@ class Lookups(RowSource):
         if saved is not None:
             saved.check_tables(self.specs)
         self._tables = tables
-        self._clear()
+        self.clear()
         self._plan, steps = tables.connect(self.specs, total_steps, saved)
         return steps
+
+    def clear(self) -> None:
+        """Discard the look-ups so far: their gradients are not pushed."""
+        self._summed = None
+        for pending in self._pending:
+            pending.clear()
 
     def begin(self, version: int) -> None:
         """Start to serve rows of a version."""
@@ -137,7 +143,7 @@ class Lookups(RowSource):
             gradients = [
                 (ids, replace(rows, values=rows.values * scale)) for ids, rows in gradients
             ]
-        self._clear()
+        self.clear()
         self._figures = {
             "rows": float(sum(len(ids.ids) for ids, _ in gradients)),
             "rows_pull_s": self._pull_s,
@@ -153,11 +159,6 @@ class Lookups(RowSource):
     def figures(self) -> dict[str, float]:
         """Return the last step's number of updated rows of this rank, and seconds of pulls."""
         return self._figures
-
-    def _clear(self) -> None:
-        self._summed = None
-        for pending in self._pending:
-            pending.clear()
 
     def _gradients(self) -> list[tuple[Routed, RowGradients]]:
         """Return the gradients of the step's backwards, an entry for each used table."""
@@ -261,7 +262,8 @@ class RowPush:
         local: this rank's control record.
         number: of the push.
         task: of the push, if tasks are leased.
-        weighted: whether loss() returned weights.
+        rescales: whether the mean may have another divisor than the number of samples: loss()
+            returned weights, or collate() may drop samples.
         slots: of the flat vector.
     """
 
@@ -272,16 +274,18 @@ class RowPush:
         local: StepControl,
         number: int,
         task: int | None,
-        weighted: bool,
+        rescales: bool,
         slots: int,
     ) -> None:
-        self._lookups, self._skips, self._weighted = lookups, steps.skips, weighted
+        self._lookups, self._skips, self._rescales = lookups, steps.skips, rescales
         self._number, self._task = number, task
         self._row = lookups.first_non_finite() if steps.checks else None
         self.local = local if self._row is None else replace(local, non_finite=1, slot=slots)
         """The control record, with the result of the check of the rows."""
         self._sent: PendingPush | None = None
         self._pushed = False
+        #: factor of rows that were pushed before that of the step was known; None: no such rows
+        self._scale: float | None = None
 
     def before(self, *, waits: bool) -> None:
         """
@@ -295,14 +299,25 @@ class RowPush:
             skip = self._skips and not self.local.finite
             self._push(skip=skip, scale=self.local.scale)
             self._wait()
-        elif not self._skips and not self._weighted:
+        elif not self._skips and not self._rescales:
             self._push(skip=False, scale=1.0)
+            self._scale = 1.0 if self.local.samples else None
 
     def after(self, total: StepControl) -> None:
-        """Push the rows unless `before` did; wait until all servers have the step."""
+        """
+        Push the rows unless `before` did; wait until all servers have the step.
+
+        Raises:
+            ValueError: `before` has pushed the rows with another factor than the step's.
+        """
         if not self._pushed:
             self._push(skip=total.skip, scale=total.scale)
         self._wait()
+        if self._scale not in (None, total.scale):
+            raise ValueError(
+                "loss() returned (sum, weight) on some workers, and a mean on others, which have "
+                "already pushed rows of embedding tables: return the same form for every batch"
+            )
 
     def name(self, index: int) -> str:
         """Return the name for a `StepControl.slot` after the parameters, which stands for rows."""

@@ -11,7 +11,7 @@ from embedding_jobs import LocalWords, job, table
 from local_run import Attempt, LocalRun, train
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset, default_collate
 from words import ROWS, WIDTH, Net, Words
 
 from distplat import Task, Trainer
@@ -55,6 +55,93 @@ def test_matches_one_process_with_local_tables(
         torch.testing.assert_close(
             rows[exists], reference[f"{name}.weight"][exists], rtol=1e-5, atol=1e-6
         )
+
+
+class Incomplete(Words):
+    """Every third sample is None, and `collate` drops it."""
+
+    def train_data(self) -> Any:
+        data: Any = super().train_data()
+        return [None if n % 3 == 1 else data[n] for n in range(len(data))]
+
+    def collate(self, samples: list[Any]) -> Any:
+        return default_collate([sample for sample in samples if sample is not None])
+
+
+class LocalIncomplete(Incomplete, LocalWords):
+    """The same with `nn.Embedding`."""
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_rows_have_the_mean_over_the_samples_that_collate_keeps(strategy: str, world: int) -> None:
+    in_order: dict[str, Any] = {"data": {"shuffle": False}}
+    local = train(job(LocalWords, 1, **in_order), LocalIncomplete).parameters()
+    run = train(job(Words, world, strategy=strategy, **in_order), Incomplete)
+    for name, value in run.parameters().items():
+        torch.testing.assert_close(value, local[name], rtol=1e-5, atol=1e-6)
+    for number, name in enumerate(("words", "tags")):
+        rows = torch.from_numpy(table(run, number))
+        exists = ~rows[:, 0].isnan()
+        assert exists.sum() > 15
+        torch.testing.assert_close(
+            rows[exists], local[f"{name}.weight"][exists], rtol=1e-5, atol=1e-6
+        )
+
+
+class Attacked(Words):
+    """Runs a backward in its evaluations, as adversarial attacks do."""
+
+    def step(self, model: nn.Module, batch: Any) -> Tensor:
+        ids, targets = batch
+        if not model.training:
+            with torch.enable_grad():
+                torch.autograd.backward(nn.functional.cross_entropy(model(ids), targets))
+        return nn.functional.cross_entropy(model(ids), targets)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_backward_in_an_evaluation_does_not_train_rows(strategy: str) -> None:
+    more: dict[str, Any] = {"strategy": strategy, "evaluation": {"every_steps": 1}}
+    run, plain = train(job(Words, 2, **more), Attacked), train(job(Words, 2, **more), Words)
+    for number in range(2):
+        assert table(run, number).tobytes() == table(plain, number).tobytes()
+
+
+class Weighted(Words):
+    def loss(self, outputs: Tensor, targets: Tensor) -> Any:
+        weights = targets + 1.0
+        losses = nn.functional.cross_entropy(outputs, targets, reduction="none")
+        return (losses * weights).sum(), weights.sum()
+
+
+class LocalWeighted(Weighted, LocalWords):
+    """The same with `nn.Embedding`."""
+
+
+@pytest.mark.parametrize("strategy", ["ring", "ps-sync"])
+def test_rows_have_the_weighted_mean(strategy: str) -> None:
+    """Two of three ranks have no sample in the last step of an epoch."""
+    local = train(job(LocalWords, 1), LocalWeighted).parameters()
+    run = train(job(Words, 3, strategy=strategy), Weighted)
+    for number, name in enumerate(("words", "tags")):
+        rows = torch.from_numpy(table(run, number))
+        exists = ~rows[:, 0].isnan()
+        expected = local[f"{name}.weight"][exists]
+        torch.testing.assert_close(rows[exists], expected, rtol=1e-5, atol=1e-6)
+
+
+class WeightedBySome(Words):
+    """Some batches have a weighted loss, and others a mean."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Any:
+        loss = super().loss(outputs, targets)
+        return (loss * 7.0, 7.0) if int(targets[0]) == 1 else loss
+
+
+def test_loss_with_weights_for_some_batches_is_an_error() -> None:
+    with pytest.raises(ValueError, match="return the same form for every batch"):
+        train(job(Words, 3), WeightedBySome)
 
 
 @pytest.mark.sweep(3)
