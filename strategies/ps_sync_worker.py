@@ -74,6 +74,9 @@ class PsSyncWorker(PsWorker[PsSyncOptions]):
         self._state.synchronize(step)
         if self._context.job.failure.non_finite != "ignore":
             local = local.looked_at(self._context.flat)
+        if self.options.backup_workers and local.samples:
+            # Servers do not know the samples of dropped gradients: see `DenseStore`.
+            local = replace(local, samples=float(sum(self._state.shares.samples(step))))
         self._pushed = self._shards.push(step, local)
         total = (self._pushed.total or local).named(local)
         if self._pushed.version > step + 1:  # the others have already completed a later step

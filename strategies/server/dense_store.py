@@ -387,10 +387,12 @@ class DenseStore(ServerStore, ReplicatedStore):
 
     def _sum_in_order(self, parts: list[list[Tensor]]) -> None:
         """Sum in rank order (I2)."""
-        plan, world = self._plan, self._ledger.world
-        backup = plan.consistency.backup_workers
-        # With backup workers the gradient is a mean over the samples of the ranks in the step.
-        self._scale = self.total.scale * (world / (world - backup) if backup else 1.0)
+        plan = self._plan
+        self._scale = self.total.scale
+        if plan.consistency.backup_workers:
+            # The gradient is the mean over the samples of the ranks in the step, each of which
+            # has sent the size of the whole batch, unless it had no samples.
+            self._scale /= max(1, sum(record.samples > 0 for record in self._controls.values()))
         for terms, out in zip(zip(*parts, strict=True), self._typed(self._sum), strict=True):
             sum_in_order(terms, out)
         if plan.job.clip_norm is not None:

@@ -2,14 +2,19 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from classifiers import Mlp, job
 from comparison import same_bits
+from control_records import full_record
 from delayed import async_plan, noise
+from jobs import job_of
 from local_run import Attempt, LocalRun, train
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from distplat.platform.errors import (
     DeadlineExceeded,
@@ -24,6 +29,7 @@ from distplat.platform.spec import Consistency
 from distplat.platform.stop_order import StopOrder
 from distplat.strategies.server.dense_store import DenseStore
 from distplat.strategies.server.server import ShardServer
+from distplat.strategies.task import Task
 
 WORLD, SIZE = 4, 11
 NEW, REPEATED, LATE = Verdict.NEW, Verdict.REPEAT_COMMITTED, Verdict.LATE
@@ -79,12 +85,48 @@ def test_update_is_the_mean_of_the_received_gradients() -> None:
     plan = async_plan(WORLD, 3, Consistency(backup_workers=1), strategy="ps-sync")
     shard = DenseStore(plan, torch.zeros(SIZE))
     shard.restore(0)
+    record = replace(full_record(), samples=float(WORLD))  # a batch of one sample for each rank
     for rank in (2, 0, 3):
-        shard.push(push(rank, 0), noise(SIZE, rank) / WORLD)  # the step loop weights gradients so
+        shard.push(push(rank, 0), noise(SIZE, rank) / WORLD, record)
     shard.commit(0, None)
     assert shard.push(push(1, 0), torch.full((SIZE,), 1e9)) is LATE
     mean = (noise(SIZE, 0) + noise(SIZE, 2) + noise(SIZE, 3)) / 3
     torch.testing.assert_close(shard.params, -0.1 * mean)
+
+
+class Slope(Task):
+    """The gradient is the mean of the inputs, or of their weighted values; 0 after five samples."""
+
+    def model(self) -> nn.Module:
+        return nn.Linear(1, 1, bias=False)
+
+    def train_data(self) -> TensorDataset:
+        inputs = torch.tensor([1.0, 2.0, 3.0, 4.0, 100.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+        return TensorDataset(inputs[:, None], torch.arange(10.0) + 1)
+
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        return outputs.mean()
+
+
+class WeightedSlope(Slope):
+    def loss(self, outputs: Any, targets: Any) -> Any:
+        return (outputs[:, 0] * targets).sum(), targets.sum()
+
+
+@pytest.mark.parametrize(
+    ("task", "mean"), [(Slope, (1 + 2 + 3 + 4) / 4), (WeightedSlope, (1 + 4 + 9 + 16) / 10)]
+)
+def test_update_is_the_mean_over_the_samples_of_uneven_parts(
+    task: type[Slope], mean: float
+) -> None:
+    """Rank 2, which is late, has one of five samples; the second step's samples are zeros."""
+    fields = {"optimizer": {"name": "SGD", "lr": 1.0}, "data": {"shuffle": False}}
+    sizes = {"steps": 2, "global_batch_size": 5}
+    run = LocalRun(job_of({"name": "ps-sync", "backup_workers": 1}, 3, **fields, **sizes), task)
+    before = run.parameters()["weight"]
+    assert SlowRank2(run, 1).make()
+    run.close()
+    torch.testing.assert_close(run.parameters()["weight"], before - mean)
 
 
 class MlpWithEvaluation(Mlp):

@@ -1,7 +1,9 @@
 """Resizing a run while it trains keeps each step's samples and the model."""
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from jobs import job_of
@@ -13,6 +15,7 @@ from torch.utils.data import TensorDataset
 from distplat.platform.progress import EvalSummary, StepSummary
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Consistency, Job
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.task import Task
 
 SAMPLES, BATCH, EPOCHS = 26, 7, 3
@@ -130,11 +133,12 @@ def test_backup_workers_scale_a_step_by_the_new_world() -> None:
     plan = ShardPlan(job, "run", 0, 2, STEPS, 1, Consistency(backup_workers=1))
     shard = DenseStore(plan, torch.zeros(3))
     shard.restore(0)
-    shard.push(PushId("run", 0, 1, 0), torch.ones(3))
+    record = StepControl(2.0, 1.0, present=np.ones(1, np.bool_))  # one sample of the batch's two
+    shard.push(PushId("run", 0, 1, 0), torch.ones(3), record)
     assert shard.commit(0, None)
     assert shard.params.tolist() == [-2.0] * 3  # one of two ranks
     shard.renew(1, 4)
     for rank in (0, 2, 3):
-        shard.push(PushId("run", 1, rank, 1), torch.ones(3))
+        shard.push(PushId("run", 1, rank, 1), torch.ones(3), replace(record, samples=4.0))
     assert shard.commit(1, None)
     assert shard.params.tolist() == [-2.0 - 3 * 4 / 3] * 3
