@@ -183,6 +183,10 @@ class Ledger(ABC):
         """
 
     @abstractmethod
+    def unstage(self) -> None:
+        """Forget the pushes that are staged and not applied: they will be pushed again."""
+
+    @abstractmethod
     def offer(self, push: PushId) -> Verdict:
         """
         Decide on a push and record it; the caller stages a `NEW` push.
@@ -253,11 +257,15 @@ class StepLedger(Ledger):
     def renew(self, attempt: int, world: int | None = None) -> None:
         """Start a later attempt: all ranks push uncommitted gradients again."""
         self.attempt = attempt
-        self._staged.clear()
+        self.unstage()
         if world is not None and world != self.world:
             self.world = world
             self.dropped = {rank: count for rank, count in self.dropped.items() if rank < world}
             self._last = {rank: last for rank, last in self._last.items() if rank < world}
+
+    @override
+    def unstage(self) -> None:
+        self._staged.clear()
 
     @override
     def offer(self, push: PushId) -> Verdict:
@@ -349,6 +357,10 @@ class TaskLedger(Ledger):
             self.restore(steps)
 
     @override
+    def unstage(self) -> None:
+        self._staged = None
+
+    @override
     def offer(self, push: PushId) -> Verdict:
         """See `Ledger.offer`. A gap is accepted: a backup does not receive dropped pushes."""
         _ready(self.version)
@@ -408,6 +420,10 @@ class LoopLedger(Ledger):
     def renew(self, attempt: int, world: int | None = None) -> None:
         """Start an attempt. It has new servers, so there is nothing to keep."""
         self.attempt, self._staged = attempt, False
+
+    @override
+    def unstage(self) -> None:
+        self._staged = False
 
     @override
     def offer(self, push: PushId) -> Verdict:

@@ -30,6 +30,7 @@ from distplat.platform.errors import GapError, StaleError
 from distplat.platform.ledger import Ledger, LoopLedger, PushId, StepLedger, TaskLedger, Verdict
 from distplat.platform.plateau import PlateauState
 from distplat.platform.shard_map import ShardPlan
+from distplat.platform.stop_order import StopOrder
 from distplat.platform.vector_layout import Layout, plain_layout
 from distplat.strategies.algorithms.reduce import clip_factor, sum_in_order
 from distplat.strategies.loop.control import NonFinitePolicy, StepControl
@@ -60,6 +61,8 @@ _COPIED = (
     "_unfreezing",
     "settings",
     "skipped",
+    "total",
+    "squared_norm",
 )
 
 
@@ -172,6 +175,7 @@ class DenseStore(ServerStore, ReplicatedStore):
     @override
     def renew(self, attempt: int, world: int | None = None) -> None:
         self._ledger.renew(attempt, world)
+        self.total = replace(self.total, stop=StopOrder.NONE)  # of the attempt before
         self._forget_pushes()
 
     def values(self, version: int) -> Tensor:
@@ -262,20 +266,31 @@ class DenseStore(ServerStore, ReplicatedStore):
         version, steps = self.version, self.steps
         if not self._ledger.commit(seq):
             return False
-        if self.staleness is None:
-            limit, scale = self._plan.job.clip_norm, self._scale
-            if limit is not None and norm is not None:
-                scale *= clip_factor(norm, limit)
-            scale_in_place(self._typed(self._sum), scale)
-            applied = applies(self.total, self._plan.job.failure.non_finite)
-            update = Update(version, present=self._present, settings=self.settings, applied=applied)
-        else:
-            assert self._pushed is not None and self._present is not None, "a push was staged"
-            update = self.staleness.update(self._pushed, version, self._present)
+        update = self._next_update(version, norm)
         if self.backup_link is not None:
             self.backup_link.send(update, self._sum)
         self._update(update, steps)
         return True
+
+    def _next_update(self, version: int, norm: float | None) -> Update:
+        """Return the update of the staged gradients; the sum of a synchronous step is scaled."""
+        applied = applies(self.total, self._plan.job.failure.non_finite)
+        if self.staleness is not None:
+            assert self._pushed is not None and self._present is not None, "a push was staged"
+            facts = self._present, applied
+            return self.staleness.update(self._pushed, version, *facts)
+        limit, scale = self._plan.job.clip_norm, self._scale
+        if limit is not None and norm is not None:
+            scale *= clip_factor(norm, limit)
+        scale_in_place(self._typed(self._sum), scale)
+        return Update(
+            version,
+            present=self._present,
+            settings=self.settings,
+            applied=applied,
+            total=self.total.head,
+            squared_norm=self.squared_norm,
+        )
 
     @override
     def follow(self, change: Change, gradient: Tensor) -> None:
@@ -284,7 +299,8 @@ class DenseStore(ServerStore, ReplicatedStore):
         push, steps = change.push, self.steps
         if self.staleness is None:
             self._save_previous()
-            self.settings = change.settings
+            self.settings, self.squared_norm = change.settings, change.squared_norm
+            self.total = StepControl.unpack(np.array(change.total))
             self._note_present(change.present)
             self._sum.copy_(gradient)
             self._ledger.restore(change.version + 1)
@@ -304,6 +320,7 @@ class DenseStore(ServerStore, ReplicatedStore):
         vectors = {"params": self.params, **previous}
         vectors |= {f"optimizer/{name}": state for name, state in self.optimizer.state().items()}
         attributes = {name: deepcopy(getattr(self, name)) for name in _COPIED}
+        attributes["_ledger"].unstage()
         return StoreSnapshot({name: vector.clone() for name, vector in vectors.items()}, attributes)
 
     @override

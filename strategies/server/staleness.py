@@ -92,10 +92,9 @@ class Staleness:
             torch.addcmul(grad, grad * grad, now - then, value=self._lambda, out=out)
         return corrected
 
-    def update(self, push: PushId, version: int, present: bytes) -> Update:
+    def update(self, push: PushId, version: int, present: bytes, applied: bool) -> Update:
         """Return the update of a rank's push, with the pulls since the last update."""
         pulls, self._pulls = tuple(self._pulls), []
-        applied = b"\1" in present
         return Update(version, push, pulls, self.pulled[push.rank], present, applied=applied)
 
     def follow(self, update: Update, rank: int, params: Tensor) -> None:

@@ -47,6 +47,10 @@ class Update:
     """Settings sent with its pushes."""
     applied: bool = True
     """Shards: False if the step is skipped, so that an average of the parameters stays, too."""
+    total: tuple[float, ...] = ()
+    """Synchronous shards: head of the step's summed control record, for repeated pushes."""
+    squared_norm: float | None = None
+    """Synchronous shards: squared norm of the gradient before clipping; None: not needed."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class ReplicatedStore(Protocol):
         """
 
     def snapshot(self) -> StoreSnapshot:
-        """Copy the state; the server's lock is held."""
+        """Copy the state without staged gradients, which are pushed again; the lock is held."""
 
     def load_snapshot(self, snapshot: StoreSnapshot) -> None:
         """Load the state of another store; its tensors may be reused."""

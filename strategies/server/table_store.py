@@ -238,8 +238,9 @@ class TableStore(ServerStore, ReplicatedStore):
     @override
     def snapshot(self) -> StoreSnapshot:
         tables = {table.spec.name: table.snapshot() for table in self.tables}
-        attributes = {"plan": self.plan, "index": self.index, "_ledger": deepcopy(self._ledger)}
-        return StoreSnapshot(tables, attributes)
+        ledger = deepcopy(self.ledger)
+        ledger.unstage()
+        return StoreSnapshot(tables, {"plan": self.plan, "index": self.index, "_ledger": ledger})
 
     @override
     def load_snapshot(self, snapshot: StoreSnapshot) -> None:

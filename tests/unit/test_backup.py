@@ -2,8 +2,10 @@
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from control_records import full_record
@@ -16,6 +18,8 @@ from distplat.platform.errors import ActorLost, FencedError
 from distplat.platform.ledger import PullId, PushId
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import SYNCHRONOUS, Consistency
+from distplat.platform.stop_order import StopOrder
+from distplat.strategies.loop.control import StepControl
 from distplat.strategies.server.server import ServerLimits, ShardServer
 
 SIZE, WORLD, STEPS, LOST_AT = 33, 2, 6, 3
@@ -111,6 +115,56 @@ def test_promoted_backup_matches_run_without_failure(
     train(backup, LOST_AT)  # every rank repeats its unacknowledged push
     assert backup.store.version == STEPS
     assert state(backup) == state(reference)
+
+
+def test_backup_filled_within_a_step_takes_every_push() -> None:
+    plan = plan_of(SYNCHRONOUS, OPTIMIZERS[1])
+    reference = restored_server(plan)
+    train(reference)
+    primary, backup = restored_server(plan), make_server(plan)
+    for seq in range(LOST_AT):
+        for rank in range(WORLD):
+            push(primary, rank, seq)
+    push(primary, 0, LOST_AT)
+    InMemoryBackup(primary.store, backup.store)
+    train(backup, LOST_AT)  # the primary is lost now
+    assert backup.store.version == STEPS
+    assert state(backup) == state(reference)
+
+
+@pytest.mark.parametrize("moment", MOMENTS[1:])
+@pytest.mark.parametrize("non_finite", [0, 1])
+def test_promoted_backup_answers_with_the_record_of_the_step(non_finite: int, moment: str) -> None:
+    plan = plan_of(SYNCHRONOUS, OPTIMIZERS[0])
+    primary, backup = restored_server(plan), make_server(plan)
+    backup_link = primary.store.backup_link = InMemoryBackup(primary.store, backup.store)
+    backup_link.death = 0, moment
+    first = replace(full_record(), samples=4.0, weight=10.0, stop=StopOrder.SAVE)
+    second = replace(first, weight=30.0, non_finite=non_finite, rank=1, slot=0)
+    ids, grads = [PushId("run", 1, rank, 0) for rank in range(2)], noise(SIZE, 0, 0)
+    primary.store.push(ids[0], grads, first)
+    with pytest.raises(ActorLost):
+        primary.push(ids[1], grads, second, discard)
+    for push_id, record in zip(ids, (first, second), strict=True):
+        reply = backup.push(push_id, grads, record, discard)
+        total = StepControl.unpack(np.array(reply.total))
+        assert (total.samples, total.weight, total.stop) == (8.0, 40.0, StopOrder.SAVE)
+        assert (total.non_finite, total.rank) == (non_finite, 1 if non_finite else -1)
+
+
+def test_promoted_backup_knows_the_norm_of_a_step_that_is_repeated() -> None:
+    """A worker may be lost between the commits of two shards; then all ranks push again."""
+    plan = replace(plan_of(SYNCHRONOUS, OPTIMIZERS[0]), shards=2)
+    primary, backup = restored_server(plan), make_server(plan)
+    primary.store.backup_link = InMemoryBackup(primary.store, backup.store)
+    for rank in range(WORLD):
+        primary.store.push(PushId("run", 1, rank, 0), noise(SIZE, rank, 0))
+    square = primary.store.squared_norm
+    assert square is not None
+    primary.commit(0, 0, (square + 4.0) ** 0.5, discard)
+    backup.exclusively(lambda: backup.renew(2, WORLD))
+    repeated = PushId("run", 2, 0, 0), noise(SIZE, 0, 0), full_record()
+    assert backup.push(*repeated, discard).squared_norm == square
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

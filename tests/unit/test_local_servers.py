@@ -93,7 +93,9 @@ def run_steps(client: tuple[RemoteShards, FlatModel], rank: int) -> float | None
     norm = None
     for step in range(STEPS):
         flat.grads.fill_(rank + 1.0)
-        norm = shards.push(step, full_record(), task=step).norm
+        pushed = shards.push(step, full_record(), task=step)
+        assert pushed.total is not None and pushed.total.samples > 0
+        norm = pushed.norm
         if norm is not None:
             shards.commit(step, norm)
     return norm
@@ -314,7 +316,8 @@ def test_closed_manager_stops_the_follower_thread(make_servers: ServersFactory) 
 DEATH_POINTS = ["before the update is sent", "after the backup has applied it"]
 
 
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(3)
+@pytest.mark.parametrize("clip_norm", [1000.0, None], ids=["clips", "commits-at-once"])
 @pytest.mark.parametrize("backups", NODES)
 @pytest.mark.parametrize("point", DEATH_POINTS)
 @pytest.mark.parametrize("node", NODES)
@@ -326,9 +329,11 @@ def test_promoted_backup_has_every_update_once(
     node: str,
     point: str,
     backups: str,
+    clip_norm: float | None,
 ) -> None:
     """The primary of one shard dies during a step; the worker switches to its backup."""
-    servers = make_servers(1, 2, strategy=strategy, replication=2, backups=backups)
+    options: dict[str, Any] = {"replication": 2, "backups": backups, "clip_norm": clip_norm}
+    servers = make_servers(1, 2, strategy=strategy, **options)
     shards, flat = connect(servers, 0, node)
     wait_for_backups(servers)
     primary, updates = servers.nodes["server-0"], []

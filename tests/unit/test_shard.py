@@ -15,6 +15,7 @@ from distplat.platform.errors import FencedError, GapError, NotReadyError, Proto
 from distplat.platform.ledger import PushId, Verdict
 from distplat.platform.shard_map import ShardPlan
 from distplat.platform.spec import Job
+from distplat.platform.stop_order import StopOrder
 from distplat.platform.vector_layout import Layout, Piece, Segment
 from distplat.strategies.algorithms.reduce import squared_norm
 from distplat.strategies.loop.control import StepControl
@@ -173,6 +174,20 @@ def test_repeated_calls_have_no_effect() -> None:
             shard.commit(step, None)
         assert shard.push(push(1, step), gradient(1, step)) is Verdict.REPEAT_COMMITTED
     assert torch.equal(expected.params, shard.params)
+
+
+def test_record_of_an_earlier_attempt_stops_no_later_one() -> None:
+    """A step that one shard has applied is repeated for the others after a lost worker."""
+    shard = make_shard()
+    resizing = StepControl(1.0, 1.0, stop=StopOrder.RESIZE, present=np.ones(1, np.bool_))
+    for rank in range(WORLD):
+        shard.push(push(rank, 0), gradient(rank, 0), resizing)
+    assert shard.commit(0, None)
+    assert StepControl.unpack(np.array(shard.head(None))).stop is StopOrder.RESIZE
+    shard.renew(2)
+    assert shard.push(push(0, 0, attempt=2), gradient(0, 0)) is Verdict.REPEAT_COMMITTED
+    record = StepControl.unpack(np.array(shard.head(None)))
+    assert (record.samples, record.stop) == (WORLD, StopOrder.NONE)
 
 
 def test_repeated_push_with_other_content_is_ignored() -> None:

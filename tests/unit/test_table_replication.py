@@ -123,6 +123,17 @@ def test_promoted_backup_is_bit_identical(
     assert backup.take_copies(STEPS, 0.0)[0] == STEPS
 
 
+def test_backup_filled_within_a_step_takes_every_push() -> None:
+    expected, primary = open_server(plan()), open_server(plan())
+    run_steps(expected, 0, STEPS)
+    run_steps(primary, 0, LOST_AT)
+    push(primary, 0, LOST_AT)
+    backup, _ = add_backup(primary)
+    backup.open(plan())  # the primary is lost now
+    run_steps(backup, LOST_AT, STEPS)
+    assert state_of(backup) == state_of(expected)
+
+
 @pytest.mark.parametrize("loss", ["before the new attempt", "after its first step"])
 @pytest.mark.parametrize("filled", ["before the step", "after the step"])
 def test_backup_rewinds_step_of_new_attempt(filled: str, loss: str) -> None:
