@@ -37,6 +37,7 @@ class AveragedVector:
         self._spec, self._vector, self._layout = spec, vector, layout
         self._average: Tensor | None = None
         self._updates = 0
+        self._averages_tail = False  #: whether a parameter of the tail has been trained
 
     @property
     def values(self) -> Tensor:
@@ -55,12 +56,13 @@ class AveragedVector:
         Args:
             tail: whether the update changed an initially frozen parameter.
         """
+        self._averages_tail |= tail
         if self._average is None:
             self._average = self._vector.clone()
         else:
             weight = 1.0 - self._spec.decay_after(self._updates)
             for segment in self._layout.segments:
-                if tail or segment.start < self._layout.tail:
+                if self._averages_tail or segment.start < self._layout.tail:
                     run = segment.start, segment.stop, segment.dtype
                     typed(self._average, *run).lerp_(typed(self._vector, *run), weight)
         self._updates += 1
@@ -77,6 +79,10 @@ class AveragedVector:
         average = state.get(AVERAGE)
         self._average = None if average is None else torch.empty_like(self._vector).copy_(average)
         self._updates = 0 if average is None else int(state[AVERAGED].max())
+        tail = slice(self._layout.tail, None)
+        self._averages_tail = self._average is not None and not torch.equal(
+            self._average[tail], self._vector[tail]
+        )
 
 
 def with_average(flat: FlatModel, average: Tensor) -> dict[str, Tensor]:

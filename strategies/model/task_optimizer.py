@@ -248,7 +248,7 @@ class TaskUpdate(LocalOptimizer):
             resettable.optimizer.step()
         for parameter, grad in zip(flat.parameters, before, strict=True):
             parameter.grad = grad
-        if self._average is not None and updated.any():
+        if self._average is not None:
             self._average.update(tail=bool((updated & ~self._trained_from_start).any()))
         if not self._checked_state:  # report a state that cannot be saved now, not hours later
             self._checked_state = True

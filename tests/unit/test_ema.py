@@ -21,9 +21,11 @@ from distplat.platform.run_directory import RunDirectory
 from distplat.platform.sampler import Sampler
 from distplat.platform.spec import Job
 from distplat.platform.tensor_file import EMA_PREFIX, decode, encode
+from distplat.platform.vector_layout import Layout, Piece, Segment
 from distplat.strategies.checkpoint.parts import whole_of
 from distplat.strategies.fakes import Fabric
 from distplat.strategies.hybrid import Hybrid
+from distplat.strategies.model.ema import AveragedVector
 from distplat.strategies.model.optim import FlatOptimizer
 from distplat.strategies.server.dense_store import DenseStore
 from distplat.strategies.task import Task
@@ -154,6 +156,28 @@ def test_matches_plain_loop(
     assert losses_of(run, "loss") != pytest.approx(losses, rel=1e-3)
 
 
+@pytest.mark.parametrize("resumed_at", range(6))
+def test_average_of_a_frozen_parameter_that_is_trained_in_some_updates(resumed_at: int) -> None:
+    """Torch averages each parameter in each update; a frozen one only equals its average."""
+    model = nn.ParameterList([torch.zeros(4), torch.zeros(2)])
+    vector = torch.zeros(6)
+    model[0].data, model[1].data = vector[:4], vector[4:]
+    segments = Segment(0, 4, "float32"), Segment(4, 6, "float32")
+    layout = Layout(6, segments, (Piece(0, 0, 4), Piece(1, 4, 6)), 2, 4)
+    average, ema_fn = AveragedVector(EMA(decay=DECAY), vector, layout), get_ema_multi_avg_fn
+    expected = AveragedModel(model, multi_avg_fn=ema_fn(DECAY))  # type: ignore[no-untyped-call]
+    for step in range(6):
+        trains_tail = step in (2, 4)
+        vector[: 6 if trains_tail else 4] += 1.0 + step
+        average.update(tail=trains_tail)
+        expected.update_parameters(model)
+        if step == resumed_at:
+            state = {name: value.clone() for name, value in average.state().items()}
+            average = AveragedVector(EMA(decay=DECAY), vector, layout)
+            average.load(state)
+    torch.testing.assert_close(average.values, torch.cat([*expected.module.parameters()]))
+
+
 @pytest.mark.parametrize("strategy", ["ring", THREE], ids=str)
 def test_every_rank_returns_the_average(strategy: Any) -> None:
     """If rank 0 is lost after the last step, another rank returns the trained parameters."""
@@ -203,10 +227,11 @@ def test_ps_async_resumes_from_a_checkpoint(resumed: str) -> None:
         assert torch.equal(rest.trained[0][name], value), name
 
 
+@pytest.mark.parametrize("workers", [2, 5])
 def test_ps_async_averages_after_each_update_of_a_shard(
-    monkeypatch: pytest.MonkeyPatch,
+    workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The average includes the updates from gradients of all workers."""
+    """The average includes the updates of all workers; the fifth has no sample in some steps."""
     updates: dict[int, list[Tensor]] = {}  # per shard, its parameters after each update
     update = DenseStore._update
 
@@ -215,8 +240,8 @@ def test_ps_async_averages_after_each_update_of_a_shard(
         updates.setdefault(id(store), []).append(store.params.clone())
 
     monkeypatch.setattr(DenseStore, "_update", recording_update)
-    run = train(job({"name": "ps-async", "num_servers": 2}, 2), Norms)
-    assert [len(values) for values in updates.values()] == [2 * STEPS] * 2
+    run = train(job({"name": "ps-async", "num_servers": 2}, workers), Norms)
+    assert [len(values) for values in updates.values()] == [workers * STEPS] * 2
     for index in range(2):
         store = run.servers.shard_server(index).store
         values = updates[id(store)]
