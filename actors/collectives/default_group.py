@@ -74,7 +74,7 @@ def as_torchrun(context: TrainContext, rendezvous: Callable[[], Any]) -> Iterato
     had_group = torch_compat.has_default_group()
     with variables(context.variables, _INTERFACE):
         try:
-            with torch_compat.env_rendezvous(rendezvous, context.rank, context.world):
+            with torch_compat.env_rendezvous(rendezvous, context.rank, context.world_size):
                 yield
         finally:
             if not had_group:

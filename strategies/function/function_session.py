@@ -81,10 +81,10 @@ class TrainContext:
     """Rank and device of a worker, with the names of Ray Train's context and Accelerate."""
 
     rank: int
-    world: int
+    world_size: int
     local_rank: int
     """Rank among the workers of this node."""
-    local_world: int
+    local_world_size: int
     device: torch.device
     node_rank: int = 0
     """Number of this node, among the nodes with workers."""
@@ -98,7 +98,7 @@ class TrainContext:
 
     def get_world_size(self) -> int:
         """Return the number of workers."""
-        return self.world
+        return self.world_size
 
     def get_local_rank(self) -> int:
         """Return this worker's rank among the workers of its node."""
@@ -106,7 +106,7 @@ class TrainContext:
 
     def get_local_world_size(self) -> int:
         """Return the number of workers on this node."""
-        return self.local_world
+        return self.local_world_size
 
     def get_node_rank(self) -> int:
         """Return the number of this worker's node."""
@@ -248,7 +248,7 @@ class FunctionSession:
 
     def _prepare_loader(self, loader: DataLoader[Any]) -> ShardedLoader:
         context = self.context
-        shard = DataShard(context.rank, context.world, self.job.seed)
+        shard = DataShard(context.rank, context.world_size, self.job.seed)
         check_loader_class(loader)
         sharded: ShardedLoader
         if is_stream(loader.dataset):
@@ -259,7 +259,7 @@ class FunctionSession:
             check_not_empty(sharded)
             if isinstance(sharded.sampler, ShardedSampler):
                 check_order(sharded.sampler, self.group, context.device)
-            if context.world > 1:
+            if context.world_size > 1:
                 self._comparison.check(loader.dataset)
         if context.is_main_process:
             self._epoch_watch.add_loader(sharded, loader)
@@ -305,7 +305,7 @@ class FunctionSession:
         self._progress.beat()
         now = time.perf_counter()
         total, waited = now - self._last, self._waited_s
-        samples, self._samples = self._samples * self.context.world, 0
+        samples, self._samples = self._samples * self.context.world_size, 0
         self._last, self._waited_s = now, 0.0
         if not self.context.is_main_process:
             if isinstance(checkpoint, Checkpoint) and not self._warned:

@@ -37,7 +37,7 @@ def test_sync_batch_norm_matches_one_process(world: int, momentum: float | None)
         models_with_sync = map(nn.SyncBatchNorm.convert_sync_batchnorm, models())
         context = distplat.get_context()
         first, second = distplat.prepare(*models_with_sync)
-        steps(first, second, context.rank, context.world)
+        steps(first, second, context.rank, context.world_size)
 
     whole = models()
     steps(*whole)
@@ -111,7 +111,7 @@ def test_copy_of_a_model_synchronizes_its_batch_norm(strategy: str) -> None:
     def train(config: Any) -> None:
         context = distplat.get_context()
         model = distplat.prepare(with_norm(synced=True))
-        steps(model, context.rank, context.world)
+        steps(model, context.rank, context.world_size)
 
     whole = with_norm()
     steps(whole)

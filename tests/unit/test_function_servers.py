@@ -94,7 +94,7 @@ def test_gradients_are_averaged_before_the_step(
 ) -> None:
     def train(config: Any) -> None:
         context = distplat.get_context()
-        loop(distplat.prepare(model_of()), context.rank, context.world)
+        loop(distplat.prepare(model_of()), context.rank, context.world_size)
 
     whole = model_of()
     loop(whole, 0, 1)
