@@ -271,7 +271,8 @@ class Failure(Spec):
     """A step with a NaN or infinite loss or gradient: `stop` ends the run before the step is
     applied, `skip` skips it on all ranks, `ignore` applies it."""
     max_skipped_steps: Index = 100
-    """Most steps that `non_finite: skip` may skip; one more ends the run."""
+    """Most steps that `non_finite: skip` may skip, counted from the start, the resume or the last
+    recovery; one more ends the run."""
 
 
 class Job(Spec):
